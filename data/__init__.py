@@ -1,0 +1,1 @@
+"""Corpora: sources of documents, and the token shards that trainers read."""

@@ -1,0 +1,1 @@
+"""GPT-2: model, loader, trainer, evaluation, sampling, export."""

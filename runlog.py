@@ -1,0 +1,407 @@
+"""Run directories: the only code that knows what lies in runs/NAME/.
+
+    runs/NAME/config.json    every setting, argv, git commit and whether the tree was dirty
+              env.json       python, torch, GPU, threads, world size
+              metrics.jsonl  append-only rows {"step", "kind": train|val|…, …}; the last row for a (step, kind) wins
+              log.txt        what the terminal showed
+              samples.txt    generated text, by step
+              loss.png       the curves
+              result.json    status (running, success, preempted, diverged, failed) and final numbers
+              ckpt/          checkpoints or adapters
+
+BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog`; notebooks, reports and tests read it back
+through `read_run`. The module also holds the two manners that every script shares: files appear whole or not at all
+(`atomic_open`), and a person's mistake is one line and exit status 2 (`UserError`, `cli`).
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+STATUSES = ("running", "success", "preempted", "diverged", "failed")
+# Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
+MACHINE_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
+MACHINE_FIELDS |= {"mfu", "peak_mb"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# manners shared by every script
+
+
+class UserError(ValueError):
+    """A person's mistake. The message is one line: what is wrong, and what to do."""
+
+
+def cli(main):
+    """Run `main()` as a script: a mistake becomes one line on stderr and exit status 2, never a traceback.
+
+    Bugs keep their traceback; only UserError and the operating system's own refusals (no such file, no permission,
+    disk full) are shortened.
+    """
+    try:
+        main()
+    except UserError as e:
+        sys.exit(_complain(str(e)))
+    except BrokenPipeError:  # `… | head` closed our stdout: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.filename is None and e.strerror is None:
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        sys.exit(_complain(f"{where}{e.strerror or e}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def atomic_open(path, mode="w"):
+    """Open a temporary neighbour of `path` for writing and rename it into place, fsynced, when the block succeeds.
+
+    A reader sees the old file or the whole new one; a failing block leaves no trace. Text is UTF-8 with "\\n".
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(part, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` atomically as indented JSON. Non-finite floats become null: other languages refuse NaN."""
+    with atomic_open(path) as f:
+        json.dump(_plain(value), f, indent=2, ensure_ascii=False, allow_nan=False)
+        f.write("\n")
+
+
+def read_json(path):
+    """Read a JSON file; UserError names a missing or damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}); it may be damaged") from None
+
+
+def _plain(value):
+    """dataclasses, paths, numpy scalars, tuples -> what JSON knows; NaN and infinities -> None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return [_plain(v) for v in sorted(value)]
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing a run
+
+
+class RunLog:
+    """Writes one run directory.
+
+        with RunLog("runs/mine", kind="gpt2", config=cfg, resume=True) as log:
+            log.metric(step, "train", loss=4.2)
+            log.print("step 1 | loss 4.2")
+            log.finish("success", val_loss=3.9)
+
+    config: a dataclass or dict of every setting.
+    resume: keep the records of an earlier start and append to them; otherwise they are replaced.
+    enabled: False on every rank but one; then all methods do nothing.
+
+    Leaving the block with an exception records status "failed" and the reason. The directory is locked while the block
+    runs (the operating system drops the lock of a process that died); a second writer gets a UserError.
+    """
+
+    def __init__(self, run_dir, kind, config, *, resume=False, enabled=True):
+        self.run_dir, self.kind, self.config = Path(run_dir), kind, config
+        self.resume, self.enabled = resume, enabled
+        self.ckpt_dir = self.run_dir / "ckpt"
+        self.finished = False
+
+    def __enter__(self):
+        if not self.enabled:
+            return self
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.run_dir / "run.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.run_dir} is being written by another process; wait for it or choose another --run-dir"
+            ) from None
+        if not self.resume:
+            for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
+                (self.run_dir / name).unlink(missing_ok=True)
+        _end_with_newline(self.run_dir / "metrics.jsonl")
+        settings = _plain(self.config)
+        write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
+        write_json(self.run_dir / "env.json", environment())
+        self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
+        self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n")
+        self.started = time.time()
+        self._write_result("running", {})
+        return self
+
+    def __exit__(self, exc_type, exc, tb):
+        if not self.enabled:
+            return
+        if exc is not None and not self.finished:
+            status = "preempted" if exc_type is KeyboardInterrupt else "failed"
+            self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
+        self._metrics.close()
+        self._log.close()
+        self._lock.release()
+
+    def metric(self, step, kind, **fields):
+        """Append one row; on disk when the call returns, so that a kill loses at most the row being written."""
+        if self.enabled:
+            row = _plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
+            self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._metrics.flush()
+
+    def print(self, text=""):
+        """Show a line on the terminal (above a progress bar, if there is one) and keep it in log.txt."""
+        if self.enabled:
+            tqdm.write(str(text), file=sys.stdout)
+            sys.stdout.flush()
+            self._log.write(f"{text}\n")
+            self._log.flush()
+
+    def sample(self, step, text):
+        """Keep a generated text in samples.txt."""
+        if self.enabled:
+            with open(self.run_dir / "samples.txt", "a", encoding="utf-8", newline="\n") as f:
+                f.write(f"--- step {step}\n{text}\n")
+
+    def plot(self, **kwargs):
+        """Refresh loss.png; arguments as for `plot_loss`."""
+        if self.enabled:
+            plot_loss(self.run_dir, **kwargs)
+
+    def finish(self, status, **numbers):
+        """Write result.json: the status, the seconds since this start, and the final numbers."""
+        assert status in STATUSES, status
+        self.finished = True
+        if self.enabled:
+            self._write_result(status, {"seconds": round(time.time() - self.started, 3), **numbers})
+
+    def _write_result(self, status, numbers):
+        write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
+
+
+def _end_with_newline(path):
+    """Cut the half-written last line that a kill leaves behind."""
+    if path.exists():
+        with open(path, "rb+") as f:
+            data = f.read()
+            if data and not data.endswith(b"\n"):
+                f.truncate(data.rfind(b"\n") + 1)
+
+
+def provenance():
+    """{argv, git_commit, git_dirty}: which code was run, and how. Untracked files do not make a tree dirty."""
+
+    def git(*args):
+        try:
+            out = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return out.stdout.strip() if out.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    else:
+        script = Path(script.name)
+    return {
+        "argv": [script.as_posix(), *sys.argv[1:]],
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def environment():
+    """The machine as far as it bears on results: versions, GPU, threads, world size, nodes and job id."""
+    env = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
+    }
+    torch = sys.modules.get("torch")  # a run that does not use torch shall not pay for importing it
+    if torch is not None:
+        env["torch"] = torch.__version__
+        env["threads"] = torch.get_num_threads()
+        env["cuda"] = torch.version.cuda
+        env["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    for name in ("transformers", "peft"):
+        if name in sys.modules:
+            env[name] = sys.modules[name].__version__
+    return env
+
+
+def _cpu_name():
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading a run
+
+
+@dataclass
+class Run:
+    """A run directory as it stands on disk, finished or not. `metrics` holds one row per (step, kind), by step."""
+
+    run_dir: Path
+    kind: str
+    settings: dict
+    config: dict
+    env: dict
+    result: dict
+    metrics: list = field(repr=False)
+
+    def rows(self, kind):
+        """The rows of one kind, by step."""
+        return [row for row in self.metrics if row["kind"] == kind]
+
+    def curve(self, kind, y="loss", x="step"):
+        """Two lists (xs, ys) of the rows of one kind that have both fields."""
+        rows = [r for r in self.rows(kind) if r.get(x) is not None and r.get(y) is not None]
+        return [r[x] for r in rows], [r[y] for r in rows]
+
+
+def read_run(run_dir):
+    """Read a run directory -> Run. A run that is still being written, or was killed while writing, reads too."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.json")
+    config = read_json(run_dir / "config.json")
+    env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
+    return Run(run_dir, config["kind"], config["settings"], config, env, result, read_metrics(run_dir))
+
+
+def read_metrics(run_dir):
+    """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is passed over."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows[row["step"], row["kind"]] = row
+            except (json.JSONDecodeError, KeyError, TypeError):
+                if i < len(lines):  # a whole line, so no kill explains it
+                    raise UserError(f"{path}, line {i} is not a metrics row; the file was damaged") from None
+    return sorted(rows.values(), key=lambda r: r["step"])
+
+
+def learned(run_dir):
+    """What "identical runs" compares: the metrics rows without the fields of time and memory."""
+    return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_metrics(run_dir)]
+
+
+def plot_loss(run_dir, reference=None, ylabel="loss (nats per token)"):
+    """Draw the train and val curves of `run_dir` into its loss.png.
+
+    reference: {label: loss}, drawn as dashed horizontal lines.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no backend is chosen, no global state touched
+
+    run = read_run(run_dir)
+    fig = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
+    ax = fig.subplots()
+    xs, ys = run.curve("train")
+    if xs:
+        ax.plot(xs, ys, color="#0072B2", lw=1, alpha=0.75, label="train")
+    xs, ys = run.curve("val")
+    if xs:
+        ax.plot(xs, ys, color="#D55E00", lw=1.8, marker="o", ms=3.5, label=f"validation (last {ys[-1]:.3f})")
+    for (label, value), color in zip((reference or {}).items(), ("#444444", "#009E73", "#CC79A7")):
+        ax.axhline(value, color=color, ls="--", lw=1, label=f"{label} {value:.2f}")
+    ax.set(xlabel="step", ylabel=ylabel, title=run.run_dir.resolve().name)
+    ax.grid(alpha=0.25)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False)
+    with atomic_open(run.run_dir / "loss.png", "wb") as f:
+        fig.savefig(f, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def list_runs(folder):
+    """Print one line per run directory under `folder`: name, kind, status, last step, last validation loss, commit."""
+    runs = [read_run(p.parent) for p in sorted(Path(folder).rglob("config.json")) if (p.parent / "env.json").exists()]
+    if not runs:
+        raise UserError(f"{folder} holds no run directory")
+    print(f"{'run':<36} {'kind':<10} {'status':<10} {'step':>8} {'val loss':>9}  commit")
+    for run in runs:
+        step = run.metrics[-1]["step"] if run.metrics else "-"
+        val = run.curve("val")[1]
+        name = run.run_dir.relative_to(folder).as_posix()
+        last = f"{val[-1]:.4f}" if val else "-"
+        status = run.result.get("status", "?")
+        print(f"{name:<36} {run.kind:<10} {status:<10} {step:>8} {last:>9}  {(run.config['git_commit'] or '-')[:9]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m runlog", description="Look at run directories.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    ls = commands.add_parser("ls", help="list the runs in a folder")
+    ls.add_argument("folder", nargs="?", default=str(ROOT / "runs"), help="folder of run directories")
+    args = parser.parse_args()
+    list_runs(Path(args.folder))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,107 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from runlog import RunLog, UserError, atomic_open, learned, read_metrics, read_run, write_json
+
+
+def write_run(run_dir, losses=(3.0, 2.0), **kwargs):
+    with RunLog(run_dir, "test", {"lr": 0.1, "path": run_dir}, **kwargs) as log:
+        for step, loss in enumerate(losses):
+            log.metric(step, "train", loss=loss, ms=12.5)
+        log.print("a line")
+        log.finish("success", loss=losses[-1])
+
+
+def test_a_run_reads_back(tmp_path):
+    write_run(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert run.kind == "test" and run.settings["lr"] == 0.1
+    assert run.result["status"] == "success" and run.result["loss"] == 2.0
+    assert run.curve("train") == ([0, 1], [3.0, 2.0])
+    assert run.config["argv"] and "git_dirty" in run.config and run.env["world_size"] == 1
+    assert (tmp_path / "run/log.txt").read_text() == "a line\n"
+
+
+def test_the_last_row_for_a_step_and_kind_wins(tmp_path):
+    write_run(tmp_path, (3.0, 2.0))
+    write_run(tmp_path, (3.0, 1.5), resume=True)
+    assert [r["loss"] for r in read_metrics(tmp_path)] == [3.0, 1.5]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_without_resume_the_old_record_is_replaced(tmp_path):
+    write_run(tmp_path, (3.0, 2.0, 1.0))
+    write_run(tmp_path, (3.0,))
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_a_torn_last_line_is_passed_over_and_cut_on_resume(tmp_path):
+    write_run(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "kind": "tr')
+    assert len(read_metrics(tmp_path)) == 2
+    write_run(tmp_path, (9.0, 8.0), resume=True)
+    assert [r["loss"] for r in read_metrics(tmp_path)] == [9.0, 8.0]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    write_run(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0][:10], lines[1], ""]))
+    with pytest.raises(UserError, match="line 1"):
+        read_metrics(tmp_path)
+
+
+def test_learned_ignores_time_alone(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    write_run(tmp_path / "c", (3.0, 2.1))
+    assert learned(tmp_path / "a") == learned(tmp_path / "b") != learned(tmp_path / "c")
+    assert "ms" not in learned(tmp_path / "a")[0] and "loss" in learned(tmp_path / "a")[0]
+
+
+def test_an_exception_is_recorded_as_failed(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunLog(tmp_path, "test", {}):
+        _ = 1 / 0
+    assert read_run(tmp_path).result["status"] == "failed"
+    assert "ZeroDivisionError" in read_run(tmp_path).result["reason"]
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
+    hold = f"import os\nfrom runlog import RunLog\nwith RunLog({str(tmp_path)!r}, 'test', {{}}): os._exit(9)"
+    with RunLog(tmp_path, "test", {}), pytest.raises(UserError, match="another process"):
+        RunLog(tmp_path, "test", {}).__enter__()
+    assert subprocess.run([sys.executable, "-c", hold]).returncode == 9
+    write_run(tmp_path)
+    assert read_run(tmp_path).result["status"] == "success"
+
+
+def test_a_disabled_log_writes_nothing(tmp_path):
+    write_run(tmp_path / "run", enabled=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_takes_numpy_and_turns_nan_into_null(tmp_path):
+    write_json(tmp_path / "x.json", {"a": np.float32(0.5), "b": math.nan, "c": (1, np.int64(2)), "d": tmp_path})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.5, "b": None, "c": [1, 2], "d": tmp_path.as_posix()}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(RuntimeError), atomic_open(tmp_path / "f") as f:
+        f.write("new")
+        raise RuntimeError
+    assert (tmp_path / "f").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_mistakes_are_one_line_and_status_2():
+    for raised in ("UserError('what, and what to do')", "FileNotFoundError(2, 'No such file or directory', 'x.txt')"):
+        code = f"from runlog import UserError, cli\ndef main(): raise {raised}\ncli(main)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
