@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+
+from data.shards import file_sha256, open_split, read_meta, read_shard, verify, write_meta, write_shard
+from runlog import UserError, read_json, write_json
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of three small shards under a vocabulary of 300, id 299 opening every document."""
+    rows = []
+    for i, split in enumerate(("val", "train", "train")):
+        ids = np.random.default_rng(i).integers(0, 299, 50 + i)
+        ids[0] = 299
+        file = f"tiny_{split}_{i:06d}.bin"
+        write_shard(tmp_path / file, ids)
+        row = {"file": file, "split": split, "documents": 1, "tokens": len(ids), "bytes": len(ids) - 1}
+        rows.append({**row, "sha256": file_sha256(tmp_path / file)})
+    tokenizer = {"name": "tiny", "sha256": "0" * 64}
+    write_json(tmp_path / "tokenizer.model", {"sha256": "0" * 64})
+    write_meta(tmp_path, name="tiny", source={}, tokenizer=tokenizer, vocab_size=300, eot=299, shards=rows)
+    return tmp_path
+
+
+def test_the_bytes_are_those_of_llm_c(tmp_path):
+    write_shard(tmp_path / "a.bin", [1, 2, 65535])
+    raw = (tmp_path / "a.bin").read_bytes()
+    assert np.frombuffer(raw[:1024], "<i4").tolist() == [20240520, 1, 3] + [0] * 253
+    assert raw[1024:] == b"\x01\x00\x02\x00\xff\xff"
+
+
+def test_chunks_join_and_read_back(tmp_path):
+    chunks = [np.arange(5), np.arange(0), np.arange(5, 9, dtype=np.uint16)]
+    assert write_shard(tmp_path / "a.bin", iter(chunks)) == 9
+    ids = read_shard(tmp_path / "a.bin")
+    assert isinstance(ids, np.memmap) and ids.dtype == np.uint16 and ids.tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("ids", [[65536], [-1]])
+def test_an_id_that_does_not_fit_is_refused_and_leaves_no_file(tmp_path, ids):
+    with pytest.raises(UserError, match="65535"):
+        write_shard(tmp_path / "a.bin", ids)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_opens_by_split(corpus):
+    assert [len(ids) for ids in open_split(corpus, "train")] == [51, 52]
+    assert [len(ids) for ids in open_split(corpus, "val")] == [50]
+    assert verify(corpus) == read_meta(corpus)
+
+
+def damage(corpus, how):
+    shard = corpus / "tiny_train_000001.bin"
+    raw = bytearray(shard.read_bytes())
+    if how == "flipped":
+        raw[1030] ^= 1
+    elif how == "truncated":
+        raw = raw[:-1]
+    elif how == "cut in the header":
+        raw = raw[:301]
+    elif how == "another format":
+        raw[0] ^= 1
+    elif how == "another version":
+        raw[4] = 2
+    elif how == "another length":
+        ids = np.frombuffer(bytes(raw[1024:]), "<u2")
+        write_shard(shard, ids[:-1])
+        return
+    elif how == "missing":
+        shard.unlink()
+        return
+    elif how == "foreign":
+        write_shard(corpus / "tiny_train_000009.bin", [1])
+        return
+    elif how == "beyond the vocabulary":
+        meta = read_meta(corpus)
+        write_json(corpus / "meta.json", {**meta, "vocab_size": 200})
+        return
+    elif how == "another tokenizer":
+        write_json(corpus / "tokenizer.model", {"sha256": "1" * 64})
+        return
+    shard.write_bytes(bytes(raw))
+
+
+SEEN_AT_START = {
+    "truncated": "promises 51 tokens",
+    "cut in the header": "not a token shard",
+    "another format": "not a token shard",
+    "another version": "version 2",
+    "another length": "meta.json says 51",
+    "missing": "missing",
+    "foreign": "tiny_train_000009.bin is not in meta.json",
+}
+SEEN_BY_VERIFY = {"flipped": "corrupt", "beyond the vocabulary": "vocabulary of 200", "another tokenizer": "tokenizer"}
+
+
+@pytest.mark.parametrize("how", [*SEEN_AT_START, *SEEN_BY_VERIFY])
+def test_damage_is_named(corpus, refuses, how):
+    damage(corpus, how)
+    if how in SEEN_AT_START:
+        with pytest.raises(UserError, match=SEEN_AT_START[how]):
+            open_split(corpus, "train")
+    else:
+        open_split(corpus, "train")  # sums are verify's business
+        with pytest.raises(UserError, match=SEEN_BY_VERIFY[how]):
+            verify(corpus)
+    if how == "flipped":
+        refuses("data/shards.py", "verify", corpus, says="tiny_train_000001.bin is corrupt")
+
+
+def test_a_folder_without_manifest_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"make the corpus with data/prepare.py"):
+        open_split(tmp_path, "train")
+    write_shard(tmp_path / "fineweb_train_000001.bin", [1])
+    with pytest.raises(UserError, match=r"prepare.py adopt"):
+        open_split(tmp_path, "train")
+
+
+def test_a_missing_split_and_another_version_are_named(corpus):
+    meta = read_meta(corpus)
+    (corpus / meta["shards"][0]["file"]).unlink()
+    write_json(corpus / "meta.json", {**meta, "shards": meta["shards"][1:]})
+    with pytest.raises(UserError, match="no val shard"):
+        open_split(corpus, "val")
+    write_json(corpus / "meta.json", {**read_json(corpus / "meta.json"), "version": 9})
+    with pytest.raises(UserError, match="version 9"):
+        read_meta(corpus)
+
+
+def test_verify_prints_the_counts(corpus, script):
+    out = script("data/shards.py", "verify", corpus).stdout
+    assert "every sum is right" in out and "103 tokens" in out
