@@ -1,0 +1,284 @@
+"""Learn BPE merges fast, and exactly as `bpe/reference.py` does.
+
+The naive algorithm walks over the whole text for each merge. This one touches only the places that a merge changes,
+in numpy while there are many of them and in plain Python once there are few.
+
+The text is one flat array of token ids with SEP around every chunk (unsplit text is a single chunk). `LinkedTokens`
+keeps beside it the next and the previous living position, so that a merge rewrites the left half of a pair and unlinks
+the right half. Equal chunks are stored once, in order of first appearance, with their number as the weight of each of
+their positions; a pair's first occurrence in that array and in the full text come in the same order.
+
+Why the next pair is always the right one:
+
+1.  An occurrence of (p, q) comes into being only in the step that mints max(p, q): neighbours change only where a new
+    id is written, and p and q are written in no later step than their own. So from that step on the count of a pair
+    only falls, and the position of its first occurrence only moves right.
+2.  Therefore the key (-count, first position) that a pair got when it was pushed on the heap is a lower bound of its
+    true key. Pop the least key; look at the pair's occurrences again; if none has gone, its key is exact and no other
+    pair can beat it. Otherwise push it back with its true key.
+3.  Only pairs with a count of at least `floor` are on the heap. By (1) no other pair can grow to reach the floor, so a
+    popped pair whose true count is at least `floor` is the best of all. When the heap has nothing more to offer, the
+    array is compacted, the floor lowered to a tenth of the highest count, and the index made anew by one sort.
+
+Occurrences are counted overlapping and merged from the left without overlap ("aaaa" counts three, merges two), which
+is what the even offsets within a run of touching occurrences give.
+
+Counts are int64 throughout.
+"""
+
+import heapq
+
+import numpy as np
+
+from runlog import UserError
+
+SEP = -1  # stands around every chunk
+DEAD = -2  # the right half of a merged pair
+FEW = 48  # up to so many occurrences plain Python beats a dozen numpy calls
+
+
+class LinkedTokens:
+    """Token ids in one flat array, doubly linked: merging a pair costs as much as it has occurrences.
+
+    chunks: list of bytes. tok: their bytes as ids 0..255, SEP around every chunk.
+    """
+
+    def __init__(self, chunks):
+        lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        data = np.frombuffer(b"".join(chunks), np.uint8)
+        # chunk k's bytes are moved right by the k + 1 separators before them
+        tok = np.full(len(data) + len(chunks) + 1, SEP, np.int32)
+        ends = np.cumsum(lengths + 1)
+        inside = np.ones(len(tok), bool)
+        inside[0] = inside[ends] = False
+        tok[inside] = data
+        self._adopt(tok)
+
+    def _adopt(self, tok):
+        n = len(tok)
+        self.tok = tok
+        self.next = np.arange(1, n + 1, dtype=np.int32)
+        self.prev = np.arange(-1, n - 1, dtype=np.int32)
+        self.next[-1] = n - 1  # never followed; keeps every entry a valid index
+        self.prev[0] = 0
+        # scalars are read three times faster through a memoryview than from an array
+        self._tok, self._next, self._prev = map(memoryview, (self.tok, self.next, self.prev))
+
+    def compact(self):
+        """Forget dead positions -> mask of those that were kept. Neighbours then stand side by side."""
+        alive = self.tok != DEAD
+        if not alive.all():
+            self._adopt(self.tok[alive])
+        return alive
+
+    def occurrences(self, where, p, q):
+        """The positions in `where` (ascending: a list if few, else an array) at which p stands before q, still."""
+        if isinstance(where, list):
+            tok, next_ = self._tok, self._next
+            return [i for i in where if tok[i] == p and tok[next_[i]] == q]
+        where = where[self.tok[where] == p]
+        where = where[self.tok[self.next[where]] == q]
+        return where.tolist() if len(where) <= FEW else where
+
+    def merge(self, where, p, q, new_id):
+        """Replace p q by `new_id` at the positions `where` (as `occurrences` returns them).
+
+        Returns where it was done, and what stands there now: the positions before and their tokens, the tokens after.
+        Lists if `where` is one, else arrays.
+        """
+        return (self._merge_few if isinstance(where, list) else self._merge_many)(where, p, q, new_id)
+
+    def _merge_few(self, where, p, q, new_id):
+        tok, next_, prev = self._tok, self._next, self._prev
+        done = []
+        for i in where:
+            if tok[i] == p:  # else the occurrence before has just used it up, as in "aaa"
+                right = next_[i]
+                after = next_[right]
+                tok[i], tok[right] = new_id, DEAD
+                next_[i] = after
+                prev[after] = i
+                done.append(i)
+        before = [prev[i] for i in done]
+        return done, before, [tok[i] for i in before], [tok[next_[i]] for i in done]
+
+    def _merge_many(self, where, p, q, new_id):
+        right = self.next[where]
+        if p == q:
+            where = _without_overlap(where, right)
+            right = self.next[where]
+        after = self.next[right]
+        self.tok[where] = new_id
+        self.tok[right] = DEAD
+        self.next[where] = after
+        self.prev[after] = where
+        before = self.prev[where]
+        return where, before, self.tok[before], self.tok[after]
+
+
+def _without_overlap(where, right):
+    """Of occurrences of (p, p), keep those at even offsets within each run in which one touches the next."""
+    starts = np.empty(len(where), bool)
+    starts[0] = True
+    np.not_equal(right[:-1], where[1:], out=starts[1:])
+    offset = np.arange(len(where))
+    return where[(offset - np.maximum.accumulate(offset * starts)) % 2 == 0]
+
+
+class _PairIndex:
+    """Where each frequent pair occurs, and a lazy heap that yields the most frequent one."""
+
+    def __init__(self, tokens, weights):
+        """tokens: LinkedTokens. weights: int64 per position, or None for one each."""
+        self.tokens, self.weights = tokens, weights
+        self.where = {}  # (p, q) -> ascending positions, some of them stale
+        self.heap = []  # (-count, first position, p, q), each a lower bound
+        self.floor = None
+        self.n_ids = 256
+
+    def count(self, where):
+        if self.weights is None:
+            return len(where)
+        if isinstance(where, list):
+            weights = self._weights
+            return sum([weights[i] for i in where])
+        return int(self.weights[where].sum())
+
+    def rebuild(self):
+        """Index every pair with at least a tenth of the highest count. False when there is no pair at all."""
+        alive = self.tokens.compact()
+        if self.weights is not None:
+            self.weights = self.weights[alive]
+            self._weights = memoryview(self.weights)
+        self.where.clear()
+        self.heap.clear()
+        where, starts, counts, pairs = _all_pairs(self.tokens.tok, self.n_ids, self.weights)
+        if not len(counts):
+            return False
+        self.floor = max(int(counts.max()) // 10, 1)
+        ends = np.append(starts[1:], len(where))
+        for g in np.flatnonzero(counts >= self.floor):
+            self.add(*divmod(int(pairs[g]), self.n_ids), where[starts[g] : ends[g]], int(counts[g]), push=False)
+        heapq.heapify(self.heap)
+        return True
+
+    def add(self, p, q, where, count, push=True):
+        if not isinstance(where, list) and len(where) <= FEW:
+            where = where.tolist()
+        self.where[p, q] = where
+        entry = (-count, int(where[0]), p, q)
+        if push:
+            heapq.heappush(self.heap, entry)
+        else:
+            self.heap.append(entry)
+
+    def pop(self):
+        """-> (p, q, positions, count) of the best pair, or None when no pair reaches the floor."""
+        heap = self.heap
+        while heap and -heap[0][0] >= self.floor:
+            count, _, p, q = heap[0]
+            where = self.tokens.occurrences(self.where[p, q], p, q)
+            true_count = self.count(where)
+            if true_count == -count:  # weights are positive: the same count means the same occurrences
+                heapq.heappop(heap)
+                del self.where[p, q]
+                return p, q, where, true_count
+            if true_count < self.floor:
+                heapq.heappop(heap)
+                del self.where[p, q]
+            else:
+                self.where[p, q] = where
+                heapq.heapreplace(heap, (-true_count, int(where[0]), p, q))
+        return None
+
+    def merge(self, p, q, where, new_id):
+        """Merge a pair and index the frequent ones among the pairs that this brings about."""
+        self.n_ids = max(self.n_ids, new_id + 1)
+        done, before, left, right = self.tokens.merge(where, p, q, new_id)
+        find = self._find_few if isinstance(done, list) else self._find_many
+        for x, positions, count in find(done, done, right):
+            self.add(new_id, x, positions, count)
+        for x, positions, count in find(done, before, left):
+            if x != new_id:  # (new_id, new_id) is known from the right side already
+                self.add(x, new_id, positions, count)
+
+    def _find_few(self, done, positions, neighbours):
+        found = {}
+        for i, x in zip(positions, neighbours):
+            if x != SEP:
+                found.setdefault(x, []).append(i)
+        for x, where in found.items():
+            count = self.count(where)
+            if count >= self.floor:
+                yield x, where, count
+
+    def _find_many(self, done, positions, neighbours):
+        counts = np.zeros(self.n_ids + 1, np.int64)  # shifted by one: index 0 takes the separators
+        np.add.at(counts, neighbours + 1, 1 if self.weights is None else self.weights[done])
+        counts[0] = 0
+        for x in (np.flatnonzero(counts >= self.floor) - 1).tolist():
+            yield x, positions[neighbours == x], int(counts[x + 1])
+
+
+def _all_pairs(tok, n_ids, weights):
+    """Group the neighbours of a compact array by pair.
+
+    -> positions (by pair, ascending within), start of each group, count of each group, p * n_ids + q of each group.
+    """
+    bits = len(tok).bit_length()
+    packed = np.multiply(tok[:-1], n_ids, dtype=np.int64)
+    packed += tok[1:]
+    packed <<= bits
+    packed |= np.arange(len(packed))
+    packed = packed[(tok[:-1] != SEP) & (tok[1:] != SEP)]
+    packed.sort()
+    where = (packed & ((1 << bits) - 1)).astype(np.int32)
+    packed >>= bits
+    starts = np.flatnonzero(np.diff(packed, prepend=-1))
+    if weights is None:
+        counts = np.diff(starts, append=len(packed))
+    else:
+        counts = np.add.reduceat(weights[where], starts) if len(starts) else starts
+    return where, starts, counts, packed[starts]
+
+
+def check_size(vocab_size, positions):
+    """Refuse what cannot be represented: a pair and a position share one 63-bit number while sorting."""
+    if vocab_size < 256:
+        raise UserError(f"vocab_size {vocab_size} is too small: the 256 bytes come first, so ask for 256 or more")
+    room = 63 - (positions + 1).bit_length()
+    limit = 1 << (room // 2)
+    if positions >= 2**31 - 1:
+        raise UserError(f"{positions:,} bytes of different chunks are more than the trainer's 2,147,483,646 positions")
+    if vocab_size > limit:
+        raise UserError(f"vocab_size {vocab_size} is too large: with {positions:,} bytes of text it can be {limit:,}")
+
+
+def learn_merges(chunk_counts, vocab_size):
+    """Yield ((p, q), new_id, count) for each merge in order, until the vocabulary is full or no pair is left.
+
+    chunk_counts: {chunk as bytes: how often it occurs}, in order of first appearance.
+    vocab_size: the 256 bytes and the merges.
+    """
+    chunks = [c for c in chunk_counts if len(c) > 1]
+    check_size(vocab_size, sum(map(len, chunks)) + len(chunks) + 1)
+    numbers = np.fromiter((chunk_counts[c] for c in chunks), np.int64, len(chunks))
+    tokens = LinkedTokens(chunks)
+    weights = None
+    if (numbers != 1).any():
+        lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        weights = np.concatenate(([0], np.repeat(numbers, lengths + 1)))  # position 0 is a separator
+    del chunks
+    index = _PairIndex(tokens, weights)
+    best = index.pop() if vocab_size > 256 and index.rebuild() else None
+    new_id = 256
+    while best is not None:
+        p, q, where, count = best
+        index.merge(p, q, where, new_id)
+        yield (p, q), new_id, count
+        new_id += 1
+        if new_id == vocab_size:
+            return
+        best = index.pop()
+        if best is None and index.rebuild():
+            best = index.pop()
