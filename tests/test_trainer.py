@@ -1,0 +1,92 @@
+"""The fast trainer against the naive algorithm."""
+
+import io
+import random
+from collections import Counter
+from contextlib import redirect_stderr
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe.trainer
+from bpe import Tokenizer, reference
+from bpe.trainer import LinkedTokens, check_size, learn_merges
+from runlog import UserError
+
+
+def learn(chunks, num_merges):
+    return {pair: token for pair, token, _ in learn_merges(Counter(chunks), 256 + num_merges)}
+
+
+@pytest.fixture(params=[0, 2, 48])
+def few(request, monkeypatch):
+    """Run with the vectorised, the mixed and the plain-Python paths of the trainer."""
+    monkeypatch.setattr(bpe.trainer, "FEW", request.param)
+
+
+small_bytes = st.text(alphabet="ab", max_size=60).map(str.encode) | st.binary(max_size=40)
+
+
+@given(st.lists(small_bytes, max_size=8), st.integers(0, 40))
+@settings(max_examples=150, deadline=None)
+def test_merges_equal_the_naive_algorithm(chunks, num_merges):
+    # order included: == on dicts ignores it
+    assert list(learn(chunks, num_merges).items()) == list(reference.train(chunks, num_merges).items())
+
+
+@pytest.mark.parametrize("text", ["a" * 1000, "aaab" * 300, "abab" * 200 + "ba" * 100, "aabaaabaaaab" * 80])
+def test_runs_and_overlaps(few, text):
+    for chunks in ([text.encode()], [c.encode() for c in text.split("b")]):
+        assert list(learn(chunks, 25).items()) == list(reference.train(chunks, 25).items())
+
+
+def test_counts_are_reported_and_exact(few):
+    got = list(learn_merges({b"aaa": 2, b"ab": 3}, 300))
+    # (a,a) overlaps: 2 each; (a,b): 3
+    assert got == [((97, 97), 256, 4), ((97, 98), 257, 3), ((256, 97), 258, 2)]
+
+
+def test_counts_beyond_32_and_53_bits(few):
+    big = 2**53
+    got = list(learn_merges({b"ab": big, b"cd": big + 1, b"ef": 2**31 + 1}, 300))
+    assert [(pair, n) for pair, _, n in got] == [((99, 100), big + 1), ((97, 98), big), ((101, 102), 2**31 + 1)]
+
+
+def test_many_chunks_with_many_rebuilds(few):
+    rnd = random.Random(7)
+    words = ["".join(rnd.choices("abcdefg", k=rnd.randint(1, 9))) for _ in range(150)]
+    chunks = [rnd.choice(words).encode() for _ in range(600)]
+    assert list(learn(chunks, 120).items()) == list(reference.train(chunks, 120).items())
+
+
+def test_linked_tokens_merge_without_overlap(few):
+    tokens = LinkedTokens([b"aaaaa", b"aa"])
+    where = tokens.occurrences([1, 2, 3, 4, 7], 97, 97)
+    if bpe.trainer.FEW == 0:
+        where = bpe.trainer.np.array(where)
+    tokens.merge(where, 97, 97, 256)
+    tokens.compact()
+    assert tokens.tok.tolist() == [-1, 256, 256, 97, -1, 256, -1]
+
+
+@pytest.mark.parametrize("size, says", [(255, "too small"), (0, "too small"), (-1, "too small"), (10**10, "too large")])
+def test_a_vocabulary_that_cannot_be_is_refused(size, says):
+    with pytest.raises(UserError, match=says):
+        Tokenizer().train("hello", size)
+
+
+def test_the_limit_depends_on_the_text():
+    check_size(2**16, 2**30 - 2)
+    with pytest.raises(UserError, match="it can be 65,536"):
+        check_size(2**17, 2**30 - 2)
+
+
+@pytest.mark.parametrize("text", ["", "a", "hello hello"])
+def test_training_stops_early_and_says_so(text):
+    tok, said = Tokenizer(), io.StringIO()
+    with redirect_stderr(said):
+        tok.train(text, 500)
+    assert "no pair is left" in said.getvalue()
+    assert tok.n_vocab == 256 + len(tok.merges) and tok.decode(tok.encode(text)) == text
+    assert tok.merges == reference.train([text], 244)
