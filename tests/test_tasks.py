@@ -1,0 +1,223 @@
+import gzip
+import json
+from itertools import chain
+
+import pytest
+from lora_models import tiny_tokenizer
+
+from lora import tasks
+from lora.tasks import IGNORE, collate, encode, load_task, to_example, token_f1
+from runlog import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def parts(row, tokenizer):
+    """What of an encoded row is masked and what is learned, as text."""
+    masked = [t for t, label in zip(row["input_ids"], row["labels"]) if label == IGNORE]
+    learned = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORE]
+    assert learned == [label for label in row["labels"] if label != IGNORE]
+    return tokenizer.decode(masked), tokenizer.decode(learned)
+
+
+def test_only_the_response_and_the_end_are_learned(tokenizer):
+    row = {"instruction": "Name a cat.", "input": "", "output": "Tom"}
+    encoded, cut = encode(to_example("alpaca", row, tokenizer, "corrected"), tokenizer, 400)
+    masked, learned = parts(encoded, tokenizer)
+    assert masked.endswith("### Response:\n") and "Name a cat." in masked
+    assert learned == "Tom<|endoftext|>" and cut is None
+
+
+def test_faithful_learns_the_prompt_and_no_end(tokenizer):
+    row = {"instruction": "Name a cat.", "input": "a list", "output": "Tom"}
+    example = to_example("alpaca", row, tokenizer, "faithful")
+    encoded, _ = encode(example, tokenizer, 400, "faithful")
+    _, learned = parts(encoded, tokenizer)
+    assert learned.endswith("### Input:\na list\n\n### Response:\nTom")
+    assert tokenizer.eos_token_id not in encoded["input_ids"]
+    whole = tokenizer(example.segments[0][0]).input_ids
+    assert encoded["input_ids"] == whole and encoded["labels"][1:] == whole[1:]
+
+
+def test_a_prompt_is_tokenized_in_training_as_when_asking(tokenizer):
+    row = {"prompt": "the cat", "response": "sat on the mat"}
+    example = to_example("instruction", row, tokenizer, "corrected")
+    encoded, _ = encode(example, tokenizer, 100)
+    ids = tasks.prompt_ids(tokenizer, example.prompt)
+    assert encoded["input_ids"][: len(ids)] == ids and encoded["labels"][len(ids)] != IGNORE
+
+
+def test_complaint_truncation_removes_the_response_llama_cookbook_215(tokenizer):
+    """The prompt gives way, from its beginning; the response and its end stay whole, and the cut is reported."""
+    row = {"prompt": "x" * 500 + " the end of the question", "response": "the film was good"}
+    encoded, cut = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
+    masked, learned = parts(encoded, tokenizer)
+    assert learned == "the film was good<|endoftext|>" and masked.endswith("question")
+    assert len(encoded["input_ids"]) == 64 and cut == "prompt"
+
+
+def test_a_response_longer_than_the_block_is_cut_and_counted(tokenizer):
+    row = {"prompt": "question", "response": "y" * 500}
+    encoded, cut = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
+    assert cut == "response" and len(encoded["input_ids"]) == 64
+    assert tokenizer.eos_token_id not in encoded["labels"]  # it did not end here
+
+
+def test_a_cut_text_does_not_learn_to_end_there(tokenizer):
+    short, _ = encode(to_example("text", {"text": "the cat"}, tokenizer, "corrected"), tokenizer, 64)
+    long, cut = encode(to_example("text", {"text": "z" * 500}, tokenizer, "corrected"), tokenizer, 64)
+    assert short["labels"][-1] == tokenizer.eos_token_id
+    assert cut == "text" and len(long["labels"]) == 64 and tokenizer.eos_token_id not in long["labels"]
+
+
+def test_a_long_review_keeps_its_sentiment(tokenizer):
+    row = {"review": "it goes on " * 100, "sentiment": "positive"}
+    encoded, cut = encode(to_example("imdb", row, tokenizer, "corrected"), tokenizer, 64)
+    assert tokenizer.decode(encoded["input_ids"]).endswith("\nSentiment: positive<|endoftext|>") and cut == "text"
+
+
+def test_complaint_pad_is_eos_so_generation_never_stops_llm_course_33(tokenizer):
+    """Padding with the end-of-text id masks the padding and still learns the end of every row."""
+    assert tokenizer.pad_token_id is None
+    pad = tasks.pad_id(tokenizer)
+    assert pad == tokenizer.eos_token_id
+    rows = [
+        encode(to_example("instruction", {"prompt": "q", "response": text}, tokenizer, "corrected"), tokenizer, 64)[0]
+        for text in ("good", "the film was very good and long")
+    ]
+    batch = collate(rows, pad)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        assert batch["labels"][i, n - 1] == pad  # the end is learned
+        assert (batch["labels"][i, n:] == IGNORE).all() and (batch["attention_mask"][i, n:] == 0).all()
+
+
+def test_complaint_chat_templates_and_assistant_loss_llama_factory_2154_5707(chat_tokenizer):
+    """`messages` and ShareGPT rows: the assistant's turns are learned with their end of turn, and nothing else."""
+    messages = [
+        {"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "see you"},
+    ]  # fmt: skip
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    sharegpt = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+    for row in ({"messages": messages}, {"conversations": sharegpt}):
+        example = to_example("chat", row, chat_tokenizer, "corrected")
+        encoded, _ = encode(example, chat_tokenizer, 400)
+        whole = chat_tokenizer.apply_chat_template(messages, tokenize=False)
+        assert chat_tokenizer.decode(encoded["input_ids"]) == whole
+        assert parts(encoded, chat_tokenizer)[1] == "hello<|im_end|>see you<|im_end|>"
+    end = chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in tasks.stop_ids(chat_tokenizer, example)  # LLaMA-Factory#5593, #6020: generation stops at it
+
+
+def test_a_base_without_chat_template_says_so(tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        to_example("chat", {"messages": [{"role": "assistant", "content": "a"}]}, tokenizer, "corrected")
+
+
+def test_files_of_every_kind_give_the_same_rows(tmp_path):
+    rows = [{"review": "good, “fine”", "sentiment": "positive"}, {"review": "bad", "sentiment": "negative"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "a.csv").write_text('review,sentiment\n"good, “fine”",positive\nbad,negative\n', encoding="utf-8")
+    for name in ("a.json", "a.jsonl", "a.csv"):
+        packed = tmp_path / (name + ".gz")
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert tasks.read_rows(tmp_path / name) == tasks.read_rows(packed) == rows
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.json", b"{", "not valid JSON"),
+        ("a.json", b'{"a": 1}', "list of objects"),
+        ("a.csv", b"\xff\xfe", "not UTF-8"),
+        ("a.xls", b"a", "unknown kind"),
+        ("a.csv.gz", b"plain", "gzip"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as e:
+        tasks.read_rows(tmp_path / name)
+    assert name in str(e.value)
+
+
+def write_rows(path, n):
+    rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def test_the_held_out_split_does_not_move_when_rows_are_added(tmp_path, tokenizer):
+    few = load_task("instruction", tokenizer, 128, data_file=write_rows(tmp_path / "a.jsonl", 200), held_out=0.2)
+    many = load_task("instruction", tokenizer, 128, data_file=write_rows(tmp_path / "b.jsonl", 400), held_out=0.2)
+    assert 15 <= len(few.held_out) <= 70
+    assert many.held_out[: len(few.held_out)] == few.held_out
+    train = {tuple(row["input_ids"]) for row in many.train}
+    assert not any(tuple(row["input_ids"]) in train for row in many.held_out)
+
+
+def test_cuts_are_reported(tmp_path, tokenizer):
+    rows = [{"prompt": "p" * n, "response": "r"} for n in (1, 100, 200)] + [{"prompt": "q", "response": "s" * 99}]
+    rows += [{"prompt": f"{i}", "response": "t"} for i in range(40)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    report = load_task("instruction", tokenizer, 128, data_file=tmp_path / "a.json", max_length=32).report
+    assert report["cut_prompt"] == 2 and report["cut_response"] == 1 and report["max_length"] == 32
+
+
+def test_every_row_is_seen_once_an_epoch_and_order_is_a_function():
+    steps = [tasks.batch_rows(10, 4, step, seed=3) for step in range(6)]
+    assert [len(s) for s in steps] == [4, 4, 2] * 2
+    assert sorted(chain(*steps[:3])) == sorted(chain(*steps[3:])) == list(range(10))
+    assert steps[:3] != steps[3:] and tasks.batch_rows(10, 4, 4, seed=3) == steps[4]
+    assert tasks.batch_rows(10, 4, 4, seed=4) != steps[4]
+
+
+def test_show_batch_tells_learned_and_masked_apart(tokenizer):
+    row = {"prompt": "the cat", "response": "sat"}
+    encoded, _ = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
+    assert tasks.show_batch([encoded], tokenizer).splitlines()[1:] == [
+        "  masked  | 'the cat'",
+        "  learned | 'sat<|endoftext|>'",
+    ]
+
+
+def test_answers_are_scored_by_words():
+    assert tasks.exact_match("The cat.", "cat") == 1.0 and tasks.exact_match("dog", "cat") == 0.0
+    assert token_f1("the black cat", "cat") == pytest.approx(2 / 3)
+    assert token_f1("", "cat") == 0.0 and token_f1("", "") == 1.0
+
+
+def test_pydocs_rows_ask_for_the_summary():
+    entries = [
+        {"name": "os.getcwd", "kind": "function", "signature": "()", "doc": "Return the current\ndirectory.\n\nMore."},
+        {"name": "os.x", "kind": "function", "signature": "()", "doc": "short"},
+        {"name": "os", "kind": "module", "signature": "", "doc": "OS routines for all of the systems."},
+    ]
+    rows = tasks.pydocs_rows(entries)
+    assert rows == [
+        {
+            "instruction": "What does the function `os.getcwd` do?",
+            "input": "()",
+            "output": "Return the current directory.",
+        }
+    ]
