@@ -1,0 +1,115 @@
+import pytest
+import torch
+from lora_models import save_tiny, tiny_model, tiny_tokenizer
+
+from lora import generate
+from lora.generate import load_base, load_tokenizer, save_merged
+from runlog import UserError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "bloom", "bloom")
+
+
+def adapter(model, strength=0.5, bias="lora_only"):
+    """A PeftModel with random weights, as if trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, bias=bias))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=strength)
+    return model.eval()
+
+
+def test_padded_vocabulary_is_never_generated():
+    model, tokenizer = tiny_model("gpt2", vocab_size=2000), tiny_tokenizer()
+    ids = [5, 6, 7]
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=True, pad_token_id=0)
+    assert plain.max() >= len(tokenizer)  # left alone, the random model picks ids that no tokenizer knows
+    for temperature in (0.0, 1.0):
+        seen = []
+        tokenizer.decode = lambda new, seen=seen: seen.extend(new) or ""
+        generate.generate(model, tokenizer, ids, stop_ids=[], max_new_tokens=20, temperature=temperature)
+        assert len(seen) == 20 and max(seen) < len(tokenizer)
+
+
+def test_complaint_generation_that_does_not_stop_llama_factory_5593_6020():
+    """Generation ends at any of the stop ids, which are not part of the text."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    whole = model.generate(torch.tensor([[5, 6]]), max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 2:].tolist()
+    text = generate.generate(model, tokenizer, [5, 6], stop_ids=[0, whole[3]], max_new_tokens=9, repetition_penalty=1.0)
+    assert text == tokenizer.decode(whole[: whole.index(whole[3])])
+
+
+def test_a_prompt_longer_than_the_block_keeps_its_end():
+    model, tokenizer = tiny_model("gpt2", block=32), tiny_tokenizer()
+    ids = torch.randint(1, 290, (100,)).tolist()
+    long = generate.generate(model, tokenizer, ids, stop_ids=[], max_new_tokens=8)
+    assert long == generate.generate(model, tokenizer, ids[-24:], stop_ids=[], max_new_tokens=8)
+
+
+def test_complaint_lost_precision_on_merge_peft_1388(base, tmp_path):
+    """Merged in float32, the folder's model gives the adapter's logits, though the base is loaded in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(1, 40)[None]
+    model = adapter(load_base(str(base)))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        plain = load_base(str(base))(ids).logits
+    model, difference = generate.merge(model, ids)
+    save_merged(model, load_tokenizer(str(base)), tmp_path / "merged", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (merged(ids).logits - wanted).abs().max() < 1e-4 < (plain - wanted).abs().max()
+    assert difference < 1e-4 and len(load_tokenizer(str(tmp_path / "merged"))) == 290
+
+
+def test_a_broken_adapter_is_not_merged(base, tmp_path):
+    model = adapter(load_base(str(base)))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"cannot be merged|logits differ"):
+        generate.merge(model, torch.arange(1, 9)[None])
+
+
+def test_merging_writes_a_folder_whole_or_not_at_all(base, tmp_path):
+    class Failing:
+        def save_pretrained(self, folder):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        save_merged(load_base(str(base)), Failing(), tmp_path / "merged", "float32")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        save_merged(load_base(str(base)), load_tokenizer(str(base)), tmp_path / "merged", "float32")
+
+
+def test_from_the_command_line(script, base, tmp_path):
+    adapter(load_base(str(base))).save_pretrained(tmp_path / "run" / "ckpt" / "adapter")
+    args = ("--base", base, "--adapter", tmp_path / "run", "--prompt", "the cat", "--max-new-tokens", "5")
+    done = script("lora/generate.py", *args, "--merge", tmp_path / "merged", "--device", "cpu")
+    assert "logits agree" in done.stdout and "the cat" in done.stdout
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_the_models_own_dropout_is_off(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path)).train()
+    assert torch.equal(model(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    "base, says", [("./no", "does not exist"), ("a/b/c", "does not exist"), (".", "no config.json")]
+)
+def test_a_base_that_is_none_is_named(base, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        load_base(base)
