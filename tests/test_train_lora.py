@@ -1,0 +1,221 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lora_models import save_tiny, tiny_model
+
+from lora import train_lora
+from lora.train_lora import TrainConfig
+from runlog import UserError, learned, read_run
+
+QUICK = ("--device", "cpu", "--max-steps", "6", "--eval-every", "3", "--log-every", "1", "--batch-size", "2")
+QUICK += ("--max-new-tokens", "8", "--metric-rows", "2", "--eval-rows", "4", "--held-out", "0.2", "--lr", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    rows = [{"instruction": f"what of {i}", "input": "", "output": f"the cat sat on {i}"} for i in range(60)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def config(base, rows, run_dir, **changes):
+    """A run of a few seconds; the test says what is different about it."""
+    settings = {
+        "task": "instruction", "data_file": str(rows), "device": "cpu", "max_steps": 6, "eval_every": 3, "log_every": 1,
+        "batch_size": 2, "max_new_tokens": 8, "metric_rows": 0, "eval_rows": 4, "held_out": 0.2, "lr": 1e-2,
+        "prompt": "the cat",
+    }  # fmt: skip
+    return TrainConfig(base=str(base), run_dir=str(run_dir), **(settings | changes))
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(torch.arange(1, 20)[None] if ids is None else ids).logits
+
+
+def adapted(base, run_dir, dtype="float32"):
+    from peft import PeftModel
+
+    from lora.generate import adapter_folder, load_base
+
+    return PeftModel.from_pretrained(load_base(str(base), dtype), adapter_folder(run_dir)).eval()
+
+
+def test_a_run_as_a_person_starts_it(script, base, rows, tmp_path):
+    args = ("--base", base, "--task", "alpaca", "--data-file", rows, "--run-dir", tmp_path, *QUICK)
+    first = script("lora/train_lora.py", *args)
+    assert "before training" in first.stdout and "after training" in first.stdout
+    run = read_run(tmp_path)
+    assert run.result["status"] == "success" and run.result["step"] == 6
+    assert [row["step"] for row in run.rows("train")] == [1, 2, 3, 4, 5, 6]
+    losses = run.curve("val")[1]
+    assert losses[-1] < losses[0] and run.result["held_out_loss"] == pytest.approx(min(losses), abs=1e-5)
+    assert run.rows("val")[0]["perplexity"] == pytest.approx(math.exp(losses[0]))
+    assert set(run.result["before"]) == {"exact_match", "token_f1"} == set(run.result["after"])
+    assert (tmp_path / "loss.png").stat().st_size > 5000 and "--- step 6" in (tmp_path / "samples.txt").read_text()
+    human = (tmp_path / "lora_experiments_alpaca.log").read_text(encoding="utf-8")
+    assert "PARAMETERS:" in human and '"lora_alpha": 16' in human and "RESULTS:" in human
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = script("lora/train_lora.py", *args)
+    assert "already done" in again.stdout and (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_adapter_changes_the_model(base, rows, tmp_path):
+    from lora.generate import load_base
+
+    train_lora.run(config(base, rows, tmp_path))
+    assert (logits(adapted(base, tmp_path)) - logits(load_base(str(base)))).abs().max() > 1e-3
+
+
+def test_other_settings_are_refused_and_overwrite_replaces(base, rows, tmp_path):
+    train_lora.run(config(base, rows, tmp_path, max_steps=2))
+    with pytest.raises(UserError, match=r"other settings \(r\)"):
+        train_lora.run(config(base, rows, tmp_path, max_steps=2, r=4))
+    result = train_lora.run(config(base, rows, tmp_path, max_steps=2, r=4, overwrite=True))
+    assert result["step"] == 2 and len(read_run(tmp_path).rows("train")) == 2
+
+
+def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_path):
+    """Killed after a checkpoint and started again, a run ends with the metrics and weights of an undisturbed one."""
+    train_lora.run(config(base, rows, tmp_path / "whole", max_steps=9))
+    code = (
+        "import os, sys\nfrom lora import train_lora\nfrom test_train_lora import config\n"
+        "record = train_lora.RunLog.metric\n"
+        "def metric(self, step, kind, **fields):\n"
+        "    record(self, step, kind, **fields)\n"
+        "    if (step, kind) == (8, 'train'): os._exit(9)\n"
+        "train_lora.RunLog.metric = metric\n"
+        f"train_lora.run(config({str(base)!r}, {str(rows)!r}, {str(tmp_path / 'killed')!r}, max_steps=9))\n"
+    )
+    tests = os.path.dirname(__file__)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert read_run(tmp_path / "killed").result["status"] == "running"
+    train_lora.run(config(base, rows, tmp_path / "killed", max_steps=9))
+    assert "resuming from checkpoint-6" in (tmp_path / "killed/log.txt").read_text()
+    assert learned(tmp_path / "killed") == learned(tmp_path / "whole")
+    name = "ckpt/adapter/adapter_model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_complaint_nan_step_hidden_trl_6702_and_loss_0_alpaca_lora_391(base, rows, tmp_path):
+    """A non-finite loss stops the run at that step; it is neither logged as 0 nor averaged away."""
+    result = train_lora.run(config(base, rows, tmp_path, lr=1e30, max_grad_norm=0.0, max_steps=6))
+    run = read_run(tmp_path)
+    assert run.result["status"] == "diverged" and result["step"] < 6
+    assert "not finite at step" in (tmp_path / "log.txt").read_text()
+    assert all(row["loss"] > 0 for row in run.rows("train"))
+    assert torch.isfinite(logits(adapted(base, tmp_path))).all()
+
+
+def test_complaint_empty_adapters_saved_alpaca_lora_446(base, rows, tmp_path):
+    """What was saved has the shapes that r says and weights that have moved; an empty one is refused."""
+    from safetensors.torch import load_file
+
+    train_lora.run(config(base, rows, tmp_path, r=3))
+    tensors = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
+    shapes = {name.rsplit("c_attn.", 1)[1]: tuple(t.shape) for name, t in tensors.items()}
+    assert shapes == {"lora_A.weight": (3, 32), "lora_B.weight": (96, 3), "base_layer.bias": (96,)}
+    assert len(tensors) == 6 and all(t.abs().sum() > 0 for t in tensors.values())
+    with pytest.raises(UserError, match="empty"):
+        train_lora.check_adapter({}, "here")
+    with pytest.raises(UserError, match="empty"):
+        train_lora.check_adapter({"x.lora_B.weight": torch.zeros(0)}, "here")
+
+
+def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
+    """float16 is refused; on a bfloat16 base the adapter's weights are float32."""
+    with pytest.raises(UserError, match="float16"):
+        train_lora.run(config(base, rows, tmp_path / "a", dtype="float16"))
+    train_lora.run(config(base, rows, tmp_path / "b", dtype="bfloat16", bias="none", max_steps=2))
+    model = adapted(base, tmp_path / "b", "bfloat16")
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert read_run(tmp_path / "b").result["status"] == "success"
+
+
+def test_early_stopping_keeps_the_best_adapter_llama_factory_4637_3336(base, rows, tmp_path):
+    """A rate that makes things worse stops early, and the adapter saved is that of the best held-out loss."""
+    result = train_lora.run(config(base, rows, tmp_path, lr=3.0, max_steps=40, eval_every=1, patience=3, epochs=9))
+    losses = read_run(tmp_path).curve("val")[1]
+    assert result["step"] < 40 and result["best_step"] == losses.index(min(losses))
+    assert result["held_out_loss"] == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_held_out_loss_is_per_token_whatever_the_batch(base):
+    from lora.tasks import IGNORE
+
+    model = tiny_model("llama", torch.float64)
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for n in (3, 9, 20, 21, 7):
+        ids = torch.randint(1, 290, (n,), generator=g).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORE] * (n // 2) + ids[n // 2 :]})
+    losses = [train_lora.held_out_loss(model, rows, 0, batch_size=b) for b in (1, 2, 5)]
+    nll = [
+        -torch.log_softmax(model(torch.tensor([row["input_ids"]])).logits[0].float(), -1)[t - 1, label].item()
+        for row in rows
+        for t, label in enumerate(row["labels"])
+        if label != IGNORE
+    ]
+    assert losses == pytest.approx([sum(nll) / len(nll)] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family, names", [("bloom", ["query_key_value"]), ("llama", ["q_proj", "k_proj", "v_proj"])])
+def test_targets_are_the_originals(family, names):
+    assert train_lora.target_modules("auto", tiny_model(family)) == names
+    assert train_lora.target_modules("a, b", tiny_model(family)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"data_file": "no.json"}, "no.json is not a file"),
+        ({"task": "poetry"}, "unknown task poetry"),
+        ({"base": "./no"}, "./no does not exist"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"r": 0}, "rank"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp_path, changes, says):
+    cfg = config(base, rows, tmp_path / "run")
+    for name, value in changes.items():
+        setattr(cfg, name, value)
+    with pytest.raises(UserError, match=says):
+        train_lora.run(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_one_line(refuses, tmp_path):
+    refuses("lora/train_lora.py", "--base", "./no", "--run-dir", tmp_path / "run", says="./no does not exist")
+
+
+def test_on_a_real_llama(shared_data, tmp_path):
+    changes = {"task": "imdb", "data_file": str(shared_data / "imdb_review_3000.csv.gz"), "prompt": ""}
+    cfg = config(shared_data / "stories260K", "", tmp_path, max_rows=40, max_length=64, metric_rows=4, **changes)
+    result = train_lora.run(cfg)
+    run = read_run(tmp_path)
+    assert result["prompt"] == "I love this movie because"
+    assert run.result["held_out_loss"] < run.curve("val")[1][0] and 0 <= run.result["after"]["sentiment_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(base, rows, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["lora/train_lora.py", "--base", str(base), "--task", "alpaca", "--data-file", str(rows)]
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run([*command, "--run-dir", str(tmp_path), *QUICK], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = read_run(tmp_path)
+    assert run.result["status"] == "success" and run.env["world_size"] == 2
+    assert torch.isfinite(logits(adapted(base, tmp_path))).all()
