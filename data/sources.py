@@ -449,7 +449,7 @@ def select(texts, cfg, files):
         return (text for text in texts if is_validation(text, share) == (cfg.part == "val"))
     if cfg.part == "val":
         raise UserError(f"{cfg.source} holds out its first tokens, whose end depends on the tokenizer: no --part val")
-    return _after(texts, min(1 << 30, sum(map(_text_bytes, files)) // 5))
+    return _after(texts, min(1 << 30, sum(map(text_bytes, files)) // 5))
 
 
 def _after(texts, margin):
@@ -461,7 +461,7 @@ def _after(texts, margin):
         passed += len(text.encode("utf-8"))
 
 
-def _text_bytes(path):
+def text_bytes(path):
     """About how much text a file holds, without reading it."""
     if path.suffix != ".parquet":
         return path.stat().st_size
