@@ -1,0 +1,244 @@
+"""The shape of a model, the settings of a training run, and the presets.
+
+A preset is an instance; `python gpt2/train_gpt2.py PRESET --max-steps 100` starts from it and changes one field.
+Settings that follow from others (grad_accum_steps, the padded vocabulary, min_lr) are computed, not set.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from runlog import ROOT, UserError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. The defaults are the 124M model."""
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # ids of the tokenizer, special tokens included
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    pad_vocab_to: int = 128  # wte gets a multiple of this many rows (50257 -> 50304): even tiles for the GPU's matmuls
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them")
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of wte. The rows past vocab_size are never sampled and never counted in a loss."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
+
+
+# OpenAI's four published shapes.
+SHAPES = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 350M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of gpt2/train_gpt2.py; each field is a flag. The defaults are GPT-2 124M on FineWeb-Edu."""
+
+    # --- where
+    data_dir: str = str(ROOT / "data/corpora/fineweb-edu")
+    """Folder of token shards that data/prepare.py wrote."""
+    run_dir: str = str(ROOT / "runs/gpt2-124M")
+    """Run directory: config, metrics, log, samples, checkpoints. The same command on it goes on where it stopped."""
+    init: str = "random"
+    """Weights to start from: random, a hub name (gpt2, gpt2-medium, …), or a Hugging Face GPT-2 folder."""
+
+    # --- model
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads a block."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    block_size: int = 1024
+    """Context length T, in tokens."""
+    dropout: float = 0.0
+    """Dropout probability; above 0 the result depends on the number of processes and the micro-batch."""
+
+    # --- batch and schedule
+    total_batch_size: int = 524288
+    """Tokens an optimizer step, over all processes and micro-batches."""
+    micro_batch_size: int = 32
+    """Sequences that one process computes at once; gradients accumulate up to total_batch_size."""
+    max_steps: int = 19073
+    """Optimizer steps; 19,073 of 524,288 tokens are one epoch over 10B tokens."""
+    warmup_steps: int = 715
+    """Steps of linear warmup (375M tokens, as GPT-3's paper has it)."""
+    max_lr: float = 6e-4
+    """Peak learning rate of AdamW; the cosine ends at a tenth of it."""
+
+    # --- optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw is GPT-2's recipe; muon trains the hidden matrices with Muon and everything else with AdamW."""
+    muon_lr: float = 0.01
+    """Peak learning rate of Muon, scaled to AdamW's RMS; same schedule."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on parameters of two or more dimensions only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    skip_nonfinite: int = 0
+    """Leave out at most this many steps whose loss or gradient is not finite, instead of stopping (reads each loss)."""
+    seed: int = 1337
+    """Seed of the initial weights and of the order of the data."""
+
+    # --- what is done every so many steps (0: never), always at the last step as well
+    val_every: int = 250
+    """Validation loss."""
+    val_tokens: int = 10_485_760
+    """Validation tokens: the first so many of the val split, the same for any number of processes."""
+    hellaswag_every: int = 0
+    """HellaSwag accuracy."""
+    hellaswag_file: str = ""
+    """Local HellaSwag items (.jsonl, .jsonl.gz); empty: from the hub."""
+    hellaswag_limit: int = 10042
+    """HellaSwag items: the first so many of a fixed permutation."""
+    sample_every: int = 250
+    """Generated text."""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """What the samples begin with."""
+    checkpoint_every: int = 1000
+    """Checkpoints; one is also kept when the run is preempted."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the newest so many."""
+    log_every: int = 1
+    """Step lines. Losses of the steps between stay on the device until then, so a larger value saves host syncs."""
+
+    # --- hardware
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Autocast type of the matmuls. auto: bfloat16 on cuda (float16 and a scaler where it lacks it), else float32."""
+    compile: bool = True
+    """torch.compile the model; eager, saying so, where no compiler is found."""
+    deterministic: bool = False
+    """Deterministic kernels: with --compile, too, a resumed run then ends bit-identical."""
+    tensorboard: bool = False
+    """Mirror the metrics to TensorBoard event files in the run directory."""
+
+    # --- how this start behaves
+    eval_only: bool = False
+    """Evaluate the newest checkpoint (or --init) once, and stop."""
+    plan: bool = False
+    """Print parameters, memory, tokens, hours and disk of this run, and stop before anything is started."""
+    plan_tok_per_sec: float = 0.0
+    """Speed that --plan assumes, in tokens/s over all processes; 0: measured here in a few steps."""
+    stop_after_minutes: float = 0.0
+    """Save and stop as preempted after so many minutes, before a scheduler's limit does; 0: never."""
+    allow_config_change: bool = False
+    """Resume although a setting that changes what is learned differs from the recorded one."""
+
+    def __post_init__(self):
+        for name in ("max_steps", "block_size", "total_batch_size", "micro_batch_size", "log_every", "val_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.total_batch_size % self.block_size:
+            raise UserError(
+                f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {self.block_size}"
+            )
+
+    def grad_accum_steps(self, world_size):
+        """Micro-batches that each of `world_size` processes computes for one step."""
+        sequences = self.total_batch_size // self.block_size
+        if sequences % (self.micro_batch_size * world_size):
+            fits = [b for b in range(1, self.micro_batch_size) if sequences % (b * world_size) == 0]
+            fix = (
+                f"try --micro-batch-size {fits[-1]}" if fits else f"let a step be a multiple of {world_size} sequences"
+            )
+            raise UserError(
+                f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} "
+                f"on {world_size} process(es); {fix}"
+            )
+        return sequences // (self.micro_batch_size * world_size)
+
+
+# A resumed run may differ in these; all other settings decide what is learned.
+FREE_ON_RESUME = {
+    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "tensorboard"),
+    *(
+        "val_every",
+        "val_tokens",
+        "hellaswag_every",
+        "hellaswag_file",
+        "hellaswag_limit",
+        "sample_every",
+        "sample_prompt",
+    ),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "eval_only", "plan", "plan_tok_per_sec"),
+    *("stop_after_minutes", "allow_config_change"),
+}
+assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME
+
+
+def _published(name, shape, max_lr, micro_batch_size):
+    return replace(
+        TrainConfig(),
+        run_dir=str(ROOT / f"runs/{name}"),
+        max_lr=max_lr,
+        micro_batch_size=micro_batch_size,
+        **SHAPES[shape],
+    )
+
+
+PRESETS = {
+    # Minutes on two cores, on the Python documentation with a tokenizer of our own (`make quickstart`). Eager, so that
+    # no compiler is needed.
+    "quickstart": TrainConfig(
+        data_dir=str(ROOT / "data/corpora/pydocs"),
+        run_dir=str(ROOT / "runs/quickstart"),
+        n_layer=4,
+        n_head=6,
+        n_embd=192,
+        block_size=128,
+        total_batch_size=16 * 128,
+        micro_batch_size=16,
+        max_steps=500,
+        warmup_steps=20,
+        max_lr=3e-3,
+        optimizer="muon",
+        val_every=100,
+        val_tokens=65536,
+        sample_every=250,
+        sample_prompt="Return the",
+        checkpoint_every=100,
+        log_every=10,
+        compile=False,
+    ),
+    # A debugging corpus: Tiny Shakespeare, GPT-2's tokenizer; overfits within the hour on a laptop.
+    "shakespeare": TrainConfig(
+        data_dir=str(ROOT / "data/corpora/shakespeare"),
+        run_dir=str(ROOT / "runs/shakespeare"),
+        n_layer=6,
+        n_head=6,
+        n_embd=192,
+        block_size=128,
+        total_batch_size=16 * 128,
+        micro_batch_size=16,
+        dropout=0.1,
+        max_steps=2000,
+        warmup_steps=50,
+        max_lr=1e-3,
+        val_every=200,
+        val_tokens=32768,
+        sample_every=500,
+        sample_prompt="First Citizen:",
+        checkpoint_every=200,
+        log_every=10,
+        compile=False,
+    ),
+    # GPT-2 itself, learning rates as GPT-3's paper has them for these sizes.
+    "gpt2-124M": _published("gpt2-124M", "gpt2", 6e-4, 32),
+    "gpt2-350M": _published("gpt2-350M", "gpt2-medium", 3e-4, 16),
+    "gpt2-774M": _published("gpt2-774M", "gpt2-large", 2.5e-4, 8),
+    "gpt2-1558M": _published("gpt2-1558M", "gpt2-xl", 2e-4, 4),
+}
+DEFAULT_PRESET = "gpt2-124M"
