@@ -1,0 +1,100 @@
+"""The data loader is a function: `batch(step)` depends on the seed and the step alone.
+
+Each shard is cut into sequences of T tokens; a seeded permutation of all sequences, a new one each epoch, is dealt out
+to the steps. Rank and micro-batch only decide who computes which rows. So a resumed run needs no loader state, and
+neither the number of processes nor the micro-batch size changes what is learned.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from data.shards import open_split
+from runlog import UserError
+
+
+class Loader:
+    """Sequences of `block_size` tokens from the shards of one split.
+
+    rows_per_step: sequences that one optimizer step consumes, over all ranks.
+    """
+
+    def __init__(self, data_dir, split, block_size, rows_per_step=1, seed=0):
+        self.shards = open_split(data_dir, split)  # memory-mapped uint16, (tokens,) each
+        self.block_size, self.rows_per_step, self.seed = block_size, rows_per_step, seed
+        # Sequence i of a shard is tokens [i T, i T + T], its last token being the last target, hence the -1.
+        per_shard = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        self.first = np.concatenate([[0], np.cumsum(per_shard)])  # sequence number at which each shard begins
+        self.n_sequences = int(self.first[-1])
+        if self.n_sequences < 1:
+            raise UserError(
+                f"the {split} shards in {data_dir} hold no sequence of {block_size} tokens; lower --block-size"
+            )
+        self._epochs = {}  # epoch -> permutation; a step touches two at the most
+
+    def sequence(self, i):
+        """Tokens i T … i T + T of the corpus: (T + 1,) uint16, inputs and targets overlapping by T - 1."""
+        shard = int(np.searchsorted(self.first, i, side="right")) - 1
+        at = (i - int(self.first[shard])) * self.block_size
+        return self.shards[shard][at : at + self.block_size + 1]
+
+    def order(self, position):
+        """Which sequence stands at `position` of the endless shuffled stream."""
+        epoch, place = divmod(position, self.n_sequences)
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
+            dtype = np.uint32 if self.n_sequences < 2**32 else np.uint64
+            shuffled = np.arange(self.n_sequences, dtype=dtype)
+            np.random.default_rng([self.seed, epoch]).shuffle(shuffled)
+            self._epochs[epoch] = shuffled
+        return int(self._epochs[epoch][place])
+
+    def batch(self, step, rows=None):
+        """Rows of the step's batch -> (idx, targets), each (len(rows), T) int64. rows: a range; None: all of them."""
+        rows = range(self.rows_per_step) if rows is None else rows
+        return _stack([self.sequence(self.order(step * self.rows_per_step + row)) for row in rows])
+
+    def in_order(self, first, count, stride=1, n=None):
+        """`count` sequences first, first + stride, … as they stand in the shards; targets are -1 from sequence n on.
+
+        The fixed rows fill the last batch of an evaluation, so that every batch has one shape.
+        """
+        n = self.n_sequences if n is None else n
+        picks = [first + k * stride for k in range(count)]
+        idx, targets = _stack([self.sequence(min(i, n - 1)) for i in picks])
+        targets[[i >= n for i in picks]] = -1
+        return idx, targets
+
+
+def _stack(sequences):
+    tokens = torch.from_numpy(np.stack(sequences).astype(np.int64))  # (rows, T + 1)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def micro_batch_rows(micro_step, rank, world_size, micro_batch_size):
+    """The rows of a step's batch that `rank` computes in `micro_step`: disjoint over both, and together all of them."""
+    start = (micro_step * world_size + rank) * micro_batch_size
+    return range(start, start + micro_batch_size)
+
+
+class Prefetcher:
+    """Hands out `loader`'s micro-batches on `device`, the next one being read and pinned on a thread meanwhile."""
+
+    def __init__(self, loader, device, rank, world_size, micro_batch_size, grad_accum_steps):
+        self.loader, self.device, self.grad_accum_steps = loader, device, grad_accum_steps
+        self.where = (rank, world_size, micro_batch_size)
+        self.thread = ThreadPoolExecutor(1)
+        self.ready = {}
+
+    def _read(self, step, micro_step):
+        tensors = self.loader.batch(step, micro_batch_rows(micro_step, *self.where))
+        return tuple(t.pin_memory() for t in tensors) if self.device.type == "cuda" else tensors
+
+    def get(self, step, micro_step):
+        """(idx, targets) on the device, (micro_batch_size, T) each."""
+        key = (step, micro_step)
+        future = self.ready.pop(key, None) or self.thread.submit(self._read, *key)
+        following = (step, micro_step + 1) if micro_step + 1 < self.grad_accum_steps else (step + 1, 0)
+        self.ready = {following: self.thread.submit(self._read, *following)}
+        return tuple(t.to(self.device, non_blocking=True) for t in future.result())
