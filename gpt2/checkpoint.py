@@ -1,0 +1,130 @@
+"""Checkpoints that a crash cannot spoil: written aside, fsynced, renamed, with a sha256; the newest valid one counts.
+
+A checkpoint holds plain tensors and plain containers, so that `torch.load(…, weights_only=True)` reads it, on any
+machine and without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, settings, …}.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bpe.tokenizer import Tokenizer
+from gpt2.config import GPTConfig
+from gpt2.model import GPT
+from runlog import UserError, atomic_open
+
+FORMAT, VERSION = "bytes-to-lora checkpoint", 1
+NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def save(ckpt_dir, step, state, keep=2):
+    """Write ckpt_dir/step_000500.pt atomically and its sum beside it, then drop all but the newest `keep`. -> its path
+
+    An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
+    """
+    path = Path(ckpt_dir) / f"step_{step:06d}.pt"
+    try:
+        with atomic_open(path, "wb") as f:
+            torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, f)
+            f.flush()
+            # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
+            with atomic_open(_sum_path(path)) as s:
+                s.write(f"{_sha256(f.name)}  {path.name}\n")
+    except (OSError, RuntimeError) as e:  # torch's writer wraps a full disk in a RuntimeError
+        raise UserError(
+            f"{path} could not be written ({str(e).splitlines()[0]}); the earlier ones are kept: free some disk, go on"
+        ) from None
+    for old in sorted_checkpoints(ckpt_dir)[:-keep] if keep else []:
+        old.unlink(missing_ok=True)
+        _sum_path(old).unlink(missing_ok=True)
+    return path
+
+
+def sorted_checkpoints(ckpt_dir):
+    """The checkpoints in a folder, oldest first."""
+    found = [(int(m[1]), p) for p in Path(ckpt_dir).glob("step_*.pt") if (m := NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def problem(path):
+    """Why this checkpoint cannot be trusted, in a few words, or None."""
+    path = Path(path)
+    try:
+        expected = _sum_path(path).read_text(encoding="utf-8").split()[0]
+    except (OSError, IndexError, UnicodeDecodeError):
+        return "its sha256 is missing"
+    return None if _sha256(path) == expected else "its sha256 does not match: truncated or altered"
+
+
+def load(path, map_location="cpu"):
+    """Read one checkpoint that verifies -> dict; UserError otherwise."""
+    if reason := problem(path):
+        raise UserError(f"{path} is not a usable checkpoint: {reason}; take another one")
+    state = torch.load(path, map_location=map_location, weights_only=True)
+    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format {state.get('format')!r} version {state.get('version')}, not {FORMAT} {VERSION}"
+        )
+    return state
+
+
+def load_newest(ckpt_dir, warn=print, map_location="cpu"):
+    """The newest checkpoint of a folder that verifies -> dict, or None; those passed over are named through `warn`."""
+    for path in reversed(sorted_checkpoints(ckpt_dir)):
+        if reason := problem(path):
+            warn(f"warning: {path.name} is skipped: {reason}")
+        else:
+            return load(path, map_location)
+    return None
+
+
+def load_model(run_dir_or_file, device="cpu"):
+    """A run directory (its newest valid checkpoint) or a checkpoint file -> (GPT in eval mode, Tokenizer)."""
+    path = Path(run_dir_or_file)
+    if path.is_dir():
+        state, run_dir = load_newest(path / "ckpt"), path
+        if state is None:
+            raise UserError(f"{path} holds no usable checkpoint; train one, or name another run")
+    elif path.exists():
+        state, run_dir = load(path), path.parent.parent
+    else:
+        raise UserError(f"{path} does not exist; give a run directory or a checkpoint file")
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), Tokenizer.load(run_dir / "tokenizer.model")
+
+
+def model_state(model):
+    """{"model_config", "model"}: what of a checkpoint describes the model itself; no compile or DDP prefixes in it."""
+    return {"model_config": asdict(model.config), "model": model.state_dict()}
+
+
+def rng_state(device):
+    """The random states of this process as plain containers: python, torch, and the GPU's if there is one."""
+    state = {"python": json.dumps(random.getstate()), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    """The inverse of `rng_state`."""
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _sum_path(path):
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

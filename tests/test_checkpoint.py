@@ -1,0 +1,103 @@
+"""Checkpoints survive what happens to files: truncation, altered bytes, a full disk, a kill while writing."""
+
+import random
+import resource
+import signal
+
+import pytest
+import torch
+
+from gpt2 import checkpoint
+from gpt2.config import GPTConfig
+from gpt2.model import GPT
+from runlog import UserError
+
+CPU = torch.device("cpu")
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=8))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    model = tiny()
+    path = checkpoint.save(tmp_path, 500, checkpoint.model_state(model))
+    assert path.name == "step_000500.pt"
+    state = checkpoint.load_newest(tmp_path)
+    assert state["step"] == 500 and GPTConfig(**state["model_config"]) == model.config
+    assert all(torch.equal(state["model"][k], v) for k, v in model.state_dict().items())
+
+
+def test_names_have_no_prefix_of_compile_or_ddp(tmp_path):
+    """karpathy/nanoGPT#325: `_orig_mod.` in checkpoints."""
+    model = tiny()
+    torch.compile(model)
+    checkpoint.save(tmp_path, 1, checkpoint.model_state(model))
+    assert not any(k.startswith(("_orig_mod.", "module.")) for k in checkpoint.load_newest(tmp_path)["model"])
+
+
+@pytest.mark.parametrize("harm", ["truncated", "altered", "no sum"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, harm):
+    for step in (1, 2):
+        newest = checkpoint.save(tmp_path, step, {"x": torch.arange(1000)})
+    data = bytearray(newest.read_bytes())
+    if harm == "truncated":
+        newest.write_bytes(data[:-10])
+    elif harm == "altered":
+        data[len(data) // 2] ^= 1
+        newest.write_bytes(data)
+    else:
+        newest.with_name(newest.name + ".sha256").unlink()
+    warnings = []
+    assert checkpoint.load_newest(tmp_path, warn=warnings.append)["step"] == 1
+    assert len(warnings) == 1 and "step_000002.pt is skipped" in warnings[0]
+    with pytest.raises(UserError, match="not a usable checkpoint"):
+        checkpoint.load(newest)
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100):
+        checkpoint.save(tmp_path, step, {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("step_000010.pt", "step_000010.pt.sha256", "step_000100.pt", "step_000100.pt.sha256")
+    ]
+
+
+def test_a_full_disk_keeps_the_last_good_one_and_is_one_line(tmp_path):
+    """The limit on a file's size stands in for the disk: a write beyond it fails in the same way."""
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(10)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(UserError, match=r"could not be written.*earlier ones are kept"):
+            checkpoint.save(tmp_path, 2, {"x": torch.zeros(1_000_000)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.load_newest(tmp_path)["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001.pt", "step_000001.pt.sha256"]
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path, 1, {})
+    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    with pytest.raises(UserError, match="version 1, not"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load_model(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoint.load_model(tmp_path / "empty")
+
+
+def test_random_states_come_back_through_a_checkpoint(tmp_path):
+    random.seed(1)
+    torch.manual_seed(1)
+    random.random(), torch.rand(3)
+    checkpoint.save(tmp_path, 1, {"rng": [checkpoint.rng_state(CPU)]})
+    drawn = random.random(), torch.rand(3)
+    checkpoint.set_rng_state(checkpoint.load_newest(tmp_path)["rng"][0], CPU)
+    again = random.random(), torch.rand(3)
+    assert drawn[0] == again[0] and torch.equal(drawn[1], again[1])
