@@ -1,0 +1,96 @@
+"""AdamW as GPT-2 and GPT-3 were trained, or Muon on the hidden matrices; one learning-rate schedule for both."""
+
+import math
+
+import torch
+
+MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak
+
+
+def lr_at(step, max_lr, warmup_steps, max_steps):
+    """Learning rate of a step: linear warmup, then a cosine to a tenth of the peak. A function of the step alone."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return max_lr * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizers(model, cfg):
+    """The optimizers of a run, as a list; each group remembers its peak in `max_lr`.
+
+    Weight decay is for matrices and embeddings alone: one-dimensional biases and norms have no scale to keep small.
+    fused: one kernel for all parameters instead of several for each; the same figures, faster on every device.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if cfg.optimizer == "muon" else []
+    ids = {id(p) for p in hidden}
+    decay = [p for p in params if p.dim() >= 2 and id(p) not in ids]
+    no_decay = [p for p in params if p.dim() < 2]
+    groups = [
+        {"params": decay, "weight_decay": cfg.weight_decay, "max_lr": cfg.max_lr},
+        {"params": no_decay, "weight_decay": 0.0, "max_lr": cfg.max_lr},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if hidden:
+        group = {"params": hidden, "max_lr": cfg.muon_lr}
+        optimizers.append(Muon([group], lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    return optimizers
+
+
+def set_lr(optimizers, step, cfg):
+    """Set every group's learning rate for this step -> AdamW's, for the log."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, group["max_lr"], cfg.warmup_steps, cfg.max_steps)
+    return optimizers[0].param_groups[0]["lr"]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every direction of a matrix's update gets the same length (Jordan et al. 2024).
+
+    For matrices only. The step is scaled to the RMS of AdamW's (Liu et al. 2025, Muon is Scalable), so that one weight
+    decay suits both. It computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, with two differences:
+    matrices of one shape are orthogonalised together in one batched product, and on a CPU in float32, since few CPUs
+    multiply bfloat16 natively and the others take ten times as long.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                update = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    update.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov's look ahead
+                update = orthogonalise(torch.stack(update))  # (n, out, in)
+                scale = 0.2 * math.sqrt(max(shape))
+                for p, u in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u, alpha=-group["lr"] * scale)
+
+
+def orthogonalise(x, steps=5):
+    """Matrices (n, out, in) -> about U V^T of their singular value decompositions, singular values within 0.7 … 1.2.
+
+    A quintic Newton-Schulz iteration with coefficients tuned for a steep start (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    x = x.mT if tall else x  # the small side first: the Gram matrices are then the smaller ones
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values at most 1
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, small, small)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

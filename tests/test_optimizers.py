@@ -1,0 +1,72 @@
+"""The schedule, the groups, and Muon against torch's own."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gpt2.config import GPTConfig, TrainConfig
+from gpt2.model import GPT
+from gpt2.optimizers import Muon, lr_at, make_optimizers, orthogonalise, set_lr
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=8))
+
+
+def test_warmup_is_linear_and_the_cosine_ends_at_a_tenth():
+    lr = [lr_at(step, 1.0, 10, 110) for step in range(111)]
+    assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 == lr[10]
+    assert all(a > b for a, b in pairwise(lr[10:]))
+    assert lr[60] == pytest.approx(0.55) and lr[110] == pytest.approx(0.1)
+    assert lr_at(0, 1.0, 0, 10) == 1.0 and lr_at(500, 1.0, 10, 110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(optimizer):
+    model = tiny()
+    optimizers = make_optimizers(model, replace(TrainConfig(), optimizer=optimizer))
+    groups = [group for o in optimizers for group in o.param_groups]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    for group in groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+    if optimizer == "muon":
+        hidden = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+        assert {id(p) for p in optimizers[1].param_groups[0]["params"]} == hidden
+
+
+def test_each_group_follows_the_schedule_from_its_own_peak():
+    cfg = replace(TrainConfig(), optimizer="muon", max_lr=1e-3, muon_lr=1e-2, warmup_steps=10)
+    optimizers = make_optimizers(tiny(), cfg)
+    assert set_lr(optimizers, 4, cfg) == pytest.approx(5e-4)
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    x = torch.randn(3, *shape)
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.min() > 0.3 and values.max() < 1.3
+    one_by_one = torch.cat([orthogonalise(m[None]) for m in x])
+    torch.testing.assert_close(orthogonalise(x), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_follows_torchs_own():
+    """Ten steps from the same weights. torch's iterates in bfloat16, good for some three digits of the way gone."""
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in [(8, 24), (24, 8), (8, 24)]]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    a = Muon(ours, lr=0.01, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", nesterov=True)
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, s in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - s).norm()
