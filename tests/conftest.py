@@ -52,3 +52,31 @@ def refuses(script):
         return lines[0]
 
     return check
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small real corpus: 200 kB of Python's documentation, a byte-pair vocabulary of 384, one shard a split."""
+    from pydoc_data.topics import topics
+
+    import numpy as np
+
+    from bpe import Tokenizer
+    from data.shards import file_sha256, write_meta, write_shard
+
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "".join(topics[k] for k in sorted(topics))[:200_000]
+    tokenizer = Tokenizer("gpt2")
+    tokenizer.train(text, 384)
+    tokenizer.register_special_tokens({"<|endoftext|>": 384})
+    tokenizer.save(str(folder / "tokenizer"))
+    shards = []
+    for split, part in [("val", text[:20_000]), ("train", text[20_000:])]:
+        ids = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(part)])
+        path = folder / f"tiny_{split}_{split == 'train':06d}.bin"
+        write_shard(path, ids)
+        facts = {"documents": 1, "tokens": len(ids), "bytes": len(part.encode()), "sha256": file_sha256(path)}
+        shards.append({"file": path.name, "split": split, **facts})
+    identity = {"name": "tokenizer.model", "sha256": tokenizer.sha256}
+    write_meta(folder, name="tiny", source={}, tokenizer=identity, vocab_size=tokenizer.n_vocab, eot=384, shards=shards)
+    return folder

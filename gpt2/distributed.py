@@ -1,0 +1,126 @@
+"""One process or many: which one this is, and the few things that processes must agree on.
+
+`Ranks.start(…)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runlog import UserError
+
+
+def pick_device(name, local_rank=0):
+    """auto | cuda | mps | cpu -> torch.device; a device that is not there is refused."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if has[d])
+    if not has[name]:
+        raise UserError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+class Ranks:
+    """This process among `world_size`: its rank, its device, and what the processes agree on.
+
+    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue.
+    """
+
+    def __init__(self, device="auto"):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.main = self.rank == 0
+        self.control = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=_store(), rank=self.rank, world_size=self.world_size, timeout=timedelta(minutes=10)
+            )
+            self.control = dist.new_group(backend="gloo")
+
+    def any(self, flag):
+        """True on every rank if `flag` is true on one of them."""
+        if self.control is None:
+            return bool(flag)
+        agreed = torch.tensor(int(bool(flag)))
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        return bool(agreed)
+
+    def sum(self, values):
+        """Elementwise float64 sums over the ranks of a list of numbers -> list of floats, the same on every rank."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.control is not None:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value):
+        """`value` of every rank, in order, on every rank."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def close(self):
+        """Leave the process group."""
+        if self.control is not None:
+            dist.destroy_process_group()
+
+
+def _store():
+    """The key-value store over which ranks find each other, under a prefix of its own for each restart.
+
+    torchrun's agent keeps one store through all restarts. Keys that a killed rank left there would make the next
+    attempt wait forever for an address that is gone; a prefix per attempt hides them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        is_master=not agent_has_store and os.environ["RANK"] == "0",
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+class Stop:
+    """Why training should end before its last step, agreed between the ranks.
+
+    SIGTERM (a scheduler, torchrun), SIGINT (Ctrl-C; a second one interrupts at once), a file STOP in the run directory,
+    or the time limit of --stop-after-minutes.
+    """
+
+    def __init__(self, ranks, run_dir, after_minutes=0.0):
+        self.ranks, self.file = ranks, Path(run_dir) / "STOP"
+        self.deadline = time.monotonic() + 60 * after_minutes if after_minutes else None
+        self.after_minutes = after_minutes
+        self.why = None  # set once, then kept
+        for name in ("SIGTERM", "SIGINT"):
+            signal.signal(getattr(signal, name), self._handle)
+
+    def _handle(self, number, frame):
+        if number == signal.SIGINT and self.why:
+            raise KeyboardInterrupt
+        self.why = f"received {signal.Signals(number).name}"
+
+    def reason(self):
+        """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""
+        if not self.why and self.ranks.main and self.file.exists():
+            self.file.unlink(missing_ok=True)  # it has been heard: the next start shall run
+            self.why = "found the file STOP"
+        if not self.why and self.deadline and time.monotonic() > self.deadline:
+            self.why = f"the {self.after_minutes:g} minutes of --stop-after-minutes are over"
+        if not self.ranks.any(self.why):
+            return None
+        self.why = next(why for why in self.ranks.gather(self.why) if why)
+        return self.why

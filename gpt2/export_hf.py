@@ -1,0 +1,107 @@
+"""A checkpoint as a Hugging Face folder, and back.
+
+    python gpt2/export_hf.py --model runs/quickstart --out runs/quickstart/hf
+    python gpt2/export_hf.py --from-hf runs/quickstart/hf --out runs/imported
+
+The first writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, loads
+them again with transformers and compares the logits before the folder gets its name. The second turns such a folder (or
+a hub name) into a checkpoint that train_gpt2.py's companions read.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from bpe.tokenizer import Tokenizer, load_tokenizer
+from gpt2 import checkpoint
+from gpt2.model import GPT
+from runlog import UserError, cli
+
+
+@dataclass
+class ExportConfig:
+    out: str
+    """Folder to write: a Hugging Face folder, or with --from-hf a run directory. An existing one is replaced."""
+    model: str = ""
+    """Run directory or checkpoint file to export."""
+    from_hf: str = ""
+    """Hugging Face folder or hub name to turn into a checkpoint, instead."""
+
+
+def largest_difference(model, hf_model, seed=0):
+    """Largest absolute difference of the two models' logits in float64, over one batch of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    T = min(64, model.config.block_size)
+    idx = torch.randint(model.config.vocab_size, (2, T), generator=generator)  # (2, T)
+    with torch.no_grad():
+        ours, theirs = model.double()(idx)[0], hf_model.double()(idx).logits  # (2, T, V) each
+    return float((ours - theirs).abs().max())
+
+
+def export(model, tokenizer, out):
+    """Write `model` and `tokenizer` as a Hugging Face folder -> the largest difference of logits, reloaded.
+
+    Raises AssertionError, and leaves nothing behind, if transformers computes something else from it.
+    """
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    c, out = model.config, Path(out)
+    if tokenizer.n_vocab != c.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.n_vocab} ids, the model {c.vocab_size}; they do not belong together"
+        )
+    eot = tokenizer.eot_token
+    config = GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=eot, eos_token_id=eot,
+    )  # fmt: skip
+    hf_model = GPT2LMHeadModel(config)
+    missing, unexpected = hf_model.load_state_dict(model.hf_state_dict(), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # lm_head is wte, tied
+
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        hf_model.save_pretrained(part)
+        tokenizer.save_huggingface(part)
+        reloaded = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32).eval()
+        difference = largest_difference(model, reloaded)
+        assert difference < 1e-9, f"transformers computes other logits, by {difference:.2e}"
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return difference
+
+
+def import_hf(name_or_folder, out):
+    """Turn a Hugging Face GPT-2 (folder or hub name) into a run directory with one checkpoint -> its path."""
+    model = GPT.from_pretrained(name_or_folder)
+    vocabulary = Path(name_or_folder) / "tokenizer.json"
+    tokenizer = Tokenizer.from_huggingface(vocabulary) if vocabulary.exists() else load_tokenizer("gpt2")
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{name_or_folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}"
+        )
+    path = checkpoint.save(Path(out) / "ckpt", 0, checkpoint.model_state(model))
+    tokenizer.save(str(Path(out) / "tokenizer"))
+    return path
+
+
+def main():
+    cfg = tyro.cli(ExportConfig, description=__doc__)
+    if bool(cfg.model) == bool(cfg.from_hf):
+        raise UserError("give either --model (to export) or --from-hf (to import)")
+    if cfg.from_hf:
+        print(f"wrote {import_hf(cfg.from_hf, cfg.out)}")
+        return
+    model, tokenizer = checkpoint.load_model(cfg.model)
+    difference = export(model, tokenizer, cfg.out)
+    print(f"wrote {cfg.out}: transformers' logits differ by at most {difference:.1e} in float64")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,191 @@
+"""Text from a model: a run directory, a checkpoint, a Hugging Face folder or a published name.
+
+    python gpt2/sample.py --model runs/quickstart --prompt "Return the" --num-samples 3
+    python gpt2/sample.py --model gpt2 --prompt "Hello, I'm a language model," --temperature 0.8 --top-p 0.95
+    python gpt2/sample.py --model runs/quickstart --prompts-file prompts.txt        # one prompt a line, as one batch
+
+Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn import functional as F
+
+from bpe.tokenizer import Tokenizer, load_tokenizer
+from gpt2.checkpoint import load_model
+from gpt2.distributed import pick_device
+from gpt2.model import GPT
+from runlog import UserError, cli
+
+
+@dataclass
+class SampleConfig:
+    model: str = "runs/quickstart"
+    """Run directory, checkpoint file, Hugging Face GPT-2 folder, or hub name (gpt2, gpt2-medium, …)."""
+    prompt: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])
+    """One or several prompts; several are generated as one batch."""
+    prompts_file: str = ""
+    """Text file with one prompt a line, instead of --prompt."""
+    num_samples: int = 1
+    """Samples a prompt."""
+    max_new_tokens: int = 100
+    """Tokens to generate; a sample ends earlier at the end-of-text token."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability (Holtzman et al. 2020); 1: all."""
+    seed: int = 1337
+    """Seed of the random draws."""
+    stream: bool = True
+    """Print the tokens as they come (where there is one sample)."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every attention layer of a GPT.
+
+    lengths: tokens of each prompt in the batch. Shorter prompts are padded on the left; the padding gets position 0 and
+    is masked, so that each row's logits are those of its prompt alone.
+    """
+
+    def __init__(self, config, lengths, device, dtype=torch.float32):
+        B, hs = len(lengths), config.n_embd // config.n_head
+        self.shape = (B, config.n_head, config.block_size, hs)
+        self.device, self.dtype = device, dtype
+        self.layers = {}  # attention module -> (keys, values), (B, nh, block_size, hs) each
+        self.length = 0  # columns that are filled
+        self.padding = max(lengths) - torch.tensor(lengths, device=device)  # (B,)
+
+    def positions(self, T):
+        """Positions (B, T) of the next T columns."""
+        columns = torch.arange(self.length, self.length + T, device=self.device)
+        return (columns - self.padding[:, None]).clamp(min=0)
+
+    def append(self, layer, k, v):
+        """Store k, v (B, nh, T, hs) of a layer -> all keys, all values (B, nh, S, hs), mask (B, 1, T, S)."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(torch.empty(self.shape, device=self.device, dtype=k.dtype) for _ in "kv")
+        keys, values = self.layers[layer]
+        S = self.length + k.shape[2]
+        keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
+        columns = torch.arange(S, device=self.device)
+        causal = columns[None, :] <= columns[self.length :, None]  # (T, S): a token sees itself and the past
+        mask = causal & (columns >= self.padding[:, None])[:, None]  # (B, T, S): never a padding column …
+        mask = mask | (columns[None, :] == columns[self.length :, None])  # … but a padding token itself, or it is nan
+        return keys[:, :, :S], values[:, :, :S], mask[:, None]
+
+    def advance(self, T):
+        """Count T columns as filled; called once all layers have stored theirs."""
+        self.length += T
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Next tokens (B, 1) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        sorted_logits, order = logits.sort(descending=True)
+        p = sorted_logits.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # the first token past the threshold stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    # The draw happens on the CPU, so that a seed gives the same text on every device.
+    return torch.multinomial(F.softmax(logits, -1).cpu(), 1, generator=generator).to(logits.device)
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p=1.0, seed=1337, eot=None, on_token=None
+):
+    """Continue prompts (lists of token ids) -> lists of new ids, each ending before `eot`.
+
+    When a context has filled block_size, its older half is forgotten and the rest is computed anew: learned positions
+    cannot slide. on_token: called with the list of the batch's new ids after each step.
+    """
+    if not all(prompts):
+        raise UserError("a prompt is empty; give at least one token")
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    generator = torch.Generator().manual_seed(seed)
+    rows = [list(p) for p in prompts]
+    done = [False] * len(rows)
+    was_training, cache = model.training, None
+    model.eval()
+    for _ in range(max_new_tokens):
+        if cache is None or cache.length == block_size:
+            keep = block_size if cache is None else max(1, block_size // 2)
+            context = [row[-keep:] for row in rows]
+            widest = max(map(len, context))
+            idx = torch.tensor([[0] * (widest - len(c)) + c for c in context], device=device)  # (B, T), left-padded
+            cache = KVCache(model.config, [len(c) for c in context], device)
+        else:
+            idx = torch.tensor([[row[-1]] for row in rows], device=device)  # (B, 1)
+        logits, _ = model(idx, cache=cache)
+        cache.advance(idx.shape[1])
+        new = pick(logits[:, -1], temperature, top_k, top_p, generator)[:, 0].tolist()  # (B,)
+        done = [d or token == eot for d, token in zip(done, new)]
+        for row, token in zip(rows, new):
+            row.append(token)
+        if all(done):
+            break
+        if on_token:
+            on_token(new)
+    model.train(was_training)
+    out = [row[len(p) :] for row, p in zip(rows, prompts)]
+    return [ids[: ids.index(eot)] if eot in ids else ids for ids in out]
+
+
+def load(name, device):
+    """Run directory, checkpoint, Hugging Face folder or hub name -> (GPT in eval mode, Tokenizer)."""
+    path = Path(name)
+    if path.suffix == ".pt" or (path / "ckpt").is_dir():
+        return load_model(path, device)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{name} is neither a run directory nor a Hugging Face folder")
+        tokenizer = Tokenizer.from_huggingface(path / "tokenizer.json")
+    else:
+        tokenizer = load_tokenizer("gpt2")
+    return GPT.from_pretrained(name).to(device).eval(), tokenizer
+
+
+def main():
+    cfg = tyro.cli(SampleConfig, description=__doc__)
+    prompts = cfg.prompt
+    if cfg.prompts_file:
+        prompts = [p for p in Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines() if p.strip()]
+    device = pick_device(cfg.device)
+    model, tokenizer = load(cfg.model, device)
+    encoded = [tokenizer.encode(p, allowed_special="all") for p in prompts for _ in range(cfg.num_samples)]
+    settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    settings["eot"] = tokenizer.eot_token
+
+    if cfg.stream and len(encoded) == 1:
+        shown, ids = 0, list(encoded[0])
+
+        def show(new):
+            nonlocal shown
+            ids.extend(new)
+            text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")  # the rest of a character is still to come
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+
+        show([])
+        generate(model, encoded, cfg.max_new_tokens, on_token=show, **settings)
+        print()
+        return
+    for prompt, new in zip(encoded, generate(model, encoded, cfg.max_new_tokens, **settings)):
+        print(tokenizer.decode(prompt + new), end="\n\n")
+
+
+if __name__ == "__main__":
+    cli(main)

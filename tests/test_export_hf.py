@@ -1,0 +1,79 @@
+"""Our checkpoints as Hugging Face folders, and back."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bpe import Tokenizer
+from gpt2 import checkpoint
+from gpt2.config import GPTConfig
+from gpt2.export_hf import export, import_hf, largest_difference
+from gpt2.model import GPT
+from runlog import UserError
+
+
+@pytest.fixture
+def pair(corpus):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
+    model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model, tokenizer
+
+
+def test_the_exported_folder_loads_with_the_auto_classes(pair, tmp_path):
+    model, tokenizer = pair
+    assert export(model, tokenizer, tmp_path / "hf") < 1e-9
+    names = {p.name for p in (tmp_path / "hf").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "Return the value of x, naïvely 北.\n  <|endoftext|>"
+    assert hf_tokenizer.encode(text) == tokenizer.encode(text, allowed_special="all")
+    assert hf.config.vocab_size == len(hf_tokenizer) == tokenizer.n_vocab  # no padding to sample from
+    assert hf_tokenizer.eos_token_id == tokenizer.eot_token == hf.config.eos_token_id
+
+
+def test_export_and_import_change_no_weight(pair, tmp_path):
+    model, tokenizer = pair
+    export(model, tokenizer, tmp_path / "hf")
+    import_hf(str(tmp_path / "hf"), tmp_path / "back")
+    back, back_tokenizer = checkpoint.load_model(tmp_path / "back")
+    V = model.config.vocab_size
+    for name, tensor in model.float().state_dict().items():
+        assert torch.equal(tensor[:V], back.state_dict()[name][:V]), name
+    assert back_tokenizer.merges == tokenizer.merges and back_tokenizer.special_tokens == tokenizer.special_tokens
+
+
+def test_the_comparison_of_logits_can_fail(pair, tmp_path):
+    model, tokenizer = pair
+    export(model, tokenizer, tmp_path / "hf")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        hf.transformer.h[1].mlp.c_fc.weight[0, 0] += 0.1
+    assert largest_difference(model, hf) > 1e-6
+
+
+def test_a_wrong_vocabulary_is_refused_and_leaves_nothing(pair, tmp_path):
+    _, tokenizer = pair
+    model = GPT(GPTConfig(block_size=8, vocab_size=77, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(UserError, match="do not belong together"):
+        export(model, tokenizer, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_exports_a_run(pair, tmp_path, script, refuses):
+    model, tokenizer = pair
+    checkpoint.save(tmp_path / "run/ckpt", 7, checkpoint.model_state(model))
+    tokenizer.save(str(tmp_path / "run/tokenizer"))
+    done = script("gpt2/export_hf.py", "--model", tmp_path / "run", "--out", tmp_path / "hf")
+    assert "differ by at most" in done.stdout
+    assert json.loads((tmp_path / "hf/config.json").read_text())["n_layer"] == 2
+    script("gpt2/export_hf.py", "--from-hf", tmp_path / "hf", "--out", tmp_path / "again")
+    assert checkpoint.load_newest(tmp_path / "again/ckpt")["step"] == 0
+    refuses("gpt2/export_hf.py", "--model", tmp_path / "nowhere", "--out", tmp_path / "x", says="does not exist")
+    refuses("gpt2/export_hf.py", "--out", tmp_path / "x", says="either --model")
