@@ -1,0 +1,490 @@
+"""Train a GPT-2: one process, or many under torchrun, with the same result.
+
+    python gpt2/train_gpt2.py quickstart                                     # minutes on two cores
+    python gpt2/train_gpt2.py gpt2-124M --plan                               # memory, hours, disk; starts nothing
+    torchrun --standalone --nproc_per_node=8 gpt2/train_gpt2.py              # GPT-2 124M on FineWeb-Edu, eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 gpt2/train_gpt2.py
+
+Kill it at any moment; the same command goes on from the newest checkpoint and ends with the same weights. SIGTERM,
+Ctrl-C, a file STOP in the run directory and --stop-after-minutes save first. What to expect of gpt2-124M: a validation
+loss of about 3.3 nats after one epoch of 10B tokens (OpenAI's weights: 3.29).
+
+The run directory gets config.json, metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog.py.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from bpe.tokenizer import Tokenizer
+from data.shards import check_folder
+from gpt2 import checkpoint
+from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
+from gpt2.distributed import Ranks, Stop
+from gpt2.loader import Loader, Prefetcher
+from gpt2.model import GPT
+from gpt2.optimizers import lr_at, make_optimizers, set_lr
+from gpt2.plan import peak_flops, print_plan
+from gpt2.sample import generate
+from runlog import RunLog, UserError, cli, read_run
+
+# Published losses on the same validation data, for the reference line of the picture.
+GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
+
+
+class Diverged(Exception):
+    """A loss or gradient that is not finite, and the step at which it came."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the loop
+
+
+def parse(argv):
+    """Command line -> TrainConfig. The preset comes first; with none named it is GPT-2 124M."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = [DEFAULT_PRESET, *argv]
+    presets = {name: (_about(preset), preset) for name, preset in PRESETS.items()}
+    return tyro.extras.overridable_config_cli(presets, args=argv, description=__doc__)
+
+
+def _about(preset):
+    return (
+        f"{preset.n_layer} layers, {preset.n_embd} wide, context {preset.block_size}: {preset.max_steps:,} steps of "
+        f"{preset.total_batch_size:,} tokens of {Path(preset.data_dir).name}"
+    )
+
+
+def resolve(cfg, device):
+    """Replace the settings that say auto by what they mean on this machine; set the global switches of torch."""
+    if cfg.dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg = replace(cfg, dtype="bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: what is left in float32 runs 8x faster
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return cfg
+
+
+def build_model(cfg, meta):
+    """Fresh or pretrained weights -> (GPT, cfg with the shape it has). Built on the CPU: the same on every device."""
+    if cfg.init == "random":
+        torch.manual_seed(cfg.seed)
+        shape = {k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), cfg
+    model = GPT.from_pretrained(cfg.init, dropout=cfg.dropout)
+    c = model.config
+    if c.vocab_size != meta["vocab_size"]:
+        raise UserError(
+            f"{cfg.init} has a vocabulary of {c.vocab_size}, the shards in {cfg.data_dir} one of {meta['vocab_size']}; "
+            "prepare the data with the model's own tokenizer"
+        )
+    if cfg.block_size > c.block_size:
+        raise UserError(
+            f"--block-size {cfg.block_size} is more than the {c.block_size} that {cfg.init} knows; lower it"
+        )
+    torch.manual_seed(cfg.seed)
+    return model, replace(cfg, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+
+
+def compiled(model, cfg, device, say):
+    """The model under torch.compile, or itself where no compiler is found, saying so once."""
+    if not cfg.compile:
+        return model
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            say("no Triton here, so --compile is left out: training runs eager")
+            return model
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception:  # torch raises several kinds, by platform and version
+            say("no C++ compiler here, so --compile is left out: training runs eager")
+            return model
+    return torch.compile(model, dynamic=False)
+
+
+def all_settings(cfg, meta):
+    """Every setting, and the identity of the data: what config.json records."""
+    sums = "".join(shard["sha256"] for shard in meta["shards"])
+    data = {"tokenizer_sha256": meta["tokenizer"]["sha256"], "shards_sha256": hashlib.sha256(sums.encode()).hexdigest()}
+    return {**asdict(cfg), **data}
+
+
+def learned_settings(settings):
+    """Those of the settings that decide what is learned: a resumed run may not change them."""
+    return {k: v for k, v in settings.items() if k not in FREE_ON_RESUME}
+
+
+def check_resume(saved, cfg, meta, step, say):
+    """Refuse a resume that would learn something else than the recorded run, naming each difference."""
+    now = learned_settings(all_settings(cfg, meta))
+    changes = [f"{k} {saved.get(k)!r} -> {now[k]!r}" for k in now if saved.get(k) != now[k]]
+    if saved.get("max_steps") != cfg.max_steps:
+        before = lr_at(step, cfg.max_lr, cfg.warmup_steps, saved["max_steps"])
+        after = lr_at(step, cfg.max_lr, cfg.warmup_steps, cfg.max_steps)
+        changes.append(
+            f"so the cosine is stretched and the learning rate of step {step} is {after:.2e}, not {before:.2e}"
+        )
+    if changes and not cfg.allow_config_change:
+        raise UserError(
+            f"{cfg.run_dir} was started with other settings ({'; '.join(changes)}); "
+            "use another --run-dir, or --allow-config-change to go on all the same"
+        )
+    for change in changes:
+        say(f"changed on resume: {change}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# between steps
+
+
+@torch.no_grad()
+def validation_loss(model, loader, cfg, ranks, autocast, token_bytes):
+    """Loss over the first val_tokens of the val split -> {"loss" in nats per token, "bits_per_byte", "tokens"}.
+
+    Sequence i goes to rank i mod world_size, and sums are what is reduced, so the figure depends neither on the number
+    of processes nor on the micro-batch. token_bytes: (vocab_size,) UTF-8 bytes of each id.
+    """
+    n = min(loader.n_sequences, max(1, cfg.val_tokens // cfg.block_size))
+    per_batch = cfg.micro_batch_size * ranks.world_size
+    nats = torch.zeros((), dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
+    tokens = text_bytes = 0
+    model.eval()
+    for first in range(0, n, per_batch):
+        idx, targets = loader.in_order(first + ranks.rank, cfg.micro_batch_size, ranks.world_size, n)
+        known = targets[targets >= 0]
+        tokens, text_bytes = tokens + known.numel(), text_bytes + int(token_bytes[known].sum())
+        with autocast():
+            _, loss = model(idx.to(ranks.device), targets.to(ranks.device), return_logits=False, reduction="sum")
+        nats += loss
+    nats, tokens, text_bytes = ranks.sum([nats, tokens, text_bytes])
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1, text_bytes), "tokens": int(tokens)}
+
+
+def bytes_of_tokens(tokenizer):
+    """UTF-8 bytes that each id stands for: (n_vocab,) int64; special tokens are no part of the text and have none."""
+    sizes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
+    sizes[list(tokenizer.special_tokens.values())] = 0
+    return sizes
+
+
+def unigram_entropy(loader, vocab_size):
+    """Entropy in nats of the token frequencies in the first 100M training tokens: what knowing no more would reach."""
+    counts, left = np.zeros(vocab_size), 100_000_000
+    for shard in loader.shards:
+        counts += np.bincount(shard[:left], minlength=vocab_size)[:vocab_size]
+        left -= min(left, len(shard))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+class Trainer:
+    """One training run: `__init__` sets up and resumes, `run` is the loop."""
+
+    def __init__(self, cfg, meta, ranks, log):
+        self.meta, self.ranks, self.log = meta, ranks, log
+        self.device, self.say = ranks.device, log.print
+        self.tokenizer = Tokenizer.load(Path(cfg.data_dir) / "tokenizer.model")
+        if self.tokenizer.sha256 != meta["tokenizer"]["sha256"]:
+            raise UserError(f"{cfg.data_dir}/tokenizer.model did not make these shards; run data/prepare.py again")
+        if ranks.main:
+            shutil.copyfile(Path(cfg.data_dir) / "tokenizer.model", log.run_dir / "tokenizer.model")
+        self.token_bytes = bytes_of_tokens(self.tokenizer)
+
+        self.grad_accum_steps = cfg.grad_accum_steps(ranks.world_size)
+        rows_per_step = cfg.total_batch_size // cfg.block_size
+        self.train_loader = Loader(cfg.data_dir, "train", cfg.block_size, rows_per_step, cfg.seed)
+        self.val_loader = Loader(cfg.data_dir, "val", cfg.block_size)
+        self.batches = Prefetcher(
+            self.train_loader, self.device, ranks.rank, ranks.world_size, cfg.micro_batch_size, self.grad_accum_steps
+        )
+        self.unigram_entropy = unigram_entropy(self.train_loader, meta["vocab_size"])
+
+        # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
+        # be compiled; `step_model` adds the exchange of gradients between processes.
+        self.raw_model, self.cfg = build_model(cfg, meta)
+        self.raw_model.to(self.device)
+        self.model = self.step_model = compiled(self.raw_model, cfg, self.device, self.say)
+        if ranks.world_size > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            self.step_model = DistributedDataParallel(self.model, device_ids=gpu)
+        self.optimizers = make_optimizers(self.raw_model, cfg)
+        # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
+
+        self.step, self.skipped, self.resumed_at = 0, 0, -1
+        self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
+        self.last_val = {}
+        self.resume()
+        self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)
+
+    def resume(self):
+        """Go on from the newest checkpoint that verifies, if there is one."""
+        state = checkpoint.load_newest(self.log.ckpt_dir, warn=self.say)
+        if state is None:
+            return
+        check_resume(state["learned"], self.cfg, self.meta, state["step"], self.say)
+        self.raw_model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self.resumed_at = state["step"]
+        self.skipped = state["skipped"]
+        if self.ranks.rank < len(state["rng"]):  # more processes than before: the new ones keep their fresh state
+            checkpoint.set_rng_state(state["rng"][self.ranks.rank], self.device)
+        self.say(f"resumed at step {self.step}")
+
+    def save(self):
+        """Write a checkpoint of this step, unless it is the one that this start came from."""
+        rng = self.ranks.gather(checkpoint.rng_state(self.device))
+        if self.ranks.main and self.step != self.resumed_at:
+            state = {
+                **checkpoint.model_state(self.raw_model),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "skipped": self.skipped,
+                "rng": rng,
+                "learned": learned_settings(all_settings(self.cfg, self.meta)),
+            }
+            path = checkpoint.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
+            self.say(f"  saved {path.name}")
+
+    def autocast(self):
+        """The context of the forward pass: matmuls in cfg.dtype, what needs the range in float32."""
+        if self.cfg.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.cfg.dtype))
+
+    def run(self):
+        """Step after step, until the last one or a reason to stop -> the fields of result.json."""
+        cfg, ranks = self.cfg, self.ranks
+        self.announce()
+        bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
+        self.clock = time.perf_counter()
+        while True:
+            # --- between steps. The checkpoint comes first: after a kill the rest is done again, and comes out equal.
+            if self.step > 0 and self.due(cfg.checkpoint_every):
+                self.flush()
+                self.save()
+            if self.due(cfg.val_every):
+                self.flush()
+                self.validate()
+            if self.due(cfg.sample_every):
+                self.flush()
+                self.sample()
+            if self.step >= cfg.max_steps:
+                break
+            if reason := self.stop.reason():
+                self.flush()
+                self.save()
+                return {"status": "preempted", "reason": f"{reason}; the same command goes on", "step": self.step}
+
+            # --- one optimizer step
+            self.model.train()
+            loss_sum = torch.zeros((), device=self.device)
+            for micro_step in range(self.grad_accum_steps):
+                idx, targets = self.batches.get(self.step, micro_step)  # (micro_batch_size, T) each
+                # Gradients travel between processes once a step: in the backward pass of the last micro-batch.
+                last = micro_step == self.grad_accum_steps - 1
+                with contextlib.nullcontext() if last or ranks.world_size == 1 else self.step_model.no_sync():
+                    with self.autocast():
+                        _, loss = self.step_model(idx, targets, return_logits=False)
+                    loss = loss / self.grad_accum_steps
+                    self.scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            lr = set_lr(self.optimizers, self.step, cfg)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), cfg.grad_clip or math.inf)
+            if not (cfg.skip_nonfinite and self.skip(loss_sum, norm)):
+                for optimizer in self.optimizers:
+                    self.scaler.step(optimizer)
+                self.scaler.update()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+            # --- the figures stay on the device until a step line is due, so that the host never waits in between
+            self.pending.append((self.step, loss_sum, norm, lr))
+            self.step += 1
+            bar.update()
+            if len(self.pending) >= cfg.log_every:
+                self.flush()
+        bar.close()
+        return self.final_numbers()
+
+    def due(self, every):
+        """Whether something that is done every so many steps is due now; at the last step everything is."""
+        return every > 0 and (self.step % every == 0 or self.step >= self.cfg.max_steps)
+
+    def skip(self, loss, norm):
+        """--skip-nonfinite: whether this step is to be left out; Diverged once too many have been."""
+        # Under a gradient scaler an infinite norm is normal: it lowers the scale and leaves the step out by itself.
+        vital = [loss] if self.scaler.is_enabled() else [loss, norm]
+        if all(map(math.isfinite, self.ranks.sum(vital))):
+            return False
+        self.skipped += 1
+        if self.skipped > self.cfg.skip_nonfinite:
+            raise Diverged(f"step {self.step} is not finite, after {self.cfg.skip_nonfinite} skipped ones")
+        self.say(f"step {self.step} is not finite: skipped ({self.skipped} of at most {self.cfg.skip_nonfinite})")
+        return True
+
+    def flush(self):
+        """Read the pending figures (the one wait for the device), record them, and print the last as the step line."""
+        if not self.pending:
+            return
+        pending, self.pending = self.pending, []
+        losses = self.ranks.sum(torch.stack([loss for _, loss, _, _ in pending]).tolist())
+        norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
+        seconds = (time.perf_counter() - self.clock) / len(pending)
+        tok_per_sec = self.cfg.total_batch_size / seconds
+        peak = peak_flops(self.device, self.cfg.dtype)
+        mfu = tok_per_sec * self.raw_model.flops_per_token() / (peak * self.ranks.world_size) if peak else None
+        for (step, _, _, lr), loss, norm in zip(pending, losses, norms):
+            loss /= self.ranks.world_size
+            self.log.metric(
+                step, "train", loss=loss, grad_norm=norm, lr=lr, ms=seconds * 1e3, tok_per_sec=tok_per_sec, mfu=mfu
+            )
+            if self.cfg.skip_nonfinite == 0 and not math.isfinite(loss):
+                raise Diverged(f"the loss of step {step} is not finite")
+            if self.cfg.skip_nonfinite == 0 and not math.isfinite(norm) and not self.scaler.is_enabled():
+                raise Diverged(f"the gradient of step {step} is not finite")
+        self.say(
+            f"step {step:>6}/{self.cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+            f"{seconds * 1e3:.0f} ms | {tok_per_sec:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+            + f" | ETA {_hms(seconds * (self.cfg.max_steps - step - 1))}"
+        )  # fmt: skip
+        self.clock = time.perf_counter()
+
+    def validate(self):
+        """Record the validation loss and refresh the picture."""
+        self.last_val = validation_loss(
+            self.model, self.val_loader, self.cfg, self.ranks, self.autocast, self.token_bytes
+        )
+        self.log.metric(self.step, "val", **self.last_val)
+        self.say(f"  val    | loss {self.last_val['loss']:.4f} | {self.last_val['bits_per_byte']:.4f} bits per byte")
+        lines = {"unigram entropy": self.unigram_entropy}
+        if self.meta["name"].startswith("fineweb-edu") and self.meta["tokenizer"]["name"] == "gpt2":
+            lines.update(GPT2_ON_FINEWEB_EDU)
+        self.log.plot(reference=lines)
+        self.clock = time.perf_counter()  # what happens between steps is not the steps' time
+
+    def sample(self):
+        """Two continuations of the prompt: whole into samples.txt, shortened onto the terminal. On one rank."""
+        if self.ranks.main:
+            cfg, tokenizer = self.cfg, self.tokenizer
+            prompt = tokenizer.encode(cfg.sample_prompt) or [tokenizer.eot_token]
+            room = max(1, min(100, cfg.block_size - len(prompt)))
+            seed = cfg.seed + self.step
+            for new in generate(self.raw_model, [prompt] * 2, room, seed=seed, eot=tokenizer.eot_token):
+                text = tokenizer.decode(prompt + new)
+                self.log.sample(self.step, text)
+                self.say(f"  sample | {' '.join(text.split())[:160]}")
+        self.clock = time.perf_counter()
+
+    def announce(self):
+        """What is about to happen, in two lines."""
+        cfg, ranks = self.cfg, self.ranks
+        self.say(
+            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
+            f"{sum(map(len, self.train_loader.shards)):,} training tokens | a step is {cfg.total_batch_size:,} tokens: "
+            f"{ranks.world_size} process(es) x {self.grad_accum_steps} x {cfg.micro_batch_size} sequences of "
+            f"{cfg.block_size}"
+        )
+        self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: what knowing the frequencies alone would reach")
+
+    def final_numbers(self):
+        """The fields of result.json after the last step."""
+        return {
+            "status": "success",
+            "step": self.step,
+            "tokens": self.step * self.cfg.total_batch_size,
+            "val_loss": self.last_val.get("loss"),
+            "bits_per_byte": self.last_val.get("bits_per_byte"),
+            "unigram_entropy": self.unigram_entropy,
+            "parameters": self.raw_model.num_params(),
+            "skipped_steps": self.skipped,
+            "peak_mb": _peak_mb(self.device),
+        }
+
+
+def _hms(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _peak_mb(device):
+    """Largest memory so far in MB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+
+
+def finished(cfg, meta):
+    """The Run if this very training has already been done, else None."""
+    if not (Path(cfg.run_dir) / "config.json").exists():
+        return None
+    run = read_run(cfg.run_dir)
+    same = learned_settings(run.settings) == learned_settings(all_settings(cfg, meta))
+    return run if same and run.result.get("status") == "success" else None
+
+
+def main():
+    cfg = parse(sys.argv[1:])
+    if cfg.plan:
+        return print_plan(cfg)
+    meta = check_folder(cfg.data_dir)
+    ranks = Ranks(cfg.device)
+    cfg = resolve(cfg, ranks.device)
+    if done := finished(cfg, meta):
+        if ranks.main:
+            print(
+                f"{cfg.run_dir} is finished: {done.result['step']} steps, validation loss {done.result['val_loss']}; "
+                "nothing is left to do (another --run-dir trains anew)"
+            )
+        return ranks.close()
+    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=True, enabled=ranks.main) as log:
+        try:
+            result = Trainer(cfg, meta, ranks, log).run()
+        except Diverged as e:
+            result = {"status": "diverged", "reason": f"{e}; the last good checkpoint is kept, try a lower --max-lr"}
+        log.finish(**result)
+        log.print(_last_line(cfg, result))
+    ranks.close()
+
+
+def _last_line(cfg, result):
+    if result["status"] == "success":
+        return f"success: {result['step']} steps, validation loss {result['val_loss']} | {cfg.run_dir}/loss.png"
+    return f"{result['status']}: {result['reason']}"
+
+
+if __name__ == "__main__":
+    cli(main)
