@@ -109,6 +109,8 @@ def test_the_script_samples_from_a_run_and_a_folder(tmp_path, corpus, script, re
     from_run = script("gpt2/sample.py", "--model", tmp_path / "run", "--prompt", "Return the", *settings).stdout
     from_folder = script("gpt2/sample.py", "--model", tmp_path / "hf", "--prompt", "Return the", *settings).stdout
     assert from_run.startswith("Return the") and from_run == from_folder
-    two = script("gpt2/sample.py", "--model", tmp_path / "run", "--prompt", "a", "bc", "--num-samples", 2, *settings).stdout
+    two = script(
+        "gpt2/sample.py", "--model", tmp_path / "run", "--prompt", "a", "bc", "--num-samples", 2, *settings
+    ).stdout
     assert len(two.split("\n\n")) >= 4
     refuses("gpt2/sample.py", "--model", tmp_path / "nowhere", says="no GPT-2 weights")
