@@ -1,0 +1,463 @@
+"""Train k LoRA adapters at once on one frozen base: different r, alpha, dropout, lr, schedule and seed in one pass.
+
+    from lora.multi_lora import AdapterConfig, MultiLora
+    engine = MultiLora(model, [AdapterConfig(r=4, lr=3e-4), AdapterConfig(r=8, lr=3e-3)])
+    losses = engine.forward(batch)        # (k,), batch: input_ids and labels, (b, T) for all or (k, b, T)
+    engine.step(losses)                   # backward, clip, AdamW and schedule, each adapter by itself
+    engine.save(0, "adapter")             # as PEFT saves it
+
+How. The rows of all adapters lie one behind the other in one batch, (k·b, T, C), so the base's matrix products are done
+once, on k times as many rows. In each adapted layer the k updates are two batched products over stacked matrices
+A (k, r_max, in) and B (k, out, r_max). Smaller ranks are padded with zeros; padding in A meets zeros in B and the other
+way round, so its gradient is exactly zero and it stays zero. The base is frozen and works row by row, hence nothing of
+one adapter reaches another, not even a NaN: gradients are those of k separate runs. All weights are views of one tensor
+(k, P), and so are gradients: clipping is a norm over rows, AdamW a handful of operations however many layers there are.
+
+Works on every causal LM whose layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and whose
+logits are its output layer on its last hidden states (checked). Dropout masks are a function of an adapter's seed, its
+step and the layer, so an adapter's training does not depend on its company. The gain is largest where the base is
+small or batches are short; once the base alone keeps the machine busy there is none (`bench_lora.py` shows both).
+"""
+
+import math
+import os
+import shutil
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora.tasks import IGNORE, collate
+from lora.train_lora import check_adapter, is_conv1d, target_modules
+from runlog import UserError
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as the Trainer has them
+LOSS_CHUNK = 4096  # labelled positions whose logits are in memory at once
+
+
+@dataclass
+class AdapterConfig:
+    """One adapter: PEFT's names and meanings, and its own optimization."""
+
+    r: int = 8  # rank of the update
+    lora_alpha: float = 16  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.0  # probability of dropping an input of the update
+    lr: float = 3e-4  # peak learning rate
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
+    bias: str = "none"  # lora_only: train the biases of the wrapped layers as well
+    init_lora_weights: str = "default"  # of A: default (Kaiming uniform) or gaussian; B starts at zero
+    lr_scheduler: str = "linear"  # linear, cosine or constant
+    warmup_steps: int = 0  # steps of linear warm-up
+    max_steps: int = 1000  # where the schedule ends
+    weight_decay: float = 0.0  # of AdamW; never on biases
+    max_grad_norm: float = 1.0  # clips this adapter's gradient; 0: off
+    seed: int = 0  # of the initial weights and the dropout
+
+    def __post_init__(self):
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"the engine has no {name} {getattr(self, name)!r}, only {', '.join(known)}")
+        if self.r < 1:
+            raise UserError(f"r is the rank of the update, at least 1, not {self.r}")
+
+    @property
+    def scaling(self):
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def lr_at(self, step):
+        """Learning rate of a step, counted from 0, as transformers' schedules have it."""
+        if step < self.warmup_steps:
+            return self.lr * step / max(1, self.warmup_steps)
+        done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        if self.lr_scheduler == "linear":
+            return self.lr * max(0.0, 1 - done)
+        return self.lr if self.lr_scheduler == "constant" else self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+
+
+_KNOWN = {
+    "bias": ("none", "lora_only"),
+    "init_lora_weights": ("default", "gaussian"),
+    "lr_scheduler": ("linear", "cosine", "constant"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the adapted layer
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen layer plus k low-rank updates, each for its own part of the rows.
+
+    A (k, r_max, in), B (k, out, r_max), bias (k, out) or None: parameters that are views of the engine's one tensor.
+    """
+
+    def __init__(self, base, engine, name, index):
+        super().__init__()
+        self.base, self.name, self.index = base, name, index
+        self._engine = [engine]  # in a list, so that torch does not take it for a submodule
+        conv = not isinstance(base, nn.Linear)
+        self.n_in, self.n_out = base.weight.shape if conv else (base.in_features, base.out_features)
+        self.A = self.B = self.bias = None
+
+    def forward(self, x):
+        engine = self._engine[0]
+        active, k = engine.active, engine.n_active
+        A, B = self.A[active], self.B[active]
+        y = self.base(x)  # (k*b, T, out)
+        z = x.reshape(k, -1, self.n_in).to(A.dtype)  # (k, b*T, in)
+        z = engine.dropout(z, self.index)
+        h = (z @ A.mT) * engine.scaling[active]  # (k, b*T, r_max)
+        if y.dtype == A.dtype:
+            y = torch.baddbmm(y.reshape(k, -1, self.n_out), h, B.mT)  # (k, b*T, out)
+        else:  # float32 adapters on a half-precision base, as PEFT has them
+            y = y.reshape(k, -1, self.n_out) + (h @ B.mT).to(y.dtype)
+        if self.bias is not None:
+            y = y + (self.bias[active] - self.base.bias).to(y.dtype)[:, None]
+        return y.reshape(*x.shape[:-1], self.n_out)
+
+
+def adapted_names(model, names):
+    """Layers that `names` selects, as PEFT does: called so, or ending in ".name"; "all-linear": all but the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    if names != "all-linear":
+        linear = [n for n in linear if any(n == t or n.endswith("." + t) for t in names)]
+    if not linear:
+        raise UserError(f"the model has no linear layer named {names}; see --target-modules")
+    return linear
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the engine
+
+
+class MultiLora:
+    """k adapters on one frozen model, which is changed in place until `unwrap`.
+
+    names: layers to adapt, as PEFT's target_modules. r_max: room for the largest rank that a slot will ever hold.
+    bias: room for trained biases, needed when a later adapter of a slot has bias="lora_only".
+    """
+
+    def __init__(self, model, configs, names="auto", r_max=0, bias=False, gradient_checkpointing=False):
+        self.model, self.names = model, target_modules(names, model)
+        self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self.device = next(model.parameters()).device
+        self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
+        self.r_max = max(r_max, *(c.r for c in configs))
+        self.with_bias = bias or any(c.bias == "lora_only" for c in configs)
+        model.requires_grad_(False).eval()
+        self._check_head()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        self.layers = []
+        for index, name in enumerate(adapted_names(model, self.names)):
+            parent, _, last = name.rpartition(".")
+            layer = AdaptedLinear(model.get_submodule(name), self, name, index)
+            setattr(model.get_submodule(parent), last, layer)
+            self.layers.append(layer)
+        self.generator = torch.Generator(self.device)
+        self.training = True
+        self.configs, self.steps = [], []
+        self._allocate(len(configs))
+        for i, config in enumerate(configs):
+            self.replace(i, config)
+
+    def _check_head(self):
+        """Refuse a model whose logits are more than its head on its hidden states (soft-capped, scaled, …)."""
+        ids = torch.arange(1, 5, device=self.device)[None] % self.model.config.vocab_size
+        with torch.no_grad():
+            logits, ours = self.model(ids).logits, self.head(self.body(ids).last_hidden_state)
+        if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
+            raise UserError(
+                f"{type(self.model).__name__} changes its logits after the output layer; use engine trainer"
+            )
+
+    def _allocate(self, k):
+        """Lay out k slots: weights and AdamW's moments are tensors (k, P); the layers hold views of the weights."""
+        sizes = []  # (layer, attribute, shape of one adapter's part)
+        for layer in self.layers:
+            sizes += [(layer, "A", (self.r_max, layer.n_in)), (layer, "B", (layer.n_out, self.r_max))]
+            if self.with_bias and layer.base.bias is not None:
+                sizes.append((layer, "bias", (layer.n_out,)))
+        P = sum(math.prod(shape) for _, _, shape in sizes)
+        new = [torch.zeros(k, P, dtype=self.dtype, device=self.device) for _ in range(3)]
+        self.theta, self.exp_avg, self.exp_avg_sq = new
+        self.decayed = torch.ones(P, dtype=self.dtype, device=self.device)  # 0 where weight decay is off: biases
+        self.trained = torch.ones(k, P, dtype=torch.bool, device=self.device)  # False: biases of an adapter without
+        self.spans, self.parameters, start = {}, [], 0
+        for layer, attribute, shape in sizes:
+            span = slice(start, start + math.prod(shape))
+            start = span.stop
+            self.spans[layer.index, attribute] = span
+            self.parameters.append(nn.Parameter(self.theta[:, span].view(k, *shape)))
+            setattr(layer, attribute, self.parameters[-1])
+            if attribute == "bias":
+                self.decayed[span] = 0
+        self.k, self.active, self.n_active = k, slice(None), k
+        self.configs, self.steps = [None] * k, [0] * k
+        self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
+
+    def replace(self, i, config):
+        """Put a fresh adapter into slot i: A random by its seed, B zero, biases the base's, optimizer at its start."""
+        if config.r > self.r_max or (config.bias == "lora_only" and not self.with_bias):
+            raise UserError(f"slot {i} has no room for r {config.r} with bias {config.bias}; say r_max and bias first")
+        g = torch.Generator().manual_seed(config.seed)
+        for tensor in (self.theta, self.exp_avg, self.exp_avg_sq):
+            tensor[i].zero_()
+        for layer in self.layers:
+            A = torch.empty(config.r, layer.n_in, dtype=self.dtype)
+            if config.init_lora_weights == "gaussian":
+                A.normal_(std=1 / config.r, generator=g)
+            else:  # Kaiming uniform with a=sqrt(5), which is this
+                A.uniform_(-1 / math.sqrt(layer.n_in), 1 / math.sqrt(layer.n_in), generator=g)
+            layer.A.data[i, : config.r] = A.to(self.device)
+            if layer.bias is not None:
+                layer.bias.data[i] = layer.base.bias
+                self.trained[i, self.spans[layer.index, "bias"]] = config.bias == "lora_only"
+        self.configs[i], self.steps[i], self.scaling[i] = config, 0, config.scaling
+
+    def keep(self, slots):
+        """Go on with these slots alone, in this order; the memory and time of the others are freed."""
+        old = {name: getattr(self, name)[slots] for name in ("theta", "exp_avg", "exp_avg_sq", "trained", "scaling")}
+        configs, steps = [self.configs[i] for i in slots], [self.steps[i] for i in slots]
+        self._allocate(len(slots))
+        for name, value in old.items():
+            getattr(self, name).copy_(value)
+        self.configs, self.steps = configs, steps
+
+    def unwrap(self):
+        """Give the model its own layers back -> the model, as it was."""
+        for layer in self.layers:
+            parent, _, last = layer.name.rpartition(".")
+            setattr(self.model.get_submodule(parent), last, layer.base)
+        return self.model
+
+    # -- forward
+
+    def dropout(self, z, layer):
+        """Drop inputs of each adapter's update with its own probability. z: (k, n, in)"""
+        if not self.training or not any(c.lora_dropout for c in self.configs):
+            return z
+        mask = torch.ones_like(z)
+        for i, config in enumerate(self.configs):
+            if config.lora_dropout:
+                seed = zlib.crc32(f"{config.seed}/{self.steps[i]}/{layer}".encode())
+                keep = 1 - config.lora_dropout
+                mask[i].bernoulli_(keep, generator=self.generator.manual_seed(seed)).div_(keep)
+        return z * mask
+
+    @contextmanager
+    def evaluating(self, i=None):
+        """No dropout and no gradients; with `i`, only that adapter: then `model` is the base with it, k = 1."""
+        before = self.training, self.active, self.n_active
+        self.training = False
+        if i is not None:
+            self.active, self.n_active = slice(i, i + 1), 1
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.training, self.active, self.n_active = before
+
+    def nll(self, batch):
+        """Summed loss at the labelled positions -> (sums (k,), their numbers (k,) on the CPU).
+
+        batch: "input_ids" and "labels", (b, T) read by every adapter or (k, b, T) with each its own; rows filled up on
+        the right, so no attention mask is needed: a causal model does not see the padding from the left.
+        """
+        k = self.n_active
+        ids, labels = (
+            x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in (batch["input_ids"], batch["labels"])
+        )
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1; (k*b, T)
+        where = (labels != IGNORE).flatten().nonzero()[:, 0]  # the labelled positions; adapter by adapter
+        counts = (labels != IGNORE).view(k, -1).sum(1)  # (k,)
+        hidden = self.body(ids.to(self.device), use_cache=False).last_hidden_state  # (k*b, T, C)
+        hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device))  # (labelled, C)
+        nll = token_nll(hidden, self.head, labels.flatten()[where].to(self.device))
+        return torch.stack([part.sum() for part in nll.split(counts.tolist())]), counts
+
+    def forward(self, batch):
+        """Mean loss per learned token of each adapter -> (k,)."""
+        sums, counts = self.nll(batch)
+        return sums / counts.clamp(min=1).to(sums)
+
+    def held_out(self, rows, pad, batch_size=8):
+        """Loss per learned token over `rows`, for each adapter -> list of k floats."""
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # alike lengths together: little padding
+        sums, counts = torch.zeros(self.k, dtype=torch.float64), 0
+        with self.evaluating():
+            for i in range(0, len(rows), batch_size):
+                part, n = self.nll(collate(rows[i : i + batch_size], pad))
+                sums, counts = sums + part.double().cpu(), counts + n
+        return (sums / counts).tolist()
+
+    # -- backward
+
+    def gradients(self, losses):
+        """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""
+        # the adapters share no row and no weight, so the gradient of the sum is that of each
+        grads = torch.autograd.grad(losses.sum(), self.parameters)
+        grad = torch.cat([g.reshape(self.k, -1) for g in grads], dim=1)
+        return grad.masked_fill_(~self.trained, 0) if self.with_bias else grad
+
+    def step(self, losses):
+        """One AdamW step of every adapter -> (losses, gradient norms, which were finite): three lists of k.
+
+        An adapter whose loss or gradient is not finite keeps its weights and optimizer state as they were; the others
+        do not notice.
+        """
+        grad = self.gradients(losses)
+        losses, norms = torch.stack([losses.detach().to(grad), grad.norm(dim=1)]).tolist()
+        fine = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
+        bad = [i for i in range(self.k) if not fine[i]]
+        state = (self.theta, self.exp_avg, self.exp_avg_sq)
+        kept = [tensor[bad] for tensor in state]
+        self._adamw(grad, norms)
+        for tensor, value in zip(state, kept):
+            tensor[bad] = value
+        self.steps = [step + ok for step, ok in zip(self.steps, fine)]
+        return losses, norms, fine
+
+    def _adamw(self, grad, norms):
+        """AdamW of torch, over rows; clipping as clip_grad_norm_. A column holds one number an adapter, (k, 1)."""
+        rows, configs = range(self.k), self.configs
+
+        def column(values):
+            return torch.tensor(list(values), dtype=self.dtype, device=self.device)[:, None]
+
+        limits = [c.max_grad_norm or math.inf for c in configs]
+        lr = [c.lr_at(step) for c, step in zip(configs, self.steps)]
+        clip = column(min(1.0, limits[i] / (norms[i] + 1e-6)) for i in rows)
+        shrink = column(lr[i] * configs[i].weight_decay for i in rows)
+        size = column(lr[i] / (1 - BETAS[0] ** (self.steps[i] + 1)) for i in rows)
+        root = column(math.sqrt(1 - BETAS[1] ** (self.steps[i] + 1)) for i in rows)
+        grad.mul_(clip)
+        if any(c.weight_decay for c in configs):
+            self.theta.mul_(1 - shrink * self.decayed * self.trained)
+        self.exp_avg.lerp_(grad, 1 - BETAS[0])
+        self.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+        self.theta.sub_(size * self.exp_avg / (self.exp_avg_sq.sqrt().div_(root).add_(EPS)))
+
+    # -- saving
+
+    def tensors(self, i):
+        """Adapter i as PEFT names and shapes it: {"base_model.model.NAME.lora_A.weight": (r, in), …}."""
+        r, out = self.configs[i].r, {}
+        for layer in self.layers:
+            prefix = f"base_model.model.{layer.name}"
+            out[f"{prefix}.lora_A.weight"] = layer.A.data[i, :r].cpu().contiguous()
+            out[f"{prefix}.lora_B.weight"] = layer.B.data[i, :, :r].cpu().contiguous()
+            if self.configs[i].bias == "lora_only" and layer.bias is not None:
+                out[f"{prefix}.base_layer.bias"] = layer.bias.data[i].cpu().clone()
+        return out
+
+    def save(self, i, folder):
+        """Write adapter i as a PEFT folder, whole or not at all; a broken or empty one is refused."""
+        from peft import LoraConfig
+        from safetensors.torch import save_file
+
+        config, tensors = self.configs[i], self.tensors(i)
+        check_adapter(tensors, folder)
+        peft = LoraConfig(
+            task_type="CAUSAL_LM", r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora, bias=config.bias, target_modules=self.names,
+            init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+            fan_in_fan_out=is_conv1d(self.model), inference_mode=True,
+            base_model_name_or_path=self.model.config.name_or_path,
+        )  # fmt: skip
+        part = Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
+        peft.save_pretrained(part)
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+
+    def state_dict(self):
+        """All that training goes on from: plain tensors and lists."""
+        names = ("theta", "exp_avg", "exp_avg_sq")
+        return {"steps": list(self.steps), **{name: getattr(self, name).clone() for name in names}}
+
+    def load_state_dict(self, state):
+        """Go on from `state_dict` of an engine with the same configs."""
+        self.steps = list(state["steps"])
+        for name in ("theta", "exp_avg", "exp_avg_sq"):
+            getattr(self, name).copy_(state[name])
+
+
+def token_nll(hidden, head, targets):
+    """Cross-entropy of each position -> (n,). hidden (n, C), targets (n,).
+
+    Long inputs go through in chunks whose logits are computed again in the backward pass, so that (n, V) never exists.
+    """
+
+    def part(hidden, targets):
+        logits = head(hidden)  # (chunk, V)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    if len(hidden) <= LOSS_CHUNK:
+        return part(hidden, targets)
+    chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes: what the base takes, what one more adapter adds, and what the device has left."""
+
+    base: int
+    weights: int  # one adapter's weights, gradient and two moments
+    activations: int  # saved for the backward pass of one adapter's rows
+    available: int
+
+    def at_once(self, most):
+        """How many adapters go together, at least one; a fifth is left for what no estimate sees."""
+        return max(1, min(most, int(0.8 * self.available // (self.weights + self.activations))))
+
+    def __str__(self):
+        mb = [f"{value / 2**20:,.1f} MB" for value in (self.base, self.weights, self.activations, self.available)]
+        return f"base {mb[0]} | one adapter: weights and optimizer {mb[1]}, activations {mb[2]} | available {mb[3]}"
+
+
+def plan_memory(model, configs, batch, names="auto", gradient_checkpointing=False):
+    """Measure one forward pass of one adapter on `batch` (b, T) -> MemoryPlan. The model is left as it was."""
+    engine = MultiLora(
+        model, configs[:1], names, max(c.r for c in configs), any(c.bias != "none" for c in configs),
+        gradient_checkpointing,
+    )  # fmt: skip
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {engine.theta.untyped_storage().data_ptr()}
+    seen = {}  # storage -> bytes: what autograd keeps for the backward pass
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = engine.forward(batch)
+    del losses
+    engine.unwrap()
+    base = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    state = 4 * engine.theta[0].numel() * engine.theta.element_size()
+    return MemoryPlan(base, state, sum(seen.values()), available_memory(engine.device))
+
+
+def available_memory(device):
+    """Bytes free on the device (on a CPU and on a Mac: of the machine)."""
+    import psutil
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
