@@ -146,17 +146,26 @@ def adapter_folder(path):
     raise UserError(f"{path} holds no adapter (no adapter_config.json there or in ckpt/adapter)")
 
 
-def generate(
-    model, tokenizer, ids, *, stop_ids, max_new_tokens=100, temperature=0.0, top_p=1.0, repetition_penalty=1.5
+def generate(model, tokenizer, ids, **options):
+    """Continue one prompt (a list of ids) -> the new text; options as for `generate_rows`."""
+    return generate_rows(model, tokenizer, ids, 1, **options)[0]
+
+
+def generate_rows(
+    model, tokenizer, ids, n, *, stop_ids, max_new_tokens=100, temperature=0.0, top_p=1.0, repetition_penalty=1.5
 ):
-    """Continue one prompt (a list of ids) -> the new text, without the stop token. Never a padded vocabulary id."""
+    """Continue a prompt n times in one batch -> n texts, each without its stop token.
+
+    The n rows differ when sampled, or when the model holds n adapters (`MultiLora`), each of which reads its own row.
+    An id that only pads the vocabulary is never generated.
+    """
     import torch
     from transformers import GenerationConfig
 
     room = block_size(model.config) - max_new_tokens
     if room < 1:
         raise UserError(f"the model reads {block_size(model.config)} tokens; ask for fewer new ones")
-    ids = torch.tensor([ids[-room:] or [stop_ids[0] if stop_ids else 0]], device=model.device)
+    ids = torch.tensor([ids[-room:] or [stop_ids[0] if stop_ids else 0]] * n, device=model.device)  # (n, T)
     unused = list(range(len(tokenizer), model.config.vocab_size))  # rows that only pad the embedding
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     options = GenerationConfig(
@@ -168,10 +177,11 @@ def generate(
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
     model.train(training)
-    new = out[0, ids.shape[1] :].tolist()
-    if new and new[-1] in stop_ids:
-        new.pop()
-    return tokenizer.decode(new)
+    texts = []
+    for new in out[:, ids.shape[1] :].tolist():
+        ends = [i for i, token in enumerate(new) if token in stop_ids]
+        texts.append(tokenizer.decode(new[: ends[0]] if ends else new))
+    return texts
 
 
 def merge(model, ids):

@@ -490,7 +490,7 @@ def train(cfg, model, tokenizer, data, log):
         log.plot()
         shown = {k: v for k, v in result.items() if k not in ("text", "prompt")}
         write_experiment(log.run_dir, cfg.task, hyper_parameters(cfg), prompt + (result["text"] or ""), shown)
-    log.finish(result.pop("status"), **result)
+    log.finish(**result)
     log.print(f"adapter in {log.ckpt_dir / 'adapter'}, curve in {log.run_dir / 'loss.png'}")
     return result
 

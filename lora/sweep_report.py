@@ -1,0 +1,183 @@
+"""What a finished sweep says: table, main effects, curves, the log for people, and what halving would have saved.
+
+`sweep.py` calls `summarize` when the last adapter is done; everything is read back from the adapters' run directories.
+"""
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from lora.train_lora import hyper_parameters, write_experiment
+from runlog import RunLog, atomic_open, read_json, read_run
+
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96.
+T95 = (None, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+VARIED = ("lr", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "use_dora")
+VARIED += ("lr_scheduler", "warmup_steps", "weight_decay", "batch_size", "target_modules", "epochs", "max_steps")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#882255", "#999933", "#117733")
+
+
+def summarize(folder, configs):
+    """Write table.md, loss.png, lora_experiments_TASK.log and result.json of the sweep in `folder`."""
+    runs = [read_run(cfg.run_dir) for cfg in configs]
+    sweep = read_json(Path(folder) / "sweep.json")
+    best = min(range(len(runs)), key=lambda i: final_loss(runs[i]))
+    trained = sum(run.result["step"] for run in runs)
+    full = sum(run.result["max_steps"] for run in runs)
+    numbers = {"adapters": len(runs), "steps_trained": trained, "steps_full": full, "step_share": trained / full}
+    numbers |= {"best": runs[best].run_dir.name, "best_held_out_loss": runs[best].result["held_out_loss"]}
+    numbers["diverged"] = [run.run_dir.name for run in runs if run.result["status"] == "diverged"]
+    if all(run.result.get("stopped") in ("end", "diverged") for run in runs):
+        rungs = [float(part) for part in sweep["settings"]["rungs"].split(",")]
+        numbers["halving_replayed"] = replay_halving(runs, rungs)
+    table = f"{held_out_table(configs, runs)}\n{effects_table(configs, runs)}"
+    with RunLog(folder, "lora_sweep", sweep, resume=True) as log:
+        log.print(table)
+        with atomic_open(Path(folder) / "table.md") as f:
+            f.write(table)
+        plot_curves(folder, runs)
+        write_log(folder, configs, runs)
+        log.finish("success", **numbers)
+        log.print(f"best: {numbers['best']}, held-out loss {numbers['best_held_out_loss']:.4f}")
+        log.print(f"{trained:,} of {full:,} adapter steps were trained ({trained / full:.0%})")
+        if "halving_replayed" in numbers:
+            log.print(
+                "halving would have trained {step_share:.0%}, regret {regret:.4f}".format(**numbers["halving_replayed"])
+            )
+        log.print(f"curves in {Path(folder) / 'loss.png'}, table in {Path(folder) / 'table.md'}")
+
+
+def final_loss(run):
+    """The best held-out loss of an adapter; infinite when it never had one."""
+    loss = run.result.get("held_out_loss")
+    return math.inf if loss is None else loss
+
+
+def interval(values):
+    """Half the width of the 95 % confidence interval of the mean; None of a single value.
+
+    interval([1.0, 3.0]) -> 12.71
+    """
+    if len(values) < 2:
+        return None
+    t = T95[len(values) - 1] if len(values) <= len(T95) else 1.96
+    return t * stdev(values) / math.sqrt(len(values))
+
+
+def varied(configs):
+    """Names of the settings that differ within the sweep, seeds aside."""
+    return [name for name in VARIED if len({getattr(cfg, name) for cfg in configs}) > 1]
+
+
+def held_out_table(configs, runs):
+    """Markdown: a line for each configuration, best first, its held-out loss as mean ± 95 % interval over seeds."""
+    names, lines = varied(configs), {}
+    for cfg, run in zip(configs, runs):
+        lines.setdefault(tuple(getattr(cfg, name) for name in names), []).append(run)
+    rows = []
+    for values, same in lines.items():
+        losses = [final_loss(run) for run in same]
+        half = interval(losses) if all(map(math.isfinite, losses)) else None
+        loss = f"{mean(losses):.4f}" + (f" ± {half:.4f}" if half is not None else "")
+        ends = ", ".join(sorted({ending(run) for run in same}))
+        steps = " ".join(str(run.result["best_step"]) for run in same)
+        last = " ".join(f"{run.curve('val')[1][-1]:.4f}" if run.curve("val")[1] else "-" for run in same)
+        metric = {k: mean(run.result["after"][k] for run in same) for k in same[0].result.get("after") or {}}
+        shown = " ".join(f"{k} {v:.3f}" for k, v in metric.items()) or "-"
+        rows.append((mean(losses), [*map(str, values), loss, str(len(same)), steps, last, ends, shown]))
+    head = [*names, "held-out loss", "seeds", "best step", "last loss", "ended", "task"]
+    return markdown(head, [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def ending(run):
+    return f"{run.result.get('stopped') or run.result['status']} at {run.result['step']}"
+
+
+def effects_table(configs, runs):
+    """Markdown: the mean held-out loss at each value of each hyper-parameter, over all that the others took."""
+    rows = []
+    for name in varied(configs):
+        values = sorted({getattr(cfg, name) for cfg in configs}, key=lambda v: (str(type(v)), v))
+        means = {}
+        for value in values:
+            losses = [final_loss(run) for cfg, run in zip(configs, runs) if getattr(cfg, name) == value]
+            means[value] = mean(losses)
+        spread = max(means.values()) - min(means.values())
+        rows.append((spread, [name, ", ".join(f"{v}: {m:.4f}" for v, m in means.items()), f"{spread:.4f}"]))
+    return markdown(["hyper-parameter", "mean held-out loss", "range"], [row for _, row in sorted(rows, reverse=True)])
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot_curves(folder, runs):
+    """loss.png: training losses, smoothed, and held-out losses of all adapters in one figure."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
+    left, right = fig.subplots(1, 2, sharey=True)
+    top = 0.0
+    for i, run in enumerate(runs):
+        style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":")[i // len(COLORS) % 3]}
+        xs, ys = run.curve("train")
+        smooth, value = [], None
+        for y in ys:
+            value = y if value is None else 0.9 * value + 0.1 * y
+            smooth.append(value)
+        left.plot(xs, smooth, lw=1.2, **style)
+        vx, vy = run.curve("val")
+        end = "" if run.result["status"] == "success" else " (diverged)"
+        right.plot(vx, vy, lw=1.4, marker="o", ms=2.5, label=run.run_dir.name + end, **style)
+        if vy:
+            top = max(top, vy[0], min(vy))
+    left.set(xlabel="step", ylabel="loss (nats per learned token)", title="training, smoothed")
+    right.set(xlabel="step", title="held out", ylim=(None, 1.5 * top if top else None))
+    for ax in (left, right):
+        ax.grid(alpha=0.25)
+    fig.legend(loc="outside right upper", fontsize=6.5, frameon=False)
+    with atomic_open(Path(folder) / "loss.png", "wb") as f:
+        fig.savefig(f, format="png")
+
+
+def write_log(folder, configs, runs):
+    """lora_experiments_TASK.log anew, one entry an adapter."""
+    task = configs[0].task
+    (Path(folder) / f"lora_experiments_{task}.log").unlink(missing_ok=True)
+    for cfg, run in zip(configs, runs):
+        samples = run.rows("sample")
+        text = samples[-1]["text"] if samples else run.result.get("text") or ""
+        numbers = {k: v for k, v in run.result.items() if k not in ("text", "prompt", "kind")}
+        losses = run.curve("train")[1]
+        numbers["train_loss"] = mean(losses) if losses else None
+        write_experiment(folder, task, hyper_parameters(cfg), text, numbers)
+
+
+def replay_halving(runs, rungs):
+    """What halving would have done on a full sweep -> {"step_share", "regret", "chosen"}.
+
+    At each rung (a fraction of the steps) the better half by the last held-out loss goes on. regret: how much worse
+    the adapter that it ends with is than the best of all.
+    """
+    alive, steps = list(runs), 0
+    stopped_at = {}
+    for rung in sorted(rungs):
+        reached = {id(run): loss_at(run, rung * run.result["max_steps"]) for run in alive}
+        alive.sort(key=lambda run: reached[id(run)])
+        for run in alive[(len(alive) + 1) // 2 :]:
+            stopped_at[id(run)] = min(rung * run.result["max_steps"], run.result["step"])
+        alive = alive[: (len(alive) + 1) // 2]
+    steps = sum(stopped_at.get(id(run), run.result["step"]) for run in runs)
+    chosen = min(alive, key=final_loss)
+    regret = final_loss(chosen) - min(map(final_loss, runs))
+    share = steps / sum(run.result["step"] for run in runs)
+    return {"step_share": share, "regret": regret, "chosen": chosen.run_dir.name}
+
+
+def loss_at(run, step):
+    """The last held-out loss up to a step; infinite for an adapter that had diverged by then."""
+    if run.result["status"] == "diverged" and run.result["step"] <= step:
+        return math.inf
+    seen = [row["loss"] for row in run.rows("val") if row["step"] <= step and row["loss"] is not None]
+    return seen[-1] if seen else math.inf

@@ -1,0 +1,327 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+from lora_models import save_tiny
+
+from lora import sweep
+from lora.sweep import Slot, SweepConfig, run_sweep
+from lora.sweep_report import interval, replay_halving
+from lora.train_lora import TrainConfig
+from runlog import Run, UserError, learned, read_json, read_run
+
+SETTINGS = {
+    "max_steps": 12, "eval_every": 4, "log_every": 1, "batch_size": 2, "metric_rows": 2, "eval_rows": 4,
+    "held_out": 0.2, "prompt": "the cat", "lora_dropout": 0.1, "max_length": 48,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    rows = [{"prompt": f"what of {i}", "response": f"the cat sat on {i}"} for i in range(60)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def write_grid(path, settings=None, **parts):
+    path.write_text(json.dumps({"task": "instruction", "settings": SETTINGS | (settings or {}), **parts}))
+    return str(path)
+
+
+def config(grid, base, rows, run_dir, **changes):
+    values = {"device": "cpu", "sample_tokens": 4, "adapters_at_once": 3} | changes
+    return SweepConfig(grid=str(grid), base=str(base), data_file=str(rows), run_dir=str(run_dir), **values)
+
+
+def adapters(run_dir):
+    return {folder.name: folder for folder in sorted((Path(run_dir) / "adapters").iterdir())}
+
+
+def weights(folder):
+    return (folder / "ckpt/adapter/adapter_model.safetensors").read_bytes()
+
+
+GRID = {"grid": {"r": [2, 4], "lr": [1e-3, 1e-2]}, "configs": [{"r": 3, "lr": 1e30, "max_grad_norm": 0.0}]}
+
+
+@pytest.fixture(scope="module")
+def finished(base, rows, tmp_path_factory):
+    """An undisturbed sweep of five adapters in three slots, one of which diverges."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_sweep(config(write_grid(folder / "grid.json", **GRID), base, rows, folder / "run"))
+    return folder / "run"
+
+
+def test_a_sweep_leaves_its_records(finished):
+    runs = {name: read_run(folder) for name, folder in adapters(finished).items()}
+    assert list(runs) == [
+        "000_r2_lr0.001", "001_r2_lr0.01", "002_r4_lr0.001", "003_r4_lr0.01", "004_r3_lr1e+30_max_grad_norm0.0",
+    ]  # fmt: skip
+    for name, run in runs.items():
+        diverged = name.startswith("004")
+        assert run.result["status"] == ("diverged" if diverged else "success")
+        if not diverged:
+            assert [row["step"] for row in run.rows("train")] == list(range(1, 13))
+            assert [row["step"] for row in run.rows("val")] == [0, 4, 8, 12]
+            assert run.result["held_out_loss"] == min(run.curve("val")[1])
+            assert set(run.result["after"]) == {"exact_match", "token_f1"}
+            assert (run.run_dir / "samples.txt").read_text().count("--- step") == 4
+    result = read_run(finished).result
+    assert result["status"] == "success" and result["diverged"] == ["004_r3_lr1e+30_max_grad_norm0.0"]
+    assert result["best_held_out_loss"] == min(run.result["held_out_loss"] for run in runs.values())
+    table = (finished / "table.md").read_text()
+    assert table.count("end at 12") == 4 and "| lr |" in table and "diverged at" in table
+    human = (finished / "lora_experiments_instruction.log").read_text(encoding="utf-8")
+    assert human.count("PARAMETERS:") == human.count("RESULTS:") == 5 and "the cat" in human
+    assert (finished / "loss.png").stat().st_size > 10_000
+
+
+def test_complaint_hpo_ignores_r_transformers_29391(finished):
+    """Every adapter has the rank, scale and rate that the grid gave it."""
+    from safetensors.torch import load_file
+
+    for name, folder in adapters(finished).items():
+        r = int(name.split("_r")[1][0])
+        assert read_json(folder / "ckpt/adapter/adapter_config.json")["r"] == r
+        tensors = load_file(folder / "ckpt/adapter/adapter_model.safetensors")
+        assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {r}
+        assert read_run(folder).settings["r"] == r
+
+
+def test_an_adapter_learns_the_same_alone_and_in_a_slot_that_another_left(finished, base, rows, tmp_path):
+    """Which neighbours it had, and that it started late, is rounding at most."""
+    grid = write_grid(tmp_path / "grid.json", configs=[{"r": 4, "lr": 1e-2}])
+    run_sweep(config(grid, base, rows, tmp_path / "run"))
+    alone = read_run(tmp_path / "run/adapters/000_r4_lr0.01")
+    among = read_run(finished / "adapters/003_r4_lr0.01")
+    assert alone.curve("train")[1] == pytest.approx(among.curve("train")[1], abs=1e-5)
+    assert alone.curve("val")[1] == pytest.approx(among.curve("val")[1], abs=1e-5)
+
+
+def test_saved_adapters_give_the_held_out_loss_of_the_sweep(finished, base, rows):
+    from peft import PeftModel
+
+    from lora.generate import load_base, load_tokenizer
+    from lora.tasks import load_task
+    from lora.train_lora import held_out_loss
+
+    data = load_task("instruction", load_tokenizer(str(base)), 128, data_file=str(rows), max_length=48, held_out=0.2)
+    for folder in adapters(finished).values():
+        model = PeftModel.from_pretrained(load_base(str(base)), folder / "ckpt/adapter")
+        loss = held_out_loss(model, data.held_out[:4], 0)
+        assert loss == pytest.approx(read_run(folder).result["held_out_loss"], abs=1e-5)
+
+
+KILLS = ("step 3", "save 3", "finish 4")
+
+
+def killed(cfg, moment):
+    """Run a sweep in a process that is gone at once when it is there for the n-th time."""
+    where, n = moment.split()
+    name = {"step": "record", "save": "save", "finish": "finish"}[where]
+    code = (
+        "import os\nfrom lora import sweep\n"
+        f"inner, seen = sweep.Group.{name}, []\n"
+        "def counted(self, *args):\n"
+        f"    seen.append(1)\n    if len(seen) == {n}: os._exit(9)\n    return inner(self, *args)\n"
+        f"sweep.Group.{name} = counted\n"
+        f"sweep.run_sweep(sweep.{cfg!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr[-2000:]
+
+
+def assert_same(one, other):
+    assert list(adapters(one)) == list(adapters(other))
+    for name, folder in adapters(one).items():
+        twin = adapters(other)[name]
+        assert learned(folder) == learned(twin), name
+        assert weights(folder) == weights(twin), name
+        assert (folder / "samples.txt").read_text() == (twin / "samples.txt").read_text()
+    assert (Path(one) / "table.md").read_text() == (Path(other) / "table.md").read_text()
+
+
+def test_killed_three_times_a_sweep_ends_as_if_undisturbed(finished, base, rows, tmp_path):
+    cfg = config(write_grid(tmp_path / "grid.json", **GRID), base, rows, tmp_path / "run")
+    for moment in KILLS:
+        killed(cfg, moment)
+        assert not (tmp_path / "run/table.md").exists()
+    run_sweep(cfg)
+    assert_same(finished, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halving", [False, True])
+@pytest.mark.parametrize("moments", [("step 1", "step 1", "step 6"), ("finish 1", "finish 2", "save 2")])
+def test_killed_at_other_moments(base, rows, tmp_path, moments, halving):
+    grid = write_grid(tmp_path / "grid.json", **GRID)
+    run_sweep(config(grid, base, rows, tmp_path / "whole", halving=halving))
+    cfg = config(grid, base, rows, tmp_path / "run", halving=halving)
+    for moment in moments:
+        killed(cfg, moment)
+    run_sweep(cfg)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_finished_sweep_says_so_and_another_is_refused(finished, base, rows, tmp_path, capsys):
+    grid = write_grid(tmp_path / "grid.json", **GRID)
+    before = (finished / "metrics.jsonl").read_bytes(), (finished / "log.txt").read_bytes()
+    run_sweep(config(grid, base, rows, finished))
+    assert "already done" in capsys.readouterr().out
+    assert before == ((finished / "metrics.jsonl").read_bytes(), (finished / "log.txt").read_bytes())
+    with pytest.raises(UserError, match="other settings"):
+        run_sweep(config(grid, base, rows, finished, divergence_factor=9.0))
+
+
+def test_shards_share_the_groups_and_the_last_one_sums_up(base, rows, tmp_path, capsys):
+    grid = write_grid(tmp_path / "grid.json", grid={"r": [1, 2, 3, 4]}, settings={"max_steps": 4})
+    hold = filelock.FileLock(tmp_path / "run/groups/001.lock", thread_local=False)
+    (tmp_path / "run/groups").mkdir(parents=True)
+    with hold:  # as if another machine were at it
+        run_sweep(config(grid, base, rows, tmp_path / "run", shard="0/2"))
+    out = capsys.readouterr().out
+    assert "group 1 is being trained by another process" in out and "1 of 2 groups" in out
+    assert not (tmp_path / "run/table.md").exists()
+    run_sweep(config(grid, base, rows, tmp_path / "run", shard="1/2"))
+    assert (tmp_path / "run/table.md").exists()
+    assert [read_json(tmp_path / f"run/groups/00{g}/config.json")["settings"]["members"] for g in (0, 1)] == [
+        [0, 1],
+        [2, 3],
+    ]
+
+
+@pytest.mark.slow
+def test_torchrun_gives_groups_to_processes(base, rows, tmp_path):
+    grid = write_grid(tmp_path / "grid.json", grid={"r": [1, 2, 3, 4]}, settings={"max_steps": 4})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "lora/sweep.py"]
+    command += [
+        grid,
+        "--base",
+        str(base),
+        "--data-file",
+        str(rows),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(adapters(tmp_path / "run")) == 4 and (tmp_path / "run/table.md").exists()
+
+
+def test_complaint_base_mutated_so_the_next_starts_from_trained_biases_peft_940(base, rows, tmp_path):
+    """The Trainer's second configuration, biases trained, ends as it does when it is the only one."""
+    settings = {"bias": "lora_only", "max_steps": 3, "eval_every": 3, "metric_rows": 0}
+    both = write_grid(tmp_path / "both.json", settings, configs=[{"lr": 3e-2}, {"lr": 1e-2}])
+    one = write_grid(tmp_path / "one.json", settings, configs=[{"lr": 1e-2}])
+    run_sweep(config(both, base, rows, tmp_path / "both", engine="trainer"))
+    run_sweep(config(one, base, rows, tmp_path / "one", engine="trainer"))
+    assert weights(tmp_path / "both/adapters/001_lr0.01") == weights(tmp_path / "one/adapters/000_lr0.01")
+    assert learned(tmp_path / "both/adapters/001_lr0.01") == learned(tmp_path / "one/adapters/000_lr0.01")
+
+
+def test_what_the_engine_cannot_do_goes_to_the_trainer(base, rows, tmp_path):
+    settings = {"max_steps": 2, "eval_every": 2, "metric_rows": 0, "lora_dropout": 0.0}
+    grid = write_grid(tmp_path / "grid.json", settings, configs=[{"r": 2}, {"r": 2, "use_dora": True}])
+    run_sweep(config(grid, base, rows, tmp_path / "run"))
+    kinds = [read_run(folder).kind for folder in sorted((tmp_path / "run/groups").glob("0??"))]
+    assert kinds == ["lora_group_concurrent", "lora_group_trainer"]
+    assert read_json(tmp_path / "run/adapters/001_r2_use_doraTrue/ckpt/adapter/adapter_config.json")["use_dora"]
+    with pytest.raises(UserError, match="beyond the concurrent engine"):
+        run_sweep(config(grid, base, rows, tmp_path / "other", engine="concurrent"))
+
+
+def test_halving_stops_the_worse_half(base, rows, tmp_path):
+    settings = {"max_steps": 16, "eval_every": 8, "metric_rows": 0}
+    grid = write_grid(tmp_path / "grid.json", settings, grid={"lr": [1e-5, 1e-4, 1e-3, 1e-2]})
+    run_sweep(config(grid, base, rows, tmp_path / "run", halving=True, rungs="0.25,0.5", adapters_at_once=4))
+    ends = [read_run(folder).result for folder in adapters(tmp_path / "run").values()]
+    assert [(e["stopped"], e["step"]) for e in ends] == [("halving", 4), ("halving", 4), ("halving", 8), ("end", 16)]
+    result = read_run(tmp_path / "run").result
+    assert result["step_share"] == (4 + 4 + 8 + 16) / 64
+
+
+def test_patience_stops_an_adapter_that_no_longer_gets_better(base, rows, tmp_path):
+    settings = {"max_steps": 10, "eval_every": 1, "patience": 3, "metric_rows": 0}
+    grid = write_grid(tmp_path / "grid.json", settings, configs=[{"lr": 0.0}, {"lr": 1e-2}])
+    run_sweep(config(grid, base, rows, tmp_path / "run"))
+    stuck, other = (read_run(folder).result for folder in adapters(tmp_path / "run").values())
+    assert (stuck["stopped"], stuck["step"], stuck["best_step"]) == ("patience", 3, 0)
+    assert (other["stopped"], other["step"]) == ("end", 10)
+
+
+def test_divergence_is_a_smoothed_loss_above_its_best(tmp_path):
+    def first_stop(losses, factor=1.5):
+        slot = Slot(TrainConfig(base="b", run_dir=str(tmp_path)))
+        with slot.stack:
+            return next((i for i, loss in enumerate(losses) if slot.diverges(loss, factor)), None)
+
+    falling = [4 - i / 50 for i in range(100)]
+    assert first_stop(falling) is None
+    assert first_stop([3.0, 9.0, 1.0, 12.0, *falling]) is None  # a noisy beginning is not judged
+    assert 50 < first_stop(falling[:50] + [8.0] * 50) < 70
+    assert first_stop(falling[:50] + [8.0] * 50, factor=0.0) is None
+
+
+def test_intervals_and_replayed_halving(tmp_path):
+    assert interval([1.0]) is None and interval([1.0, 3.0]) == pytest.approx(12.71, abs=0.01)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5, abs=0.01)
+
+    def run(name, losses):
+        rows = [{"step": 4 * i, "kind": "val", "loss": loss} for i, loss in enumerate(losses)]
+        result = {"status": "success", "step": 8, "max_steps": 8, "held_out_loss": min(losses)}
+        return Run(tmp_path / name, "lora", {}, {}, {}, result, rows)
+
+    late = [run("early", [5.0, 3.0, 2.9]), run("slow", [5.0, 4.0, 2.0])]
+    replayed = replay_halving(late, [0.5])
+    assert replayed["chosen"] == "early" and replayed["regret"] == pytest.approx(0.9)
+    assert replayed["step_share"] == (8 + 4) / 16
+
+
+def test_the_plan_names_groups_and_memory(base, rows, tmp_path, capsys):
+    grid = write_grid(tmp_path / "grid.json", grid={"r": [1, 2], "batch_size": [1, 2]})
+    run_sweep(config(grid, base, rows, tmp_path / "run", plan=True, adapters_at_once=0))
+    out = capsys.readouterr().out
+    assert out.count("group") == 2 and out.count("2 adapters at a time") == 2 and "activations" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        ({"grid": {"rank": [1]}}, "unknown setting rank"),
+        ({"gird": {}}, "should be an object with"),
+        ({"configs": [{"r": 1}, {"r": 1}]}, "same configuration twice"),
+    ],
+)
+def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
+    with pytest.raises(UserError, match=says):
+        run_sweep(config(write_grid(tmp_path / "grid.json", **parts), base, rows, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_one_line(refuses, base, rows, tmp_path):
+    refuses("lora/sweep.py", tmp_path / "no.json", "--run-dir", tmp_path / "run", says="no.json does not exist")
+    for shard in ("2/2", "x"):
+        with pytest.raises(UserError, match="should be i/n"):
+            grid = write_grid(tmp_path / "grid.json", grid={"r": [1]})
+            run_sweep(config(grid, base, rows, tmp_path / "run", shard=shard))
+
+
+@pytest.mark.parametrize("name, number", [("imdb", 10), ("alpaca", 6), ("quickstart", 4)])
+def test_the_grids_that_come_with_the_repository(base, rows, name, number):
+    path = Path(sweep.__file__).parent / "sweeps" / f"{name}.json"
+    configs = sweep.read_grid(config(path, base, rows, "run"))
+    assert len(configs) == number and all(map(sweep.fits_engine, configs))
+    assert len(sweep.make_groups(configs, "auto", 1)) == 1
