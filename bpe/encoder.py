@@ -1,13 +1,18 @@
 """Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
 
-Two ways to the same ids. A short chunk is rescanned in plain Python until no pair of it is in the merges. Much at once
-(one long text, or a thousand chunks a tokenizer has not met) goes into `LinkedTokens`, and the ranks that occur are
-worked off in ascending order, each at all its places together. A merge of rank r can only bring about pairs that hold
-its new token, so each place is looked at when a neighbour changes and never again: the time is linear in the length,
-for "a" * 10**6 and a book without spaces alike.
+Three ways to the same ids:
+
+    a short chunk           rescanned in plain Python until no pair of it is in the merges
+    many short chunks       one row each of a table; each round merges the best pair of every row, in numpy
+    long chunks             one flat array of linked tokens; the ranks that occur are worked off in ascending order,
+                            each at all its places together
+
+The last one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
+pairs that hold its new token, so a place is looked at when a neighbour changes and never again.
 """
 
 import heapq
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +20,10 @@ import numpy as np
 from bpe.trainer import SEP, LinkedTokens
 
 NO_RANK = 2**31 - 1
-SHORT = 2048  # bytes; below it the set-up of arrays costs more than it saves
+SHORT = 160  # bytes of one chunk; below it, setting up arrays costs more than it saves
+MANY = 48  # chunks; the same
+FEW_PARTNERS = 4  # comparing a few times is faster than looking up
+ROW_WIDTHS = (16, 32)  # bytes; a table of longer rows would be mostly shifting
 
 
 class Encoder:
@@ -33,19 +41,41 @@ class Encoder:
         self._outer = list(inner)
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
-        self._arrays = None
+
+    @cached_property
+    def tables(self):
+        return _RankTables(self._merges, len(self._outer))
+
+    @cached_property
+    def _outer_table(self):
+        return np.array([*self._outer, SEP])  # SEP is -1: it picks the last entry
+
+    def _outer_ids(self, inner):
+        return self._outer_table[inner].tolist()
 
     def encode(self, data):
         """bytes of one chunk -> list of ids."""
         return self._encode_short(data) if len(data) < SHORT else self._encode_long([data])[0]
 
     def encode_all(self, chunks):
-        """list of bytes, chunk by chunk -> list of lists of ids."""
-        if sum(map(len, chunks)) < SHORT:
-            return [self._encode_short(chunk) for chunk in chunks]
-        return self._encode_long(chunks)
+        """list of bytes -> list of lists of ids."""
+        if len(chunks) < MANY:
+            return [self.encode(chunk) for chunk in chunks]
+        result = [None] * len(chunks)
+        lower = -1
+        for width in (*ROW_WIDTHS, None):
+            which = [k for k, c in enumerate(chunks) if lower < len(c) and (width is None or len(c) <= width)]
+            some = [chunks[k] for k in which]
+            lower = width
+            if not some:
+                continue
+            encoded = self._encode_long(some) if width is None else self._encode_rows(some, width)
+            for k, ids in zip(which, encoded):
+                result[k] = ids
+        return result
 
     def _encode_short(self, data):
+        """Merge the pair of lowest rank wherever it is, until there is none."""
         ids, rank = list(data), self._rank
         while len(ids) > 1:
             best = min([rank.get(pair, NO_RANK) for pair in pairwise(ids)])
@@ -61,12 +91,39 @@ class Encoder:
         outer = self._outer
         return [outer[i] for i in ids]
 
+    def _encode_rows(self, chunks, width):
+        """The same with all chunks at once, one place of each chunk per round."""
+        tables, n_rows = self.tables, len(chunks)
+        tok, rank = tables.rows(chunks, width)  # (n_rows, width) each; rank[i, j] is that of the pair at j and j + 1
+        result = np.full((n_rows, width), SEP, np.int32)
+        rows, column = np.arange(n_rows), np.arange(width)
+        while len(rows):
+            best = rank.argmin(axis=1)  # the first of equals, so from the left
+            lowest = rank[np.arange(len(rows)), best]
+            alive = lowest != NO_RANK
+            if not alive.all():
+                result[rows[~alive]] = tok[~alive]
+                rows, tok, rank, best, lowest = (a[alive] for a in (rows, tok, rank, best, lowest))
+            # close the gap that the right half leaves, then look at the two pairs that the new token is part of
+            beyond = column[:-1] > best[:, None]
+            for table, filler in ((tok, SEP), (rank, NO_RANK)):
+                np.copyto(table[:, :-1], table[:, 1:].copy(), where=beyond)
+                table[:, -1] = filler
+            row = np.arange(len(rows))
+            new = tok[row, best] = tables.made[lowest]
+            rank[row, best] = tables.of_pairs(new, tok[row, best + 1])  # best is never the last column
+            row = row[best > 0]
+            left = best[row] - 1
+            rank[row, left] = tables.of_pairs(tok[row, left], new[row])
+        used = result != SEP
+        ids, ends = self._outer_ids(result[used]), np.cumsum(used.sum(axis=1)).tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends)]
+
     def _encode_long(self, chunks):
-        if self._arrays is None:
-            self._arrays = _RankTables(self._merges, len(self._outer))
+        """Rank by rank, each at all places where it stands."""
         tokens = LinkedTokens(chunks)
         todo = _Agenda()
-        where, ranks = self._arrays.of_bytes(tokens.tok)
+        where, ranks = self.tables.of_bytes(tokens.tok)
         todo.add_grouped(where, ranks)
         while todo.ranks:
             rank, where = todo.pop()
@@ -78,10 +135,8 @@ class Encoder:
             if isinstance(done, list):
                 self._find_few(todo, new, done, before, left, right)
             else:
-                hits = self._arrays.after(new, right)
-                todo.add_grouped(done[hits[0]], hits[1])
-                hits = self._arrays.before(new, left)
-                todo.add_grouped(before[hits[0]], hits[1])
+                self._find_many(todo, (new, "after"), done, right)
+                self._find_many(todo, (new, "before"), before, left)
         return self._collect(tokens, len(chunks))
 
     def _find_few(self, todo, new, done, before, left, right):
@@ -97,10 +152,22 @@ class Encoder:
         for rank, where in found.items():
             todo.add(rank, where)
 
+    def _find_many(self, todo, key, where, neighbours):
+        partners = self.tables.partners.get(key, ())
+        if len(partners) <= FEW_PARTNERS:
+            for x, rank in partners:
+                hits = where[neighbours == x]
+                if len(hits):
+                    todo.add(rank, hits)
+        else:
+            ranks = self.tables.of_neighbours(key, neighbours)
+            hits = np.flatnonzero(ranks != NO_RANK)
+            todo.add_grouped(where[hits], ranks[hits])
+
     def _collect(self, tokens, n_chunks):
         tokens.compact()
         borders = np.flatnonzero(tokens.tok == SEP).tolist()
-        ids = np.array([*self._outer, -1])[tokens.tok].tolist()  # SEP is -1: it picks the last entry
+        ids = self._outer_ids(tokens.tok)
         return [ids[borders[k] + 1 : borders[k + 1]] for k in range(n_chunks)]
 
 
@@ -138,40 +205,58 @@ class _RankTables:
     """Ranks of many pairs at once."""
 
     def __init__(self, merges, n_ids):
+        self.made = np.array([new for _, _, new in merges], np.int32)
+        p, q = (np.array([merge[side] for merge in merges], np.int64) for side in (0, 1))
+        self._n_ids = n_ids
+        order = np.argsort(p * n_ids + q)
+        self._keys = np.append((p * n_ids + q)[order], 2**62)  # the last entry catches what is above all keys
+        self._ranks = np.append(order, NO_RANK).astype(np.int32)
         self._bytes = np.full((257, 257), NO_RANK, np.int32)  # row and column 256, which is also -1, for SEP
-        extensions = {}  # (token, side) -> partners and ranks
-        for rank, (p, q, _) in enumerate(merges):
-            if p < 256 and q < 256:
-                self._bytes[p, q] = rank
-            extensions.setdefault((p, "after"), []).append((q, rank))
-            extensions.setdefault((q, "before"), []).append((p, rank))
-        self._extensions = extensions
+        of_bytes = np.flatnonzero((p < 256) & (q < 256))
+        self._bytes[p[of_bytes], q[of_bytes]] = of_bytes
         self._scratch = np.full(n_ids + 1, NO_RANK, np.int32)  # the last entry, which is also -1, for SEP
+        self._merges, self._arrays = merges, {}
+
+    @cached_property
+    def partners(self):
+        """{(token, "after" or "before"): [(x, rank), …]}; (token, token) is among the "after" alone."""
+        partners = {}
+        for rank, (p, q, _) in enumerate(self._merges):
+            partners.setdefault((p, "after"), []).append((q, rank))
+            if p != q:
+                partners.setdefault((q, "before"), []).append((p, rank))
+        return partners
+
+    def rows(self, chunks, width):
+        """Chunks of at most `width` bytes -> their tokens and the ranks of their pairs, (len(chunks), width) each."""
+        data = b"".join([chunk.ljust(width, b"\0") for chunk in chunks])
+        tok = np.frombuffer(data, np.uint8).reshape(len(chunks), width).astype(np.int32)
+        tok[np.arange(width) >= np.fromiter(map(len, chunks), np.int64, len(chunks))[:, None]] = SEP
+        rank = np.full_like(tok, NO_RANK)
+        rank[:, :-1] = self._bytes[tok[:, :-1], tok[:, 1:]]
+        return tok, rank
+
+    def of_pairs(self, left, right):
+        """Ranks of pairs (left[i], right[i]); right may be SEP."""
+        keys = left * np.int64(self._n_ids) + right
+        at = self._keys.searchsorted(keys)
+        return np.where((self._keys[at] == keys) & (right != SEP), self._ranks[at], NO_RANK)
 
     def of_bytes(self, tok):
         """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
         ranks = self._bytes[tok[:-1], tok[1:]]
         where = np.flatnonzero(ranks != NO_RANK)
-        return where.astype(np.int32), ranks[where]
+        return where, ranks[where]
 
-    def after(self, token, neighbours):
-        """Indices of the neighbours x for which (token, x) is in the merges, and the ranks."""
-        return self._extend((token, "after"), neighbours)
+    def of_neighbours(self, key, neighbours):
+        """Ranks of the pairs of one token with the tokens after it, or before it."""
+        x, ranks = self._partner_arrays(key)
+        self._scratch[x] = ranks
+        found = self._scratch[neighbours]
+        self._scratch[x] = NO_RANK
+        return found
 
-    def before(self, token, neighbours):
-        """The same for (x, token), without (token, token)."""
-        return self._extend((token, "before"), neighbours, without=token)
-
-    def _extend(self, key, neighbours, without=None):
-        partners = self._extensions.get(key)
-        if partners is None:
-            return np.empty(0, np.int64), np.empty(0, np.int32)
-        if not isinstance(partners, np.ndarray):
-            partners = self._extensions[key] = np.array(partners, np.int32).T
-        self._scratch[partners[0]] = partners[1]
-        if without is not None:
-            self._scratch[without] = NO_RANK
-        ranks = self._scratch[neighbours]
-        self._scratch[partners[0]] = NO_RANK
-        hits = np.flatnonzero(ranks != NO_RANK)
-        return hits, ranks[hits]
+    def _partner_arrays(self, key):
+        if key not in self._arrays:
+            self._arrays[key] = np.array(self.partners[key]).T
+        return self._arrays[key]

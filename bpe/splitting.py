@@ -12,7 +12,7 @@ import regex
 
 from runlog import UserError
 
-GPT2_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -23,50 +23,60 @@ CL100K_SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-# In these patterns no chunk reaches from a letter to a space, and nothing looks back: here a long text may be cut.
-_SAFE_CUT = regex.compile(r"\p{L}(?= \p{L})")
 _WELL_KNOWN = {GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, CL100K_SPLIT_PATTERN}
-BLOCK = 1 << 14  # characters; short blocks, because one "’" makes a whole block non-ASCII
+
+# In these patterns no chunk reaches from a visible character to a space, and nothing looks back:
+# there a text may be cut.
+_CUT = re.compile(r"\S(?= )")
+# Non-ASCII characters, and ASCII in between if it is short.
+_ISLAND = re.compile(r"[^\x00-\x7f](?:[\x00-\x7f]{0,63}+[^\x00-\x7f])*+")
+BLOCK = 1 << 20  # characters that are split at a time
 
 
 class Splitter:
     """text -> list of chunks, whose concatenation is the text."""
 
     def __init__(self, pattern="none"):
-        self.pattern = pattern
+        self.pattern, self._ascii = pattern, None
         if pattern == "none":
             return
         source = PATTERNS.get(pattern, pattern)
         self.regex = lossless_pattern(source)
-        self._ascii = re.compile(ascii_twin(source)) if source in _WELL_KNOWN else None
+        if source in _WELL_KNOWN:
+            self._ascii = re.compile(ascii_twin(source))
         compiled = _compile(self.regex)
         self._findall = compiled.findall
         if compiled.groups:  # then findall would return the groups instead of the whole match
             self._findall = lambda text: [m.group() for m in compiled.finditer(text)]
 
     def __call__(self, text):
-        if self.pattern == "none":
-            return [text] if text else []
         chunks = []
         for block in self.blocks(text):
             chunks += self.split_block(block)
         return chunks
 
     def split_block(self, block):
-        if self._ascii is not None and block.isascii():
-            return self._ascii.findall(block)
+        if self.pattern == "none":
+            return [block] if block else []
+        if self._ascii is not None:
+            if block.isascii():
+                return self._ascii.findall(block)
+            chunks = []
+            for piece in _pieces(block):
+                chunks += (self._ascii.findall if piece.isascii() else self._findall)(piece)
+            return chunks
         chunks = self._findall(block)
-        if self._ascii is None and sum(map(len, chunks)) != len(block):
+        if sum(map(len, chunks)) != len(block):
             raise UserError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters; mend it")
         return chunks
 
     def blocks(self, text, size=BLOCK):
         """Cut a long text where no chunk can be hurt; one block if the pattern is not known to allow it."""
-        if self.pattern == "none" or self._ascii is None or len(text) <= size:
+        if self.pattern == "none" or self._ascii is None:
             return [text]
         blocks, start = [], 0
         while len(text) - start > size:
-            cut = _SAFE_CUT.search(text, start + size)
+            cut = _CUT.search(text, start + size)
             if cut is None:
                 break
             blocks.append(text[start : cut.end()])
@@ -79,8 +89,28 @@ class Splitter:
         counter = Counter()
         for text in texts:
             for block in self.blocks(text):
-                counter.update([block] if self.pattern == "none" else self.split_block(block))
+                counter.update(self.split_block(block))
         return counter
+
+
+def _pieces(text):
+    """Cut a text at safe places into pieces, most of them ASCII: one "’" shall not slow the rest down."""
+    start = 0
+    for island in _ISLAND.finditer(text):
+        if island.end() <= start:
+            continue
+        cut = text.rfind(" ", start, island.start())
+        while cut > start and text[cut - 1].isspace():
+            cut = text.rfind(" ", start, cut)
+        if cut > start:
+            yield text[start:cut]
+            start = cut
+        end = _CUT.search(text, island.end() - 1)
+        end = end.end() if end else len(text)
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 @cache

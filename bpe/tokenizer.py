@@ -34,6 +34,7 @@ from runlog import UserError, atomic_open, read_json
 
 FORMAT, VERSION = "byte-level-bpe", 1
 END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
 CACHE_CHUNKS = 1 << 18  # different chunks remembered, some 50 MB at most
 CACHE_CHUNK_LENGTH = 256  # characters; longer chunks are not remembered
 
@@ -94,7 +95,9 @@ class Tokenizer:
         self._lock = threading.Lock()  # one thread at a time fills the cache
         self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids)}
         for (p, q), token in self.merges.items():
-            self.vocab[token] = self.vocab[p] + self.vocab[q]
+            data = self.vocab[p] + self.vocab[q]
+            if self.vocab.setdefault(token, data) != data:
+                raise UserError(f"two merges make token {token}, but of different bytes")
         self.special_tokens = {}
         self._special_regex = None
         self.register_special_tokens(state["special_tokens"])
@@ -468,7 +471,7 @@ def check_state(content, check):
     byte_ids = content.get("byte_ids", list(range(256)))
     check(isinstance(byte_ids, list) and all(map(is_id, byte_ids)), "its byte_ids are not ids")
     check(len(byte_ids) == len(set(byte_ids)) == 256, "its byte_ids are not 256 different ids")
-    known, table = set(byte_ids), {}
+    known, used, table = dict.fromkeys(byte_ids, 1), set(), {}  # known: {id: length in bytes}
     length = 3 if "byte_ids" in content else 2
     for rank, merge in enumerate(merges):
         shape = isinstance(merge, list) and len(merge) == length and all(map(is_id, merge))
@@ -476,10 +479,14 @@ def check_state(content, check):
         p, q, token = (*merge, 256 + rank)[:3]
         check(p in known and q in known, f"merge {rank} refers to a token that is made later, or never")
         check((p, q) not in table, f"merge {rank} repeats an earlier one")
+        # the encoder relies on a token being complete before it is merged on
+        check(token not in used and known.get(token, 2) > 1, f"merge {rank} makes a token that is in use already")
         table[p, q] = token
-        known.add(token)
-    taken = len(specials) != len(set(specials.values())) or known & set(specials.values())
-    check(not taken, "a special token has the id of another token")
+        known[token] = known[p] + known[q]
+        used |= {p, q}
+    check(sum(known.values()) < MAX_VOCAB_BYTES, "its tokens are gigabytes long")
+    ids = set(specials.values())
+    check(len(ids) == len(specials) and not ids & known.keys(), "a special token has the id of another token")
     training = content.get("training", {})
     return {
         "pattern": pattern, "merges": table, "byte_ids": byte_ids, "special_tokens": specials, "training": training,

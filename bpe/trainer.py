@@ -57,8 +57,10 @@ class LinkedTokens:
     def _adopt(self, tok):
         n = len(tok)
         self.tok = tok
-        self.next = np.arange(1, n + 1, dtype=np.int32)
-        self.prev = np.arange(-1, n - 1, dtype=np.int32)
+        # numpy takes int64 for an index as it is and converts anything else; a large text had better stay small
+        index = np.int64 if n < 1 << 22 else np.int32
+        self.next = np.arange(1, n + 1, dtype=index)
+        self.prev = np.arange(-1, n - 1, dtype=index)
         self.next[-1] = n - 1  # never followed; keeps every entry a valid index
         self.prev[0] = 0
         # scalars are read three times faster through a memoryview than from an array
@@ -152,7 +154,7 @@ class _PairIndex:
             self._weights = memoryview(self.weights)
         self.where.clear()
         self.heap.clear()
-        where, starts, counts, pairs = _all_pairs(self.tokens.tok, self.n_ids, self.weights)
+        where, starts, counts, pairs = _all_pairs(self.tokens, self.n_ids, self.weights)
         if not len(counts):
             return False
         self.floor = max(int(counts.max()) // 10, 1)
@@ -220,11 +222,12 @@ class _PairIndex:
             yield x, positions[neighbours == x], int(counts[x + 1])
 
 
-def _all_pairs(tok, n_ids, weights):
-    """Group the neighbours of a compact array by pair.
+def _all_pairs(tokens, n_ids, weights):
+    """Group the neighbours of compact LinkedTokens by pair.
 
     -> positions (by pair, ascending within), start of each group, count of each group, p * n_ids + q of each group.
     """
+    tok, index_type = tokens.tok, tokens.next.dtype
     bits = len(tok).bit_length()
     packed = np.multiply(tok[:-1], n_ids, dtype=np.int64)
     packed += tok[1:]
@@ -232,9 +235,10 @@ def _all_pairs(tok, n_ids, weights):
     packed |= np.arange(len(packed))
     packed = packed[(tok[:-1] != SEP) & (tok[1:] != SEP)]
     packed.sort()
-    where = (packed & ((1 << bits) - 1)).astype(np.int32)
+    where = (packed & ((1 << bits) - 1)).astype(index_type, copy=False)
     packed >>= bits
-    starts = np.flatnonzero(np.diff(packed, prepend=-1))
+    starts = np.flatnonzero(packed[1:] != packed[:-1]) + 1
+    starts = np.concatenate(([0], starts)) if len(packed) else starts
     if weights is None:
         counts = np.diff(starts, append=len(packed))
     else:
