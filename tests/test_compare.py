@@ -1,0 +1,72 @@
+import json
+import re
+
+import pytest
+
+from bpe import Tokenizer
+from bpe.compare import load_any
+from runlog import read_run
+
+TEXT = "The tokenizer of the <b>handbook</b>, 北京大学"
+
+
+@pytest.fixture
+def model(tmp_path):
+    tok = Tokenizer("gpt2")
+    tok.train(TEXT * 3, 280)
+    tok.save(tmp_path / "own")
+    tok.save_tiktoken(tmp_path / "rank.tiktoken")
+    tok.save_huggingface(tmp_path / "hf")
+    (tmp_path / "t.json").write_text(json.dumps({"one": TEXT, "two": "x" * 9}), encoding="utf-8")
+    return tok
+
+
+def test_every_kind_of_tokenizer_counts_the_same(model, tmp_path):
+    for name in ("own.model", "rank.tiktoken", "hf/tokenizer.json", "hf"):
+        _, encode, n_vocab = load_any(str(tmp_path / name))
+        if name != "rank.tiktoken":  # a rank file knows no split pattern
+            assert [i for i, _ in encode(TEXT)] == model.encode(TEXT)
+        assert n_vocab == 280
+    assert "".join(shown for _, shown in load_any(str(tmp_path / "hf"))[1]("plain text")) == "plain text"
+
+
+def test_table_page_and_record(model, tmp_path, script):
+    args = (
+        "--texts",
+        tmp_path / "t.json",
+        "--tokenizers",
+        "gpt2",
+        tmp_path / "own.model",
+        "--run-dir",
+        tmp_path / "run",
+    )
+    out = script("bpe/compare.py", *args, "--html", tmp_path / "page.html").stdout
+    n = len(model.encode(TEXT))
+    assert re.search(rf"^own +{n} ", out, re.M) and re.search(r"^gpt2 +\d+ ", out, re.M)
+    assert "\x1b[" not in out and "\x1b[" in script("bpe/compare.py", *args, "--color", "always").stdout
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;" in page and "<b>" not in page and page.count("<span") >= n
+    rows = read_run(tmp_path / "run").result["rows"]
+    assert [(r["text_name"], r["type"]) for r in rows] == [(t, k) for t in ("one", "two") for k in ("gpt2", "own")]
+    assert rows[1]["length"] == n and rows[1]["bytes_per_token"] == round(len(TEXT.encode()) / n, 3)
+
+
+def test_the_original_passages_give_the_original_counts(shared_data):
+    from bpe.compare import compare
+
+    passages = json.loads((shared_data / "passages.json").read_text(encoding="utf-8"))
+    gpt2 = load_any("gpt2")
+    assert {name: compare(name, text, *gpt2).length for name, text in passages.items()} == {
+        "english": 185,
+        "chinese": 306,
+    }
+    tok = Tokenizer()
+    tok.train((shared_data / "pku_manual.txt").read_bytes().decode("utf-8"), 1024)
+    assert {name: len(tok.encode(text)) for name, text in passages.items()} == {"english": 942, "chinese": 118}
+
+
+def test_mistakes_are_one_line(tmp_path, refuses):
+    (tmp_path / "t.json").write_text("[1]")
+    refuses("bpe/compare.py", "--texts", tmp_path / "none.txt", says="none.txt")
+    refuses("bpe/compare.py", "--texts", tmp_path / "t.json", says="{name: text}")
+    refuses("bpe/compare.py", "--texts", __file__, "--tokenizers", "no/such", says="no/such")
