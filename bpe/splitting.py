@@ -49,6 +49,9 @@ class Splitter:
         if compiled.groups:  # then findall would return the groups instead of the whole match
             self._findall = lambda text: [m.group() for m in compiled.finditer(text)]
 
+    def __reduce__(self):  # compiled again in another process
+        return Splitter, (self.pattern,)
+
     def __call__(self, text):
         chunks = []
         for block in self.blocks(text):

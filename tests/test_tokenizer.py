@@ -1,10 +1,16 @@
+import hashlib
 import json
 import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bpe.encoder
+import bpe.tokenizer
 import bpe.trainer
 from bpe import Tokenizer, reference
 from bpe.tokenizer import load_tokenizer
@@ -94,3 +100,206 @@ def test_the_sha256_follows_the_content():
     before = a.sha256
     a.register_special_tokens({"<|endoftext|>": 256})
     assert a.sha256 != before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all of Unicode, very long chunks, other processes and threads
+
+
+@pytest.mark.parametrize("pattern", ["none", "gpt2", "gpt4"])
+def test_all_of_unicode_survives(pattern):
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    tok = Tokenizer(pattern)
+    tok.train(TEXT, 300)
+    assert tok.decode(tok.encode(everything), errors="strict") == everything
+
+
+@pytest.mark.parametrize("pattern", ["none", "gpt4"])
+@pytest.mark.parametrize("kind", ["a", "chinese", "random"])
+def test_a_million_characters_without_a_space(pattern, kind):
+    """Quadratic code would take hours here."""
+    rnd = random.Random(1)
+    if kind == "a":
+        text = "a" * 10**6
+    elif kind == "chinese":
+        text = "".join(rnd.choices("北京大学研究生手册的论文与是在了和有人这中", k=10**6))
+    else:  # the bytes are random; as text each stands for one Latin-1 character
+        text = rnd.randbytes(10**6).decode("latin-1")
+    tok = Tokenizer(pattern)
+    tok.train(text[: 10**5], 400)
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and len(ids) < len(text.encode())
+    assert tok.encode(text[:300]) == naive_ids(tok, text[:300])
+
+
+def test_training_does_not_depend_on_the_number_of_processes():
+    rnd = random.Random(2)
+    documents = [" ".join(rnd.choices(TEXT.split(), k=2000)) for _ in range(150)]  # several groups of a megabyte
+    one, two, streamed = Tokenizer("gpt4"), Tokenizer("gpt4"), Tokenizer("gpt4")
+    one.train(documents, 350)
+    two.train(iter(documents), 350, num_workers=2)
+    streamed.train((d for d in documents), 350)
+    assert list(one.merges.items()) == list(two.merges.items()) == list(streamed.merges.items())
+
+
+def test_a_document_that_is_no_text_is_refused():
+    for documents in (["a", b"b"], [None], ["ok", 3]):
+        with pytest.raises(UserError, match="iterable of str"):
+            Tokenizer("gpt2").train(documents, 300)
+
+
+def test_batches_over_processes(tok):
+    texts = [TEXT[i : i + 50] for i in range(0, 400, 7)] + ["", "a<|pad|>"]
+    expected = [tok.encode(text, "all") for text in texts]
+    assert tok.encode_batch(texts, "all") == expected == tok.encode_batch(texts, "all", num_workers=2)
+    with pytest.raises(UserError, match="pad"):
+        tok.encode_batch(texts, num_workers=2)
+    assert tok.encode_batch([]) == []
+
+
+def test_it_works_where_processes_are_spawned(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing\n"
+        "from bpe import Tokenizer\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    texts = ['the cat sat', 'on the mat'] * 9\n"
+        "    tok = Tokenizer('gpt2')\n"
+        "    tok.train(texts, 262, num_workers=2)\n"
+        "    assert tok.encode_batch(texts, num_workers=2) == [tok.encode(t) for t in texts]\n"
+        "    print(len(tok.merges))\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "6\n", done.stderr
+
+
+def test_threads_share_a_tokenizer(tok):
+    texts = [TEXT[i : i + 200] for i in range(200)]
+    expected = [naive_ids(tok, text) for text in texts]
+    tok._cache.clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tok.encode, texts)) == expected
+
+
+def test_the_cache_is_bounded(tok, monkeypatch):
+    monkeypatch.setattr(bpe.tokenizer, "CACHE_CHUNKS", 5)
+    text = " ".join(f"w{k}" for k in range(100))
+    assert tok.encode(text) == naive_ids(tok, text) == tok.encode(text)
+    assert len(tok._cache) <= 5
+
+
+def test_an_interrupt_leaves_the_cache_sound(tok, monkeypatch):
+    if tok.pattern == "none":
+        return
+    tok._cache.clear()
+    with monkeypatch.context() as m:
+        m.setattr(tok._encoder, "encode_all", lambda chunks: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tok.encode(TEXT)
+    assert tok.encode(TEXT) == naive_ids(tok, TEXT)
+
+
+def test_verbose_prints_each_merge(capsys):
+    Tokenizer().train("ababab\n\n\n\n", 258, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "merge 1/2: (97, 98) -> 256 [ab] had 3 occurrences",
+        "merge 2/2: (10, 10) -> 257 [\\u000a\\u000a] had 3 occurrences",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model files that are not what they should be
+
+
+def write_model(file, **changes):
+    """A model file with a right checksum around wrong content."""
+    tok = Tokenizer("gpt2")
+    tok.train("abababcabc", 258)
+    content = {**bpe.tokenizer._content(tok), "training": {}, **changes}
+    state = {k: v for k, v in content.items() if k != "training"}
+    content["sha256"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    model = {"format": bpe.tokenizer.FORMAT, "version": 1, **content}
+    file.write_text(json.dumps({**model, "checksum": bpe.tokenizer._checksum(content)}), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"merges": [[97, 98], [257, 97]]}, "merge 1 refers to a token that is made later"),
+        ({"merges": [[256, 98]]}, "merge 0 refers"),
+        ({"merges": [[97, 98], [97, 98]]}, "merge 1 repeats"),
+        ({"merges": [[97]]}, "merge 0 is not 2 ids"),
+        ({"merges": [["97", "98"]]}, "merge 0 is not 2 ids"),
+        ({"merges": [[97, 98.0]]}, "merge 0 is not 2 ids"),
+        ({"merges": "ab"}, "merges are not a list"),
+        ({"merges": [[97, 97]] + [[k, k] for k in range(256, 300)]}, "gigabytes"),
+        ({"pattern": 5}, "pattern is not a text"),
+        ({"pattern": "("}, "valid regular expression"),
+        ({"special_tokens": {"<s>": 97}}, "id of another token"),
+        ({"special_tokens": {"<s>": 300, "<t>": 300}}, "id of another token"),
+        ({"special_tokens": ["<s>"]}, "special tokens are not"),
+        ({"byte_ids": [1, 2, 3]}, "256 different ids"),
+    ],
+)
+def test_a_model_with_impossible_content_is_refused(tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        Tokenizer.load(write_model(tmp_path / "t.model", **changes))
+    Tokenizer.load(write_model(tmp_path / "t.model"))
+
+
+def test_a_damaged_model_is_refused_wherever_the_damage(tmp_path):
+    tok = Tokenizer("gpt2")
+    tok.train("abababcabc", 258)
+    file = Path(tok.save(tmp_path / "t")[0])
+    whole = file.read_bytes()
+    rnd = random.Random(0)
+    for cut in {0, 1, len(whole) // 2, len(whole) - 3}:
+        file.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"t\.model"):
+            Tokenizer.load(file)
+    for at in rnd.sample(range(len(whole)), 60):
+        for flip in (1, 16):
+            damaged = bytearray(whole)
+            damaged[at] ^= flip
+            file.write_bytes(damaged)
+            try:
+                loaded = Tokenizer.load(file)
+            except UserError as e:
+                assert "t.model" in str(e) and "\n" not in str(e)
+            else:  # white space between the fields, or a letter of a \u escape in another case
+                assert (loaded.merges, loaded.sha256) == (tok.merges, tok.sha256)
+    file.write_bytes(whole.replace(b'"version": 1', b'"version": 2'))
+    with pytest.raises(UserError, match="version 2"):
+        Tokenizer.load(file)
+    file.write_bytes(b"{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        Tokenizer.load(file)
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "none.model")
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    tok = Tokenizer()
+    tok.train("abab", 257)
+    model, vocab = map(Path, tok.save(tmp_path / "t"))
+    before = model.read_bytes(), vocab.read_bytes()
+    tok.train("cdcdcd", 257)
+    monkeypatch.setattr(bpe.tokenizer, "_model_text", lambda model: 1 / 0)
+    monkeypatch.setattr(bpe.tokenizer, "_vocab_lines", lambda tok: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tok.save(tmp_path / "t")
+    assert (model.read_bytes(), vocab.read_bytes()) == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_special_tokens_that_cannot_be_are_refused():
+    tok = Tokenizer()
+    for wrong in ({"": 300}, {"x": 97}, {"x": -1}, {"x": "300"}, {"x": True}, {5: 300}):
+        with pytest.raises(UserError):
+            tok.register_special_tokens(wrong)
+    tok.register_special_tokens({"<a>": 256, "<ab>": 257})
+    assert tok.encode("<ab><a>", "all") == [257, 256]
+    tok.register_special_tokens({"<b>": 256})
+    assert tok.special_tokens == {"<b>": 256} and tok.n_vocab == 257
