@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bpe.tokenizer import Tokenizer
+from bpe.tokenizer import Tokenizer, load_tokenizer
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
 from runlog import UserError, atomic_open
@@ -83,20 +83,40 @@ def load_newest(ckpt_dir, warn=print, map_location="cpu"):
     return None
 
 
-def load_model(run_dir_or_file, device="cpu"):
-    """A run directory (its newest valid checkpoint) or a checkpoint file -> (GPT in eval mode, Tokenizer)."""
-    path = Path(run_dir_or_file)
-    if path.is_dir():
-        state, run_dir = load_newest(path / "ckpt"), path
-        if state is None:
-            raise UserError(f"{path} holds no usable checkpoint; train one, or name another run")
-    elif path.exists():
-        state, run_dir = load(path), path.parent.parent
-    else:
-        raise UserError(f"{path} does not exist; give a run directory or a checkpoint file")
-    model = GPT(GPTConfig(**state["model_config"]))
+def load_model(name, device="cpu"):
+    """Any GPT-2 and its tokenizer -> (GPT in eval mode, Tokenizer). name: as for `load_weights`."""
+    return load_weights(name).to(device).eval(), load_tokenizer_of(name)
+
+
+def load_weights(name, dropout=0.0):
+    """A run directory (its newest valid checkpoint), a checkpoint file, a Hugging Face folder or hub name -> GPT."""
+    path = Path(name)
+    if not _is_ours(path):
+        return GPT.from_pretrained(str(name), dropout=dropout)
+    state = load(path) if path.suffix == ".pt" else load_newest(path / "ckpt")
+    if state is None:
+        raise UserError(f"{path} holds no usable checkpoint; train one, or name another run")
+    model = GPT(GPTConfig(**{**state["model_config"], "dropout": dropout}))
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), Tokenizer.load(run_dir / "tokenizer.model")
+    return model
+
+
+def load_tokenizer_of(name):
+    """The tokenizer that belongs to what `load_weights` reads; a hub name means GPT-2's own."""
+    path = Path(name)
+    if _is_ours(path):
+        run_dir = path.parent.parent if path.suffix == ".pt" else path
+        return Tokenizer.load(run_dir / "tokenizer.model")
+    if (path / "tokenizer.json").exists():
+        return Tokenizer.from_huggingface(path / "tokenizer.json")
+    return load_tokenizer("gpt2")
+
+
+def _is_ours(path):
+    """Whether a path is a checkpoint or a run directory, rather than something of Hugging Face's."""
+    if path.suffix == ".pt" and not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory or a checkpoint file")
+    return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").exists()) or (path / "ckpt").is_dir()
 
 
 def model_state(model):

@@ -51,7 +51,7 @@ class TrainConfig:
     run_dir: str = str(ROOT / "runs/gpt2-124M")
     """Run directory: config, metrics, log, samples, checkpoints. The same command on it goes on where it stopped."""
     init: str = "random"
-    """Weights to start from: random, a hub name (gpt2, gpt2-medium, …), or a Hugging Face GPT-2 folder."""
+    """Weights to start from: random, a hub name (gpt2, gpt2-medium, …), a Hugging Face GPT-2 folder, or another run."""
 
     # --- model
     n_layer: int = 12
@@ -127,13 +127,15 @@ class TrainConfig:
 
     # --- how this start behaves
     eval_only: bool = False
-    """Evaluate the newest checkpoint (or --init) once, and stop."""
+    """Evaluate the weights of --init once, and stop: `--init gpt2` gives the reference line for a curve."""
     plan: bool = False
     """Print parameters, memory, tokens, hours and disk of this run, and stop before anything is started."""
     plan_tok_per_sec: float = 0.0
     """Speed that --plan assumes, in tokens/s over all processes; 0: measured here in a few steps."""
     stop_after_minutes: float = 0.0
     """Save and stop as preempted after so many minutes, before a scheduler's limit does; 0: never."""
+    overwrite: bool = False
+    """Replace the run directory's run, when it was made with other settings or data, instead of refusing."""
     allow_config_change: bool = False
     """Resume although a setting that changes what is learned differs from the recorded one."""
 
@@ -174,7 +176,7 @@ FREE_ON_RESUME = {
         "sample_prompt",
     ),
     *("checkpoint_every", "keep_checkpoints", "log_every", "eval_only", "plan", "plan_tok_per_sec"),
-    *("stop_after_minutes", "allow_config_change"),
+    *("stop_after_minutes", "overwrite", "allow_config_change"),
 }
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME
 

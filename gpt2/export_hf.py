@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from bpe.tokenizer import Tokenizer, load_tokenizer
 from gpt2 import checkpoint
-from gpt2.model import GPT
 from runlog import UserError, cli
 
 
@@ -79,9 +77,7 @@ def export(model, tokenizer, out):
 
 def import_hf(name_or_folder, out):
     """Turn a Hugging Face GPT-2 (folder or hub name) into a run directory with one checkpoint -> its path."""
-    model = GPT.from_pretrained(name_or_folder)
-    vocabulary = Path(name_or_folder) / "tokenizer.json"
-    tokenizer = Tokenizer.from_huggingface(vocabulary) if vocabulary.exists() else load_tokenizer("gpt2")
+    model, tokenizer = checkpoint.load_model(name_or_folder)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(
             f"{name_or_folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}"

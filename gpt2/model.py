@@ -5,6 +5,7 @@ comments: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh ch
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -150,6 +151,8 @@ class GPT(nn.Module):
         """Published or exported weights: a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a local folder."""
         from transformers import GPT2LMHeadModel
 
+        if str(name_or_folder).count("/") > 1 and not Path(name_or_folder).exists():  # no hub name has two slashes
+            raise UserError(f"{name_or_folder} does not exist; give a folder, or a hub name such as gpt2")
         try:
             hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
         except (OSError, ValueError) as e:

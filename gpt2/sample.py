@@ -15,10 +15,8 @@ import torch
 import tyro
 from torch.nn import functional as F
 
-from bpe.tokenizer import Tokenizer, load_tokenizer
 from gpt2.checkpoint import load_model
 from gpt2.distributed import pick_device
-from gpt2.model import GPT
 from runlog import UserError, cli
 
 
@@ -144,27 +142,13 @@ def generate(
     return [ids[: ids.index(eot)] if eot in ids else ids for ids in out]
 
 
-def load(name, device):
-    """Run directory, checkpoint, Hugging Face folder or hub name -> (GPT in eval mode, Tokenizer)."""
-    path = Path(name)
-    if path.suffix == ".pt" or (path / "ckpt").is_dir():
-        return load_model(path, device)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{name} is neither a run directory nor a Hugging Face folder")
-        tokenizer = Tokenizer.from_huggingface(path / "tokenizer.json")
-    else:
-        tokenizer = load_tokenizer("gpt2")
-    return GPT.from_pretrained(name).to(device).eval(), tokenizer
-
-
 def main():
     cfg = tyro.cli(SampleConfig, description=__doc__)
     prompts = cfg.prompt
     if cfg.prompts_file:
         prompts = [p for p in Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines() if p.strip()]
     device = pick_device(cfg.device)
-    model, tokenizer = load(cfg.model, device)
+    model, tokenizer = load_model(cfg.model, device)
     encoded = [tokenizer.encode(p, allowed_special="all") for p in prompts for _ in range(cfg.num_samples)]
     settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "seed")}
     settings["eot"] = tokenizer.eot_token

@@ -80,12 +80,12 @@ def resolve(cfg, device):
 
 
 def build_model(cfg, meta):
-    """Fresh or pretrained weights -> (GPT, cfg with the shape it has). Built on the CPU: the same on every device."""
+    """Fresh weights, or those of --init. Built on the CPU, from the seed alone: the same on every device."""
+    torch.manual_seed(cfg.seed)
     if cfg.init == "random":
-        torch.manual_seed(cfg.seed)
         shape = {k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)), cfg
-    model = GPT.from_pretrained(cfg.init, dropout=cfg.dropout)
+        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
+    model = checkpoint.load_weights(cfg.init, cfg.dropout)
     c = model.config
     if c.vocab_size != meta["vocab_size"]:
         raise UserError(
@@ -93,11 +93,11 @@ def build_model(cfg, meta):
             "prepare the data with the model's own tokenizer"
         )
     if cfg.block_size > c.block_size:
-        raise UserError(
-            f"--block-size {cfg.block_size} is more than the {c.block_size} that {cfg.init} knows; lower it"
-        )
-    torch.manual_seed(cfg.seed)
-    return model, replace(cfg, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+        raise UserError(f"--block-size {cfg.block_size} is more than the {c.block_size} of {cfg.init}; lower it")
+    shape = {k: (getattr(cfg, k), getattr(c, k)) for k in ("n_layer", "n_head", "n_embd")}
+    if wrong := [f"--{k.replace('_', '-')} {theirs}" for k, (asked, theirs) in shape.items() if asked != theirs]:
+        raise UserError(f"{cfg.init} has another shape; add {' '.join(wrong)}")
+    return model
 
 
 def compiled(model, cfg, device, say):
@@ -224,8 +224,8 @@ class Trainer:
 
         # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
         # be compiled; `step_model` adds the exchange of gradients between processes.
-        self.raw_model, self.cfg = build_model(cfg, meta)
-        self.raw_model.to(self.device)
+        self.cfg = cfg
+        self.raw_model = build_model(cfg, meta).to(self.device)
         self.model = self.step_model = compiled(self.raw_model, cfg, self.device, self.say)
         if ranks.world_size > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
@@ -234,7 +234,7 @@ class Trainer:
         # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
 
-        self.step, self.skipped, self.resumed_at = 0, 0, -1
+        self.step, self.skipped, self.saved_at = 0, 0, 0
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
         self.last_val = {}
         self.resume()
@@ -250,16 +250,16 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
-        self.step = self.resumed_at = state["step"]
+        self.step = self.saved_at = state["step"]
         self.skipped = state["skipped"]
         if self.ranks.rank < len(state["rng"]):  # more processes than before: the new ones keep their fresh state
             checkpoint.set_rng_state(state["rng"][self.ranks.rank], self.device)
         self.say(f"resumed at step {self.step}")
 
     def save(self):
-        """Write a checkpoint of this step, unless it is the one that this start came from."""
+        """Write a checkpoint of this step, unless there is one already."""
         rng = self.ranks.gather(checkpoint.rng_state(self.device))
-        if self.ranks.main and self.step != self.resumed_at:
+        if self.ranks.main and self.step != self.saved_at:
             state = {
                 **checkpoint.model_state(self.raw_model),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -270,6 +270,7 @@ class Trainer:
             }
             path = checkpoint.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
             self.say(f"  saved {path.name}")
+        self.saved_at = self.step
 
     def autocast(self):
         """The context of the forward pass: matmuls in cfg.dtype, what needs the range in float32."""
@@ -332,6 +333,12 @@ class Trainer:
             if len(self.pending) >= cfg.log_every:
                 self.flush()
         bar.close()
+        return self.final_numbers()
+
+    def evaluate(self):
+        """Evaluate once, without training -> the fields of result.json."""
+        self.announce()
+        self.validate()
         return self.final_numbers()
 
     def due(self, every):
@@ -447,13 +454,12 @@ def _peak_mb(device):
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
-def finished(cfg, meta):
-    """The Run if this very training has already been done, else None."""
+def earlier_run(cfg, meta):
+    """What lies in the run directory -> (the Run, or None; whether it learns the same as this one would)."""
     if not (Path(cfg.run_dir) / "config.json").exists():
-        return None
+        return None, True
     run = read_run(cfg.run_dir)
-    same = learned_settings(run.settings) == learned_settings(all_settings(cfg, meta))
-    return run if same and run.result.get("status") == "success" else None
+    return run, learned_settings(run.settings) == learned_settings(all_settings(cfg, meta))
 
 
 def main():
@@ -463,16 +469,25 @@ def main():
     meta = check_folder(cfg.data_dir)
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks.device)
-    if done := finished(cfg, meta):
+    earlier, same = earlier_run(cfg, meta)
+    if earlier and same and earlier.result.get("status") == "success":
         if ranks.main:
             print(
-                f"{cfg.run_dir} is finished: {done.result['step']} steps, validation loss {done.result['val_loss']}; "
-                "nothing is left to do (another --run-dir trains anew)"
+                f"{cfg.run_dir} is finished: {earlier.result['step']} steps, validation loss "
+                f"{earlier.result['val_loss']}; nothing is left to do (another --run-dir trains anew)"
             )
         return ranks.close()
-    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=True, enabled=ranks.main) as log:
+    fresh = cfg.overwrite and not same
+    if cfg.eval_only and any(checkpoint.sorted_checkpoints(Path(cfg.run_dir) / "ckpt")):
+        raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
+    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=not fresh, enabled=ranks.main) as log:
+        if fresh and ranks.main:
+            log.print(f"{cfg.run_dir} was made with other settings or data: it is replaced")
+            shutil.rmtree(log.ckpt_dir, ignore_errors=True)
+        ranks.any(False)  # all ranks wait for that before they look for checkpoints
         try:
-            result = Trainer(cfg, meta, ranks, log).run()
+            trainer = Trainer(cfg, meta, ranks, log)
+            result = trainer.evaluate() if cfg.eval_only else trainer.run()
         except Diverged as e:
             result = {"status": "diverged", "reason": f"{e}; the last good checkpoint is kept, try a lower --max-lr"}
         log.finish(**result)

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from runlog import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -41,8 +43,29 @@ def script():
 
 
 @pytest.fixture
+def in_process(monkeypatch, capsys):
+    """run(main, *args) -> (exit status, stdout, stderr) of a script's `main` under `cli`, without a new process.
+
+    For what needs no process of its own: importing torch anew takes seconds.
+    """
+
+    def run(main, *args):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, args)])
+        capsys.readouterr()
+        try:
+            cli(main)
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
 def refuses(script):
-    """check(path, *args, says=...) asserts a person's mistake: one line on stderr, exit status 2, no traceback."""
+    """check(path, *args, says=…) asserts a person's mistake: one line on stderr, exit status 2, no traceback."""
 
     def check(path, *args, says):
         done = script(path, *args, ok=False)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bpe import Tokenizer
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
-from gpt2.export_hf import export, import_hf, largest_difference
+from gpt2.export_hf import export, import_hf, largest_difference, main
 from gpt2.model import GPT
 from runlog import UserError
 
@@ -66,14 +66,15 @@ def test_a_wrong_vocabulary_is_refused_and_leaves_nothing(pair, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_exports_a_run(pair, tmp_path, script, refuses):
+def test_the_script_exports_and_imports(pair, tmp_path, in_process):
     model, tokenizer = pair
     checkpoint.save(tmp_path / "run/ckpt", 7, checkpoint.model_state(model))
     tokenizer.save(str(tmp_path / "run/tokenizer"))
-    done = script("gpt2/export_hf.py", "--model", tmp_path / "run", "--out", tmp_path / "hf")
-    assert "differ by at most" in done.stdout
+    code, out, _ = in_process(main, "--model", tmp_path / "run", "--out", tmp_path / "hf")
+    assert code == 0 and "differ by at most" in out
     assert json.loads((tmp_path / "hf/config.json").read_text())["n_layer"] == 2
-    script("gpt2/export_hf.py", "--from-hf", tmp_path / "hf", "--out", tmp_path / "again")
+    assert in_process(main, "--from-hf", tmp_path / "hf", "--out", tmp_path / "again")[0] == 0
     assert checkpoint.load_newest(tmp_path / "again/ckpt")["step"] == 0
-    refuses("gpt2/export_hf.py", "--model", tmp_path / "nowhere", "--out", tmp_path / "x", says="does not exist")
-    refuses("gpt2/export_hf.py", "--out", tmp_path / "x", says="either --model")
+    for flags, says in [(["--model", tmp_path / "nowhere"], "does not exist"), ([], "either --model")]:
+        code, _, err = in_process(main, *flags, "--out", tmp_path / "x")
+        assert code == 2 and says in err and not (tmp_path / "x").exists()

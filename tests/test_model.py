@@ -170,8 +170,10 @@ def test_from_pretrained_reads_a_local_folder_and_refuses_another_architecture(t
     hf.save_pretrained(tmp_path / "odd")
     with pytest.raises(UserError, match="scale_attn_by_inverse_layer_idx"):
         GPT.from_pretrained(str(tmp_path / "odd"))
-    with pytest.raises(UserError, match="no GPT-2 weights"):
+    with pytest.raises(UserError, match="does not exist"):
         GPT.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no GPT-2 weights"):
+        GPT.from_pretrained("nobody/nothing")
 
 
 def test_a_text_longer_than_the_block_is_refused():

@@ -96,21 +96,28 @@ def test_an_empty_prompt_is_refused(model):
         generate(model, [[1], []], 3)
 
 
-def test_the_script_samples_from_a_run_and_a_folder(tmp_path, corpus, script, refuses):
+def test_the_script_samples_from_a_run_and_a_folder(tmp_path, corpus, in_process):
     from bpe import Tokenizer
     from gpt2.export_hf import export
+    from gpt2.sample import main
 
     tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
     model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=16))
     checkpoint.save(tmp_path / "run/ckpt", 1, checkpoint.model_state(model))
     tokenizer.save(str(tmp_path / "run/tokenizer"))
-    export(model.float(), tokenizer, tmp_path / "hf")
-    settings = ["--max-new-tokens", 12, "--seed", 3, "--device", "cpu"]
-    from_run = script("gpt2/sample.py", "--model", tmp_path / "run", "--prompt", "Return the", *settings).stdout
-    from_folder = script("gpt2/sample.py", "--model", tmp_path / "hf", "--prompt", "Return the", *settings).stdout
-    assert from_run.startswith("Return the") and from_run == from_folder
-    two = script(
-        "gpt2/sample.py", "--model", tmp_path / "run", "--prompt", "a", "bc", "--num-samples", 2, *settings
-    ).stdout
-    assert len(two.split("\n\n")) >= 4
-    refuses("gpt2/sample.py", "--model", tmp_path / "nowhere", says="no GPT-2 weights")
+    export(model, tokenizer, tmp_path / "hf")
+
+    def sample(name, *flags):
+        settings = ["--max-new-tokens", 12, "--seed", 3, "--device", "cpu"]
+        code, out, err = in_process(main, "--model", tmp_path / name, *settings, *flags)
+        assert code == 0, err
+        return out
+
+    from_run = sample("run", "--prompt", "Return the")
+    assert from_run.startswith("Return the") and from_run == sample("hf", "--prompt", "Return the")
+    assert from_run.strip() == sample("run", "--prompt", "Return the", "--no-stream").strip()
+    (tmp_path / "prompts.txt").write_text("a\n\nbc\n", encoding="utf-8")
+    several = sample("run", "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2)
+    assert several.startswith("a") and several.count("\n\n") >= 4
+    code, _, err = in_process(main, "--model", tmp_path / "nowhere")
+    assert code == 2 and err.startswith("error: ") and "does not exist" in err

@@ -1,0 +1,277 @@
+"""train_gpt2.py as a person runs it: alone, under torchrun, resumed, on other numbers of processes, with mistakes."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt2 import checkpoint
+from gpt2.config import FREE_ON_RESUME, PRESETS, TrainConfig
+from gpt2.train_gpt2 import main, parse
+from runlog import UserError, learned, read_run
+
+TINY = [
+    *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32"),
+    *("--total-batch-size", "256", "--micro-batch-size", "8", "--max-steps", "20", "--val-tokens", "1024"),
+    *(
+        "--val-every",
+        "10",
+        "--sample-every",
+        "0",
+        "--checkpoint-every",
+        "5",
+        "--log-every",
+        "1",
+        "--optimizer",
+        "adamw",
+    ),
+    *("--device", "cpu"),
+]
+
+
+@pytest.fixture
+def train(in_process, corpus):
+    """train(run_dir, *flags) -> stdout runs the script's main on the tiny corpus, in this process."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(run_dir, *flags):
+        code, out, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
+        assert code == 0, out + err
+        return out
+
+    yield run
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def mistake(in_process, corpus):
+    """mistake(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(run_dir, *flags, says):
+        code, _, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
+        lines = [line for line in err.splitlines() if "Loading weights" not in line]  # transformers' progress bar
+        assert code == 2 and len([x for x in lines if x.strip()]) == 1, (code, err)
+        assert lines[-1].startswith("error: ") and says in lines[-1]
+
+    yield run
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def torchrun(run_dir, corpus, *flags, nproc=2, ok=True, before=()):
+    """The script under torchrun, on `nproc` processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", *before, f"--nproc_per_node={nproc}"]
+    command += ["gpt2/train_gpt2.py", *TINY, "--data-dir", str(corpus), "--run-dir", str(run_dir), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert not ok or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def weights(run_dir):
+    return checkpoint.load_newest(run_dir / "ckpt")["model"]
+
+
+def identical(a, b):
+    """Whether two runs are identical: metrics without time and memory, and the final weights."""
+    wa, wb = weights(a), weights(b)
+    return learned(a) == learned(b) and all(torch.equal(wa[k], wb[k]) for k in wa)
+
+
+def parse_only():
+    parse(sys.argv[1:])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, corpus):
+    """An undisturbed run of one process, float32."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    command = [sys.executable, "gpt2/train_gpt2.py", *TINY, "--data-dir", str(corpus), "--run-dir", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done.stdout
+
+
+def test_the_run_directory_holds_what_is_promised(reference):
+    run_dir, stdout = reference
+    names = {p.name for p in run_dir.iterdir()}
+    assert {"config.json", "env.json", "metrics.jsonl", "log.txt", "loss.png", "result.json", "ckpt"} <= names
+    run = read_run(run_dir)
+    assert run.result["status"] == "success" and run.result["step"] == 20
+    assert [r["step"] for r in run.rows("train")] == list(range(20))
+    assert [r["step"] for r in run.rows("val")] == [0, 10, 20]
+    first, last = (run.rows("val")[i]["loss"] for i in (0, -1))
+    assert last < first - 0.3 and run.result["val_loss"] == last
+    assert run.settings["tokenizer_sha256"] and run.settings["dtype"] == "float32"
+    assert run.env["threads"] == 1 and run.env["torch"] == torch.__version__
+    assert (run_dir / "log.txt").read_text(encoding="utf-8") == stdout
+    assert stdout.splitlines()[-1].startswith("success: 20 steps")
+    assert sorted(p.name for p in (run_dir / "ckpt").glob("*.pt")) == ["step_000015.pt", "step_000020.pt"]
+
+
+def test_two_identical_runs_give_identical_metrics_and_weights(reference, train, tmp_path):
+    train(tmp_path / "again")
+    assert identical(reference[0], tmp_path / "again")
+    train(tmp_path / "other", "--seed", "2")
+    assert not identical(reference[0], tmp_path / "other")
+
+
+def test_bits_per_byte_agrees_with_the_loss_and_the_text(reference, corpus):
+    """build-nanogpt reports nats a token alone, which two tokenizers cannot compare."""
+    from bpe import Tokenizer
+    from data.shards import open_split
+
+    row = read_run(reference[0]).rows("val")[-1]
+    tokenizer = Tokenizer.load(str(corpus / "tokenizer.model"))
+    targets = open_split(corpus, "val")[0][1 : 1 + row["tokens"]].tolist()
+    text_bytes = len(tokenizer.decode_bytes(targets))
+    assert row["tokens"] == 1024 and tokenizer.eot_token not in targets
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / text_bytes)
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 2), (2, 4)])
+def test_the_result_does_not_depend_on_processes_or_micro_batches(
+    reference, corpus, tmp_path, world_size, micro_batch_size
+):
+    """karpathy/nanoGPT#145, #225, #468; build-nanogpt#105, #109, #23 (ranks drifting apart at shard ends)."""
+    flags = ["--micro-batch-size", str(micro_batch_size)]
+    torchrun(tmp_path / "run", corpus, *flags, nproc=world_size, before=["--standalone"])
+    ours, theirs = learned(reference[0]), learned(tmp_path / "run")
+    assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
+
+
+def test_a_finished_run_is_left_alone(reference, train):
+    before = (reference[0] / "metrics.jsonl").read_bytes()
+    assert "is finished: 20 steps" in train(reference[0])
+    assert (reference[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, mistake, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run")
+    mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.003 -> 0.1")
+    mistake(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
+
+
+def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run")
+    assert "is finished" in train(tmp_path / "run", "--overwrite")
+    assert "it is replaced" in train(tmp_path / "run", "--overwrite", "--max-steps", "3")
+    assert [r["step"] for r in read_run(tmp_path / "run").rows("train")] == [0, 1, 2]
+    assert [p.name for p in checkpoint.sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
+
+
+def test_settings_that_do_not_change_what_is_learned_may_differ(train, reference, tmp_path):
+    train(tmp_path / "run", "--stop-after-minutes", "0.0000001")
+    assert read_run(tmp_path / "run").result["status"] == "preempted"
+    train(tmp_path / "run", "--val-every", "5", "--log-every", "3", "--keep-checkpoints", "1")
+    rows = [r for r in learned(tmp_path / "run") if r["kind"] == "train"]
+    assert rows == [r for r in learned(reference[0]) if r["kind"] == "train"]
+    stretched = train(tmp_path / "run", "--max-steps", "22", "--allow-config-change")
+    assert "changed on resume: max_steps 20 -> 22" in stretched
+    assert read_run(tmp_path / "run").result["step"] == 22
+
+
+def test_every_field_is_a_flag_and_every_preset_is_listed(script, in_process):
+    shown = script("gpt2/train_gpt2.py", "--help").stdout
+    assert all(name in shown for name in PRESETS)
+    flags = in_process(parse_only, "quickstart", "--help")[1]
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in flags
+    assert "--no-compile" in flags
+    assert set(TrainConfig.__dataclass_fields__) > FREE_ON_RESUME
+
+
+@pytest.mark.parametrize("wrong", [["nonsense"], ["quickstart", "--nonsense", "1"], ["--max-steps", "many"]])
+def test_an_unknown_preset_or_flag_is_the_parsers_message_and_status_2(in_process, wrong):
+    code, _, err = in_process(parse_only, *wrong)
+    assert code == 2 and (wrong[-1] in err or wrong[-2] in err)
+
+
+def test_a_setting_that_cannot_be_is_named(in_process):
+    code, _, err = in_process(parse_only, "quickstart", "--total-batch-size", "1000")
+    assert code == 2 and "no multiple of" in err and "--block-size 128" in err
+
+
+def test_no_preset_means_gpt2_124m():
+    assert parse([]) == PRESETS["gpt2-124M"] == parse(["gpt2-124M"])
+    assert parse(["--max-steps", "7"]).max_steps == 7
+    assert parse(["quickstart"]).n_layer == 4
+
+
+def test_mistakes_before_the_start_are_one_line_and_leave_nothing(mistake, refuses, tmp_path):
+    refuses("gpt2/train_gpt2.py", "--data-dir", tmp_path / "nowhere", says="no meta.json")
+    missing = "cuda" if not torch.cuda.is_available() else "mps"
+    mistake(tmp_path / "run", "--device", missing, says=f"--device {missing}: there is none here")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_found_later_are_one_line_too(mistake, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel(
+        GPT2Config(vocab_size=77, n_positions=32, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    )
+    hf.save_pretrained(tmp_path / "hf")
+    deep = GPT2LMHeadModel(
+        GPT2Config(vocab_size=385, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+    deep.save_pretrained(tmp_path / "deep")
+    huge = ["--block-size", "131072", "--total-batch-size", "131072", "--micro-batch-size", "1"]
+    for flags, says in [
+        (["--micro-batch-size", "3"], "try --micro-batch-size 2"),
+        (["--init", "nobody/nothing"], "no GPT-2 weights"),
+        (["--init", str(tmp_path / "hf")], "vocabulary of 77"),
+        (["--init", str(tmp_path / "deep")], "add --n-layer 3"),
+        (huge, "lower --block-size"),
+    ]:
+        mistake(tmp_path / "run", *flags, says=says)
+        assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
+
+
+def test_a_published_model_is_where_training_may_begin(train, corpus, tmp_path):
+    """--init takes a Hugging Face folder; --eval-only gives its loss on our shards, the reference line of a curve."""
+    import numpy as np
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from data.shards import open_split
+
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(
+        GPT2Config(vocab_size=385, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+    hf.save_pretrained(tmp_path / "hf")
+    shape = ["--n-layer", "2"]
+    train(tmp_path / "eval", "--init", tmp_path / "hf", "--eval-only", *shape)
+    result = read_run(tmp_path / "eval").result
+    assert result["status"] == "success" and not (tmp_path / "eval/ckpt").exists()
+    tokens = torch.from_numpy(open_split(corpus, "val")[0][: 1024 + 1].astype(np.int64))
+    with torch.no_grad():
+        logits = hf.eval()(tokens[:-1].view(32, 32)).logits.view(-1, 385)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
+    assert result["val_loss"] == pytest.approx(expected, abs=1e-5)
+    train(tmp_path / "run", "--init", tmp_path / "hf", "--max-steps", "2", *shape)
+    assert read_run(tmp_path / "run").rows("val")[0]["loss"] == result["val_loss"]
+
+
+def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
+    cfg = TrainConfig(total_batch_size=24 * 1024, micro_batch_size=8)
+    assert [cfg.grad_accum_steps(n) for n in (1, 3)] == [3, 1]
+    with pytest.raises(UserError, match="try --micro-batch-size 6"):
+        cfg.grad_accum_steps(2)
+    with pytest.raises(UserError, match="multiple of 5 sequences"):
+        cfg.grad_accum_steps(5)
+
+
+def test_a_plan_starts_nothing(train, tmp_path):
+    plan = train(tmp_path / "run", "--plan")
+    for word in ("parameters", "tokens", "memory", "fits here", "time", "disk", "measured"):
+        assert word in plan
+    assert "assumed" in train(tmp_path / "run", "--plan", "--plan-tok-per-sec", "1e6")
+    assert not (tmp_path / "run").exists()
