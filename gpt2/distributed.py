@@ -113,14 +113,18 @@ class Stop:
             raise KeyboardInterrupt
         self.why = f"received {signal.Signals(number).name}"
 
-    def reason(self):
-        """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""
+    def here(self):
+        """Why this rank would stop, or None; the others may not know yet."""
         if not self.why and self.ranks.main and self.file.exists():
             self.file.unlink(missing_ok=True)  # it has been heard: the next start shall run
             self.why = "found the file STOP"
         if not self.why and self.deadline and time.monotonic() > self.deadline:
             self.why = f"the {self.after_minutes:g} minutes of --stop-after-minutes are over"
-        if not self.ranks.any(self.why):
+        return self.why
+
+    def reason(self):
+        """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""
+        if not self.ranks.any(self.here()):
             return None
         self.why = next(why for why in self.ranks.gather(self.why) if why)
         return self.why

@@ -48,6 +48,10 @@ class Diverged(Exception):
     """A loss or gradient that is not finite, and the step at which it came."""
 
 
+class Stopped(Exception):
+    """A reason to stop came while HellaSwag was being scored."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # before the loop
 
@@ -221,6 +225,12 @@ class Trainer:
             self.train_loader, self.device, ranks.rank, ranks.world_size, cfg.micro_batch_size, self.grad_accum_steps
         )
         self.unigram_entropy = unigram_entropy(self.train_loader, meta["vocab_size"])
+        if cfg.hellaswag_every:
+            from gpt2 import hellaswag
+
+            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit)
+            encode = self.tokenizer.to_tiktoken().encode_ordinary_batch
+            self.hellaswag_items = hellaswag.Encoded(items, encode, cfg.block_size)
 
         # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
         # be compiled; `step_model` adds the exchange of gradients between processes.
@@ -236,7 +246,7 @@ class Trainer:
 
         self.step, self.skipped, self.saved_at = 0, 0, 0
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
-        self.last_val = {}
+        self.last_val, self.last_hellaswag = {}, {}
         self.resume()
         self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)
 
@@ -292,15 +302,19 @@ class Trainer:
             if self.due(cfg.val_every):
                 self.flush()
                 self.validate()
+            if self.step > 0 and self.due(cfg.hellaswag_every):
+                self.flush()
+                self.score_hellaswag()
             if self.due(cfg.sample_every):
                 self.flush()
                 self.sample()
-            if self.step >= cfg.max_steps:
-                break
             if reason := self.stop.reason():
                 self.flush()
                 self.save()
+                bar.close()
                 return {"status": "preempted", "reason": f"{reason}; the same command goes on", "step": self.step}
+            if self.step >= cfg.max_steps:
+                break
 
             # --- one optimizer step
             self.model.train()
@@ -339,6 +353,8 @@ class Trainer:
         """Evaluate once, without training -> the fields of result.json."""
         self.announce()
         self.validate()
+        if self.cfg.hellaswag_every:
+            self.score_hellaswag()
         return self.final_numbers()
 
     def due(self, every):
@@ -397,6 +413,36 @@ class Trainer:
         self.log.plot(reference=lines)
         self.clock = time.perf_counter()  # what happens between steps is not the steps' time
 
+    def score_hellaswag(self):
+        """Record HellaSwag's accuracies, each rank scoring its share; a reason to stop is heard between two batches."""
+        from gpt2 import hellaswag
+
+        start = time.perf_counter()
+        self.raw_model.eval()
+        score = hellaswag.shared_gpt(self.raw_model)
+
+        def score_unless_stopped(batch):
+            if self.stop.here():
+                raise Stopped
+            return score(batch)
+
+        try:
+            shared_out = (self.device, self.ranks.rank, self.ranks.world_size)
+            rows = hellaswag.evaluate(score_unless_stopped, self.hellaswag_items, *shared_out, autocast=self.autocast)
+            left = False
+        except Stopped:
+            left = True
+        if self.ranks.any(left):  # it is done again, whole, when the run goes on from this step
+            return
+        figures = hellaswag.figures(self.ranks.sum(hellaswag.counts(rows)))
+        self.last_hellaswag = {f"hellaswag_{k}": figures[k] for k in ("items", "acc", "acc_norm")}
+        self.log.metric(self.step, "hellaswag", **figures, seconds=time.perf_counter() - start)
+        self.say(
+            f"  hella  | acc_norm {figures['acc_norm']:.4f} ({figures['acc_norm_low']:.4f} … "
+            f"{figures['acc_norm_high']:.4f}) | acc {figures['acc']:.4f} | {figures['items']} items, chance 0.25"
+        )
+        self.clock = time.perf_counter()
+
     def sample(self):
         """Two continuations of the prompt: whole into samples.txt, shortened onto the terminal. On one rank."""
         if self.ranks.main:
@@ -429,6 +475,7 @@ class Trainer:
             "tokens": self.step * self.cfg.total_batch_size,
             "val_loss": self.last_val.get("loss"),
             "bits_per_byte": self.last_val.get("bits_per_byte"),
+            **self.last_hellaswag,
             "unigram_entropy": self.unigram_entropy,
             "parameters": self.raw_model.num_params(),
             "skipped_steps": self.skipped,

@@ -275,3 +275,53 @@ def test_a_plan_starts_nothing(train, tmp_path):
         assert word in plan
     assert "assumed" in train(tmp_path / "run", "--plan", "--plan-tok-per-sec", "1e6")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(train, tmp_path):
+    out = train(tmp_path / "run", "--max-lr", "1e30", "--warmup-steps", "0", "--checkpoint-every", "1")
+    result = read_run(tmp_path / "run").result
+    assert result["status"] == "diverged" and "of step 1 is not finite" in result["reason"]
+    assert out.splitlines()[-1].startswith("diverged: the ")
+    good = checkpoint.load_newest(tmp_path / "run/ckpt")  # the weights before the step that spoiled them, or after it,
+    assert good["step"] <= 1  # but none from after it was noticed
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_when_asked(train, tmp_path, monkeypatch):
+    calls, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spoilt_at_the_third_call(parameters, max_norm):
+        calls.append(max_norm)
+        return clip(parameters, max_norm) * (math.nan if len(calls) in spoilt else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoilt_at_the_third_call)
+    spoilt = {3}
+    train(tmp_path / "stopped")
+    assert "the gradient of step 2 is not finite" in read_run(tmp_path / "stopped").result["reason"]
+    calls.clear()
+    out = train(tmp_path / "skipped", "--skip-nonfinite", "1")
+    assert "step 2 is not finite: skipped (1 of at most 1)" in out
+    result = read_run(tmp_path / "skipped").result
+    assert result["status"] == "success" and result["skipped_steps"] == 1
+    calls.clear()
+    spoilt = {3, 5}
+    train(tmp_path / "twice", "--skip-nonfinite", "1")
+    assert "step 4 is not finite, after 1 skipped" in read_run(tmp_path / "twice").result["reason"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_train_like_thirty_two(reference, train, tmp_path, dtype):
+    """nanoGPT#87: cards without bfloat16 get float16 and a gradient scaler."""
+    train(tmp_path / "run", "--dtype", dtype)
+    wide, narrow = (read_run(run_dir).curve("val")[1] for run_dir in (reference[0], tmp_path / "run"))
+    assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
+
+
+def test_without_a_compiler_training_is_eager_and_says_so_once(reference, train, tmp_path, monkeypatch):
+    """karpathy/nanochat#502, #604."""
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    out = train(tmp_path / "run", "--compile")
+    assert out.count("no C++ compiler here") == 1
+    assert identical(reference[0], tmp_path / "run")
