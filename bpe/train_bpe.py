@@ -22,6 +22,8 @@ import tyro
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
 from runlog import RunLog, UserError, cli
 
+ENOUGH = 20_000_000  # characters that tell the compression
+
 
 @dataclass
 class Config:
@@ -34,7 +36,7 @@ class Config:
     pattern: str = "gpt4"
     """how text is cut before merging: none, gpt2, gpt4 or a regular expression"""
     held_out: tuple[Path, ...] = ()
-    """files to report compression on; by default the last tenth of the input, which is trained on as well"""
+    """files to report compression on; without any it is reported on the input itself"""
     num_workers: int = 1
     """processes that cut the text into chunks"""
     run_dir: Path | None = None
@@ -55,12 +57,18 @@ def main():
         seconds = time.perf_counter() - started
         tok.training = sources
         save(tok, cfg.out)
-        numbers = compression(tok, cfg.held_out or cfg.input)
-        what = "held-out text" if cfg.held_out else "the input"
         say(log, f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {seconds:.2f} s")
-        say(log, f"{numbers['bytes_per_token']:.3f} bytes per token on {what} ({numbers['tokens']:,} tokens)")
+        numbers = round_trip(f"{cfg.out}.model", cfg.held_out or cfg.input)
+        what = "held-out text" if cfg.held_out else "the input itself"
+        say(
+            log,
+            f"{numbers['bytes_per_token']:.3f} bytes per token on {what}: {numbers['bytes']:,} bytes, "
+            f"{numbers['tokens']:,} tokens, {numbers['vocab_used']:.0%} of the vocabulary",
+        )
+        say(log, f"loaded, encoded, decoded, identical: {numbers['round_trip_seconds']:.2f} s")
         say(log, f"wrote {cfg.out}.model, .vocab, .tiktoken and {cfg.out}-hf/")
-        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, train_seconds=round(seconds, 3), **numbers)
+        held_out = {"measured_on": what, **numbers}
+        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, train_seconds=round(seconds, 4), **held_out)
 
 
 def say(log, text):
@@ -90,24 +98,35 @@ def save(tok, prefix):
     tok.save(prefix)
 
 
-def compression(tok, files):
-    """Bytes and characters per token, and the share of the vocabulary that is used at all."""
-    size = chars = tokens = 0
-    used = set()
+def round_trip(model_file, files):
+    """Load the tokenizer and send text through it and back -> compression and the seconds it took.
+
+    Measured on the first ENOUGH characters: bytes and characters per token, and the share of the vocabulary that is
+    used at all.
+    """
+    texts, chars = [], 0
     for text in read_documents(files):
-        ids = tok.encode_ordinary(text)
-        used.update(ids)
-        tokens += len(ids)
-        chars += len(text)
-        size += len(text.encode("utf-8"))
-    if not tokens:
-        return {"tokens": 0, "bytes_per_token": 0.0, "chars_per_token": 0.0, "vocab_used": 0.0}
-    shares = {
-        "bytes_per_token": size / tokens,
-        "chars_per_token": chars / tokens,
-        "vocab_used": len(used) / tok.n_vocab,
+        texts.append(text[: ENOUGH - chars])
+        chars += len(texts[-1])
+        if chars >= ENOUGH:
+            break
+    started = time.perf_counter()
+    tok = Tokenizer.load(model_file)
+    encoded = [tok.encode_ordinary(text) for text in texts]
+    same = all(tok.decode(ids, errors="strict") == text for ids, text in zip(encoded, texts))
+    seconds = time.perf_counter() - started
+    if not same:
+        raise RuntimeError(f"{model_file} does not give the text back that it encoded")
+    tokens, size = sum(map(len, encoded)), sum(len(text.encode("utf-8")) for text in texts)
+    used = set().union(*encoded)
+    return {
+        "bytes": size,
+        "tokens": tokens,
+        "bytes_per_token": round(size / max(tokens, 1), 4),
+        "chars_per_token": round(chars / max(tokens, 1), 4),
+        "vocab_used": round(len(used) / tok.n_vocab, 4),
+        "round_trip_seconds": round(seconds, 4),
     }
-    return {"tokens": tokens, **{name: round(value, 4) for name, value in shares.items()}}
 
 
 def read_documents(files):

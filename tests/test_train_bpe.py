@@ -27,11 +27,23 @@ def test_it_trains_saves_and_finds_its_files_again(corpus, script):
     assert tok.n_vocab == 301 and tok.eot_token == 300 and tok.pattern == "gpt4"
     result = read_run(corpus / "run").result
     assert result["status"] == "success" and result["sha256"] == tok.sha256 and result["bytes_per_token"] > 1.5
+    assert result["bytes"] == len((TEXT + "北京大学 " * 9).encode()) and result["measured_on"] == "the input itself"
     before = (corpus / "tok.model").stat().st_mtime_ns
     assert "already" in script("bpe/train_bpe.py", *args).stdout
     assert (corpus / "tok.model").stat().st_mtime_ns == before
     (corpus / "c.jsonl").write_text(json.dumps({"text": TEXT}), encoding="utf-8")
     assert "already" not in script("bpe/train_bpe.py", *args).stdout
+
+
+def test_compression_is_reported_on_held_out_text(corpus, script):
+    (corpus / "other.txt").write_text("another text", encoding="utf-8")
+    args = ("--input", corpus / "c.txt", "--held-out", corpus / "other.txt", "--vocab-size", 300, "--pattern", "none")
+    script("bpe/train_bpe.py", *args, "--out", corpus / "tok", "--run-dir", corpus / "run")
+    result = read_run(corpus / "run").result
+    tok = Tokenizer.load(corpus / "tok.model")
+    n = len(tok.encode("another text"))
+    assert result["measured_on"] == "held-out text" and result["tokens"] == n
+    assert result["bytes_per_token"] == round(12 / n, 4)
 
 
 def test_all_kinds_of_input_give_the_same_documents(corpus):
