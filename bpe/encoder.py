@@ -62,13 +62,12 @@ class Encoder:
         if len(chunks) < MANY:
             return [self.encode(chunk) for chunk in chunks]
         result = [None] * len(chunks)
-        lower = -1
-        for width in (*ROW_WIDTHS, None):
-            which = [k for k, c in enumerate(chunks) if lower < len(c) and (width is None or len(c) <= width)]
-            some = [chunks[k] for k in which]
-            lower = width
-            if not some:
+        width_class = np.searchsorted(ROW_WIDTHS, np.fromiter(map(len, chunks), np.int64, len(chunks)))
+        for k, width in enumerate((*ROW_WIDTHS, None)):
+            which = np.flatnonzero(width_class == k).tolist()
+            if not which:
                 continue
+            some = [chunks[k] for k in which]
             encoded = self._encode_long(some) if width is None else self._encode_rows(some, width)
             for k, ids in zip(which, encoded):
                 result[k] = ids
@@ -100,21 +99,24 @@ class Encoder:
         while len(rows):
             best = rank.argmin(axis=1)  # the first of equals, so from the left
             lowest = rank[np.arange(len(rows)), best]
-            alive = lowest != NO_RANK
-            if not alive.all():
-                result[rows[~alive]] = tok[~alive]
-                rows, tok, rank, best, lowest = (a[alive] for a in (rows, tok, rank, best, lowest))
+            live = np.flatnonzero(lowest != NO_RANK)
+            if len(live) < 0.8 * len(rows):  # go on with the rows that are not done
+                result[rows] = tok
+                rows, tok, rank, best, lowest = (a[live] for a in (rows, tok, rank, best, lowest))
+                live = np.arange(len(rows))
+            elif len(live) < len(rows):
+                best[lowest == NO_RANK] = width
             # close the gap that the right half leaves, then look at the two pairs that the new token is part of
             beyond = column[:-1] > best[:, None]
             for table, filler in ((tok, SEP), (rank, NO_RANK)):
                 np.copyto(table[:, :-1], table[:, 1:].copy(), where=beyond)
-                table[:, -1] = filler
-            row = np.arange(len(rows))
-            new = tok[row, best] = tables.made[lowest]
-            rank[row, best] = tables.of_pairs(new, tok[row, best + 1])  # best is never the last column
-            row = row[best > 0]
-            left = best[row] - 1
-            rank[row, left] = tables.of_pairs(tok[row, left], new[row])
+                table[live, -1] = filler
+            at, new = best[live], tables.made[lowest[live]]
+            tok[live, at] = new
+            rank[live, at] = tables.of_pairs(new, tok[live, at + 1])  # `at` is never the last column
+            inner = at > 0
+            row, left = live[inner], at[inner] - 1
+            rank[row, left] = tables.of_pairs(tok[row, left], new[inner])
         used = result != SEP
         ids, ends = self._outer_ids(result[used]), np.cumsum(used.sum(axis=1)).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends)]
