@@ -36,7 +36,7 @@ from runlog import UserError, atomic_open, read_json
 FORMAT, VERSION = "byte-level-bpe", 1
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
-CACHE_CHUNKS = 1 << 18  # different chunks remembered, some 50 MB at most
+CACHE_CHUNKS = 1 << 18  # different chunks remembered, some 70 MB at most
 CACHE_CHUNK_LENGTH = 256  # characters; longer chunks are not remembered
 
 
@@ -109,7 +109,7 @@ class Tokenizer:
     @property
     def n_vocab(self):
         """Number of rows an embedding needs: the highest id + 1, which is 256 + merges + special tokens."""
-        return max(self.vocab) + 1
+        return self._n_vocab
 
     @property
     def eot_token(self):
@@ -133,6 +133,7 @@ class Tokenizer:
                 raise UserError(f"special token {text!r} cannot have id {token}: it is taken or negative")
             self.vocab[token] = text.encode("utf-8")
             self.special_tokens[text] = token
+        self._n_vocab = max(self.vocab) + 1
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special_regex = regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
 
@@ -153,11 +154,13 @@ class Tokenizer:
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
             raise UserError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
-        documents = [text_or_iterable] if isinstance(text_or_iterable, str) else text_or_iterable
-        counts = _count_chunks(self._split, documents, num_workers)
+        whole = isinstance(text_or_iterable, str)
+        documents, size = ([text_or_iterable], len(text_or_iterable)) if whole else (text_or_iterable, None)
+        quiet = None if progress else True  # None: no bar where stderr is not a terminal
+        with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=quiet) as bar:
+            counts = _count_chunks(self._split, documents, num_workers, bar)
         merges, vocab = {}, {b: bytes([b]) for b in range(256)}
-        bar = tqdm(total=vocab_size - 256, unit="merge", desc="bpe", disable=None if progress else True)
-        with bar:
+        with tqdm(total=vocab_size - 256, unit="merge", desc="merge", disable=quiet) as bar:
             for (p, q), token, count in learn_merges(counts, vocab_size):
                 merges[p, q] = token
                 vocab[token] = vocab[p] + vocab[q]
@@ -368,7 +371,7 @@ def _encode_in_worker(text, allowed_special):
     return _tokenizer.encode(text, allowed_special)
 
 
-def _count_chunks(split, documents, num_workers):
+def _count_chunks(split, documents, num_workers, bar):
     """Iterable of str -> {chunk in UTF-8: how often}, in order of first appearance."""
 
     def groups():
@@ -381,6 +384,7 @@ def _count_chunks(split, documents, num_workers):
             for block in split.blocks(valid(document), size=1 << 20):
                 group.append(block)
                 size += len(block)
+                bar.update(len(block))
                 if size >= 1 << 20:
                     yield group
                     group, size = [], 0
@@ -424,7 +428,7 @@ def _any_of(texts):
 
 def _content(tok):
     """What decides the ids, as plain JSON. `byte_ids` and the third number of a merge appear only where needed."""
-    content = {"pattern": tok.pattern, "special_tokens": tok.special_tokens}
+    content = {"pattern": tok.pattern, "special_tokens": dict(sorted(tok.special_tokens.items(), key=lambda s: s[1]))}
     usual = tok.byte_ids == list(range(256)) and list(tok.merges.values()) == list(range(256, 256 + len(tok.merges)))
     if not usual:
         content["byte_ids"] = tok.byte_ids
