@@ -399,7 +399,8 @@ def plot(rows, cfg, file):
         labels, speeds = [r["who"].split(" (")[0] for r in some], [r["mb_per_sec"] for r in some]
         colors = ["#D55E00" if r["who"] == "ours" else "#8FB8D8" for r in some]
         ax.bar_label(ax.barh(labels, speeds, color=colors), fmt="%.3g", padding=3, fontsize=8)
-        ax.set(xscale="log", xlabel="MB/s (log)", title=name)
+        decades = max(speeds) / min(speeds) > 50
+        ax.set(xscale="log" if decades else "linear", xlabel="MB/s (log)" if decades else "MB/s", title=name)
         ax.margins(x=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     if grown:

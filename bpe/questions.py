@@ -105,7 +105,7 @@ def other_languages(gpt2):
 def arithmetic(gpt2):
     """5. Why is arithmetic hard? How all numbers of four digits are cut."""
     cuts = Counter("+".join(str(len(gpt2.vocab[i])) for i in gpt2.encode(str(n))) for n in range(1000, 10000))
-    examples = {n: [gpt2.decode([i]) for i in gpt2.encode(str(n))] for n in (1000, 1234, 2026, 6789)}
+    examples = {str(n): [gpt2.decode([i]) for i in gpt2.encode(str(n))] for n in (1000, 1234, 2026, 6789)}
     return {"digits_per_token": dict(cuts.most_common()), "examples": examples}
 
 
