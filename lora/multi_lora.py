@@ -106,18 +106,19 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x):
         engine = self._engine[0]
-        active, k = engine.active, engine.n_active
-        A, B = self.A[active], self.B[active]
+        A, B, bias, scaling, k = self.A, self.B, self.bias, engine.scaling, engine.n_active
+        if engine.only is not None:  # one adapter alone, for evaluation
+            A, B, bias, scaling = (None if x is None else x[engine.only] for x in (A, B, bias, scaling))
         y = self.base(x)  # (k*b, T, out)
         z = x.reshape(k, -1, self.n_in).to(A.dtype)  # (k, b*T, in)
         z = engine.dropout(z, self.index)
-        h = (z @ A.mT) * engine.scaling[active]  # (k, b*T, r_max)
+        h = (z @ A.mT) * scaling  # (k, b*T, r_max)
         if y.dtype == A.dtype:
             y = torch.baddbmm(y.reshape(k, -1, self.n_out), h, B.mT)  # (k, b*T, out)
         else:  # float32 adapters on a half-precision base, as PEFT has them
             y = y.reshape(k, -1, self.n_out) + (h @ B.mT).to(y.dtype)
-        if self.bias is not None:
-            y = y + (self.bias[active] - self.base.bias).to(y.dtype)[:, None]
+        if bias is not None:
+            y = y + (bias - self.base.bias).to(y.dtype)[:, None]
         return y.reshape(*x.shape[:-1], self.n_out)
 
 
@@ -134,6 +135,14 @@ def adapted_names(model, names):
     return linear
 
 
+def swap_gelus(model):
+    """Put torch's own tanh GELU where a model computes it step by step -> {name: what was there}."""
+    slow = {n: m for n, m in model.named_modules() if type(m).__name__ in ("BloomGelu", "NewGELUActivation")}
+    for name in slow:
+        model.set_submodule(name, nn.GELU(approximate="tanh"))
+    return slow
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the engine
 
@@ -143,9 +152,10 @@ class MultiLora:
 
     names: layers to adapt, as PEFT's target_modules. r_max: room for the largest rank that a slot will ever hold.
     bias: room for trained biases, needed when a later adapter of a slot has bias="lora_only".
+    fast_gelu: let one kernel of torch do what BLOOM's and GPT-2's activation does in eight; equal but for rounding.
     """
 
-    def __init__(self, model, configs, names="auto", r_max=0, bias=False, gradient_checkpointing=False):
+    def __init__(self, model, configs, names="auto", r_max=0, bias=False, gradient_checkpointing=False, fast_gelu=True):
         self.model, self.names = model, target_modules(names, model)
         self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self.device = next(model.parameters()).device
@@ -157,12 +167,11 @@ class MultiLora:
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
+        self.slow_gelus = swap_gelus(model) if fast_gelu and model.dtype != torch.float64 else {}
         self.layers = []
         for index, name in enumerate(adapted_names(model, self.names)):
-            parent, _, last = name.rpartition(".")
-            layer = AdaptedLinear(model.get_submodule(name), self, name, index)
-            setattr(model.get_submodule(parent), last, layer)
-            self.layers.append(layer)
+            self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))
+            model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
         self.training = True
         self.configs, self.steps = [], []
@@ -201,7 +210,7 @@ class MultiLora:
             setattr(layer, attribute, self.parameters[-1])
             if attribute == "bias":
                 self.decayed[span] = 0
-        self.k, self.active, self.n_active = k, slice(None), k
+        self.k, self.n_active, self.only = k, k, None
         self.configs, self.steps = [None] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
 
@@ -235,9 +244,8 @@ class MultiLora:
 
     def unwrap(self):
         """Give the model its own layers back -> the model, as it was."""
-        for layer in self.layers:
-            parent, _, last = layer.name.rpartition(".")
-            setattr(self.model.get_submodule(parent), last, layer.base)
+        for name, module in {**{layer.name: layer.base for layer in self.layers}, **self.slow_gelus}.items():
+            self.model.set_submodule(name, module)
         return self.model
 
     # -- forward
@@ -257,15 +265,15 @@ class MultiLora:
     @contextmanager
     def evaluating(self, i=None):
         """No dropout and no gradients; with `i`, only that adapter: then `model` is the base with it, k = 1."""
-        before = self.training, self.active, self.n_active
+        before = self.training, self.only, self.n_active
         self.training = False
         if i is not None:
-            self.active, self.n_active = slice(i, i + 1), 1
+            self.only, self.n_active = slice(i, i + 1), 1
         try:
             with torch.no_grad():
                 yield self.model
         finally:
-            self.training, self.active, self.n_active = before
+            self.training, self.only, self.n_active = before
 
     def nll(self, batch):
         """Summed loss at the labelled positions -> (sums (k,), their numbers (k,) on the CPU).

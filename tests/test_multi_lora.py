@@ -258,6 +258,18 @@ def test_gradient_checkpointing_changes_nothing():
     assert (plain.theta - spare.theta).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_the_fast_gelu_is_the_same_function_and_is_taken_out_again(family):
+    fast = engine_of(family, dtype=torch.float32)
+    slow = engine_of(family, dtype=torch.float32, fast_gelu=False)
+    assert len(fast.slow_gelus) == 2 and not slow.slow_gelus
+    for step in range(3):
+        one, other = (e.step(e.forward(batch(seed=step)))[0] for e in (fast, slow))
+        assert one == pytest.approx(other, abs=1e-5)
+    names = [type(m).__name__ for m in fast.unwrap().modules()]
+    assert "GELU" not in names and names == [type(m).__name__ for m in tiny_model(family).modules()]
+
+
 def test_loss_in_chunks_is_the_loss(monkeypatch):
     whole, parts = engine_of("bloom"), engine_of("bloom")
     whole.step(whole.forward(batch(T=60)))
