@@ -25,7 +25,7 @@ quickstart: $(READY) ## from raw text to a fine-tuned model, in five minutes on 
 	python gpt2/train_gpt2.py quickstart --overwrite
 	python gpt2/sample.py --model runs/quickstart --prompt "Return the" --temperature 0.8
 	python gpt2/export_hf.py --model runs/quickstart --out runs/quickstart/hf
-	python lora/train_lora.py --base runs/quickstart/hf --task pydocs --run-dir runs/quickstart-lora --max-steps 60 --overwrite
+	python lora/train_lora.py --base runs/quickstart/hf --task pydocs --run-dir runs/quickstart-lora --max-steps 60 --max-length 96 --lr 2e-3 --eval-rows 64 --metric-rows 0 --overwrite
 	@echo
 	@echo "done: the loss curve is runs/quickstart/loss.png, every figure of the run lies in runs/quickstart/,"
 	@echo "the adapter in runs/quickstart-lora/. On eight GPUs the real thing is:"

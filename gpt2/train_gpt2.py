@@ -517,7 +517,8 @@ def main():
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks.device)
     earlier, same = earlier_run(cfg, meta)
-    if earlier and same and earlier.result.get("status") == "success":
+    kept = checkpoint.sorted_checkpoints(Path(cfg.run_dir) / "ckpt")  # a record without weights is no finished run
+    if earlier and same and earlier.result.get("status") == "success" and (kept or cfg.eval_only):
         if ranks.main:
             print(
                 f"{cfg.run_dir} is finished: {earlier.result['step']} steps, validation loss "

@@ -153,6 +153,12 @@ def test_a_finished_run_is_left_alone(reference, train):
     assert (reference[0] / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_record_whose_weights_are_gone_is_trained_again(reference, train, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("ckpt"))
+    assert "is finished" not in train(tmp_path / "run")
+    assert identical(reference[0], tmp_path / "run")
+
+
 def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, mistake, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
     mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.003 -> 0.1")
