@@ -127,8 +127,7 @@ def test_shared_contexts_plain_rows_and_batch_sizes_agree(gpt):
     for batch_size in (1, 7, 64):
         encoded = Encoded(items, byte_encode, 256, batch_size=batch_size)
         same(in_order(evaluate(shared_gpt(gpt), encoded)), reference, 2e-5)
-        for multiple in (1, 64):
-            same(in_order(evaluate(plain(lambda idx: gpt(idx)[0], 256, multiple), encoded)), reference, 2e-5)
+        same(in_order(evaluate(plain(lambda idx: gpt(idx)[0], 256), encoded)), reference, 2e-5)
 
 
 def test_any_number_of_ranks_gives_the_same_rows(gpt):
@@ -149,7 +148,7 @@ def test_a_long_context_is_cut_on_the_left_and_counted(gpt):
     assert encoded.cut == sum(len(i["ctx"]) + n > block_size + 1 for i, n in zip(items, longest)) > 0
     small = GPT(GPTConfig(block_size=block_size, vocab_size=300, n_layer=1, n_head=2, n_embd=8)).double().eval()
     rows = in_order(evaluate(shared_gpt(small), encoded))
-    same(in_order(evaluate(plain(lambda idx: small(idx)[0], block_size, 64), encoded)), rows, 2e-5)
+    same(in_order(evaluate(plain(lambda idx: small(idx)[0], block_size), encoded)), rows, 2e-5)
     for item, n, row in zip(items, longest, rows):
         context = list(item["ctx"].encode())[-(block_size + 1 - n) :]
         ids = list(f" {item['endings'][0]}".encode())
@@ -161,16 +160,21 @@ def test_a_block_shorter_than_an_ending_still_scores(gpt):
     assert encoded.cut == 5 and len(evaluate(shared_gpt(gpt), encoded)) == 5
 
 
-def test_few_shapes_for_the_compiler(gpt):
+def test_few_shapes_for_the_compiler(gpt, monkeypatch):
     shapes = set()
 
-    def logits_of(idx):
-        shapes.add(tuple(idx.shape))
-        return gpt(idx)[0]
+    def compile_(function, dynamic):
+        def logits_of(idx):
+            shapes.add(tuple(idx.shape))
+            return function(idx)
 
+        return logits_of
+
+    monkeypatch.setattr(torch, "compile", compile_)
     encoded = Encoded(make_items(60), byte_encode, 256, batch_size=8)
-    evaluate(plain(logits_of, 256, multiple=64), encoded)
+    rows = in_order(evaluate(plain(lambda idx: gpt(idx)[0], 256, compile=True), encoded))
     assert {R for R, _ in shapes} == {8} and {T for _, T in shapes} <= {64, 128, 192, 256}
+    same(rows, in_order(evaluate(shared_gpt(gpt), encoded)), 2e-5)
 
 
 # --- Hugging Face models
