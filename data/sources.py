@@ -236,8 +236,10 @@ def read_jsonl(path, text_field="text"):
                     continue
                 try:
                     text = json.loads(line)[text_field]
-                    yield _without_surrogates(text)
-                except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                    if not isinstance(text, str):
+                        raise TypeError
+                    yield _without_surrogates(text) if "\\u" in line else text
+                except (json.JSONDecodeError, KeyError, TypeError):
                     raise UserError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
         except UnicodeDecodeError as e:
             raise UserError(f"{path} is not UTF-8 ({e.reason}); convert it first") from None
