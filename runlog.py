@@ -128,6 +128,15 @@ def _plain(value):
     return value
 
 
+def portable(value):
+    """A path inside the repository, as text relative to its root, so that records read alike on every machine.
+
+    Any other value is handed back as it is.
+    """
+    root = f"{ROOT}{os.sep}"
+    return Path(value[len(root) :]).as_posix() if isinstance(value, str) and value.startswith(root) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # writing a run
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
 from data.shards import check_folder
-from gpt2 import checkpoint
+from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
 from gpt2.distributed import Ranks, Stop
 from gpt2.loader import Loader, Prefetcher
@@ -38,7 +38,7 @@ from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
 from gpt2.plan import peak_flops, print_plan
 from gpt2.sample import generate
-from runlog import RunLog, UserError, cli, read_run
+from runlog import RunLog, UserError, cli, portable, read_run
 
 # Published losses on the same validation data, for the reference line of the picture.
 GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
@@ -129,7 +129,8 @@ def all_settings(cfg, meta):
     """Every setting, and the identity of the data: what config.json records."""
     sums = "".join(shard["sha256"] for shard in meta["shards"])
     data = {"tokenizer_sha256": meta["tokenizer"]["sha256"], "shards_sha256": hashlib.sha256(sums.encode()).hexdigest()}
-    return {**asdict(cfg), **data}
+    settings = {k: portable(v) for k, v in asdict(cfg).items()}
+    return {**settings, **data}
 
 
 def learned_settings(settings):
@@ -226,8 +227,6 @@ class Trainer:
         )
         self.unigram_entropy = unigram_entropy(self.train_loader, meta["vocab_size"])
         if cfg.hellaswag_every:
-            from gpt2 import hellaswag
-
             items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit)
             encode = self.tokenizer.to_tiktoken().encode_ordinary_batch
             self.hellaswag_items = hellaswag.Encoded(items, encode, cfg.block_size)
@@ -415,8 +414,6 @@ class Trainer:
 
     def score_hellaswag(self):
         """Record HellaSwag's accuracies, each rank scoring its share; a reason to stop is heard between two batches."""
-        from gpt2 import hellaswag
-
         start = time.perf_counter()
         self.raw_model.eval()
         score = hellaswag.shared_gpt(self.raw_model)
@@ -521,7 +518,7 @@ def main():
     if earlier and same and earlier.result.get("status") == "success" and (kept or cfg.eval_only):
         if ranks.main:
             print(
-                f"{cfg.run_dir} is finished: {earlier.result['step']} steps, validation loss "
+                f"{portable(cfg.run_dir)} is finished: {earlier.result['step']} steps, validation loss "
                 f"{earlier.result['val_loss']}; nothing is left to do (another --run-dir trains anew)"
             )
         return ranks.close()
@@ -545,7 +542,9 @@ def main():
 
 def _last_line(cfg, result):
     if result["status"] == "success":
-        return f"success: {result['step']} steps, validation loss {result['val_loss']} | {cfg.run_dir}/loss.png"
+        return (
+            f"success: {result['step']} steps, validation loss {result['val_loss']} | {portable(cfg.run_dir)}/loss.png"
+        )
     return f"{result['status']}: {result['reason']}"
 
 

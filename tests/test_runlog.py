@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from runlog import RunLog, UserError, atomic_open, learned, read_metrics, read_run, write_json
+from runlog import ROOT, RunLog, UserError, atomic_open, learned, portable, read_metrics, read_run, write_json
 
 
 def write_run(run_dir, losses=(3.0, 2.0), **kwargs):
@@ -98,6 +98,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
         raise RuntimeError
     assert (tmp_path / "f").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_paths_inside_the_repository_are_recorded_relative_to_it():
+    assert portable(str(ROOT / "runs/mine")) == "runs/mine"
+    assert portable("/elsewhere/runs") == "/elsewhere/runs" and portable(3) == 3
 
 
 def test_mistakes_are_one_line_and_status_2():

@@ -331,3 +331,22 @@ def test_without_a_compiler_training_is_eager_and_says_so_once(reference, train,
     out = train(tmp_path / "run", "--compile")
     assert out.count("no C++ compiler here") == 1
     assert identical(reference[0], tmp_path / "run")
+
+
+def test_hellaswag_and_samples_come_in_between(train, shared_data, tmp_path):
+    """build-nanogpt#79, #78, #60: compiling broke HellaSwag and sampling, whose shapes are odd."""
+    flags = [
+        "--hellaswag-every",
+        "10",
+        "--hellaswag-file",
+        shared_data / "hellaswag_val.jsonl.gz",
+        "--hellaswag-limit",
+        "8",
+    ]
+    out = train(tmp_path / "run", *flags, "--sample-every", "10", "--sample-prompt", "Return the")
+    run = read_run(tmp_path / "run")
+    assert [row["step"] for row in run.rows("hellaswag")] == [10, 20]
+    assert all(row["items"] == 8 and 0 <= row["acc_norm"] <= 1 for row in run.rows("hellaswag"))
+    assert run.result["hellaswag_acc_norm"] == run.rows("hellaswag")[-1]["acc_norm"]
+    assert out.count("  sample | Return the") == 6  # two each at steps 0, 10 and 20
+    assert (tmp_path / "run/samples.txt").read_text(encoding="utf-8").count("--- step") == 6
