@@ -122,8 +122,6 @@ class TrainConfig:
     """torch.compile the model; eager, saying so, where no compiler is found."""
     deterministic: bool = False
     """Deterministic kernels: with --compile, too, a resumed run then ends bit-identical."""
-    tensorboard: bool = False
-    """Mirror the metrics to TensorBoard event files in the run directory."""
 
     # --- how this start behaves
     eval_only: bool = False
@@ -165,7 +163,7 @@ class TrainConfig:
 
 # A resumed run may differ in these; all other settings decide what is learned.
 FREE_ON_RESUME = {
-    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "tensorboard"),
+    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic"),
     *(
         "val_every",
         "val_tokens",
