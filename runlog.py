@@ -15,6 +15,7 @@ through `read_run`. The module also holds the two manners that every script shar
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,12 @@ def read_json(path):
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it may be damaged") from None
+
+
+def file_sha256(path):
+    """The sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _plain(value):

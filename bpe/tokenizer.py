@@ -121,6 +121,11 @@ class Tokenizer:
         """Hex digest of what decides the ids: pattern, merges, special tokens."""
         return hashlib.sha256(json.dumps(_content(self), ensure_ascii=True).encode("ascii")).hexdigest()
 
+    def byte_lengths(self):
+        """Bytes of text that each id stands for, a list of n_vocab; special tokens stand for none."""
+        special = set(self.special_tokens.values())
+        return [0 if i in special else len(self.vocab.get(i, b"")) for i in range(self.n_vocab)]
+
     def register_special_tokens(self, special_tokens):
         """Set the special tokens, {str: int}, in place of earlier ones. Their ids must be free, and no id negative."""
         for token in self.special_tokens.values():

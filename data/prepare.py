@@ -42,9 +42,9 @@ import tyro
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
-from data.shards import MAX_VOCAB, SPLITS, file_sha256, read_meta, read_shard, verify, write_meta, write_shard
+from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, verify, write_meta, write_shard
 from data.sources import VAL_SHARE, SourceName, describe, documents, is_validation, locate, text_bytes
-from runlog import UserError, atomic_open, cli, read_json, write_json
+from runlog import UserError, atomic_open, cli, file_sha256, read_json, write_json
 
 IN_PROCESS_BLOCKS = 4  # so few are done before a pool has started
 
@@ -421,17 +421,12 @@ def cut_stream(out, counts, stream, start, stop):
 def shard_row(path, split, tokenizer):
     """A shard's line in the manifest; counts the documents that start in it and the bytes of its text."""
     ids = read_shard(path)
-    counts = np.zeros(MAX_VOCAB, dtype=np.int64)
-    for at in range(0, len(ids), 1 << 22):
-        counts += np.bincount(ids[at : at + (1 << 22)], minlength=MAX_VOCAB)
+    counts = count_ids(ids)
     if counts[tokenizer.n_vocab :].any():
         highest = int(counts.nonzero()[0][-1])
         raise UserError(f"{path} holds the id {highest}, beyond the tokenizer's vocabulary of {tokenizer.n_vocab:,}")
-    lengths = np.zeros(MAX_VOCAB, dtype=np.int64)
-    for i, token in tokenizer.vocab.items():
-        lengths[i] = len(token)
-    lengths[list(tokenizer.special_tokens.values())] = 0  # they stand for no text
-    documents, size = int(counts[tokenizer.eot_token]), int(counts @ lengths)
+    documents = int(counts[tokenizer.eot_token])
+    size = int(counts[: tokenizer.n_vocab] @ np.array(tokenizer.byte_lengths()))
     row = {"file": path.name, "split": split, "documents": documents, "tokens": len(ids), "bytes": size}
     return {**row, "sha256": file_sha256(path)}
 

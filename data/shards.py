@@ -14,7 +14,6 @@ every document starts with the end-of-text token, and a shard may end in the mid
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from runlog import UserError, atomic_open, cli, read_json, write_json
+from runlog import UserError, atomic_open, cli, file_sha256, read_json, write_json
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -78,10 +77,12 @@ def read_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
-def file_sha256(path):
-    """The sha256 of a file's bytes, as hex."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def count_ids(ids):
+    """How often each id occurs in a shard (tokens,) -> (65536,) int64, in pieces, so that memory stays flat."""
+    counts = np.zeros(MAX_VOCAB, dtype=np.int64)
+    for at in range(0, len(ids), 1 << 22):
+        counts += np.bincount(ids[at : at + (1 << 22)], minlength=MAX_VOCAB)
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from runlog import ROOT, UserError, atomic_open, cli
+from runlog import ROOT, UserError, atomic_open, cli, file_sha256
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is cut at the first blank line after this many, at the first line end after twice
@@ -77,7 +77,7 @@ def describe(source, inputs=(), subset="sample-10BT", text_field="text"):
     """What pins a corpus down, for the record: {"source", and the files' sums, the hub's revision or the versions}."""
     if source == "pydocs":
         path = pydocs_rows()
-        return {"source": source, "versions": pydocs_versions(), "sha256": _sha256(path)}
+        return {"source": source, "versions": pydocs_versions(), "sha256": file_sha256(path)}
     files, hub = locate(source, inputs, subset)
     rows = [{"file": p.name, "bytes": p.stat().st_size, "sha256": fingerprint(p)} for p in files]
     return {"source": source, **hub, "text_field": text_field, "files": rows}
@@ -94,11 +94,6 @@ def fingerprint(path, window=64 << 20):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +486,7 @@ def main():
         bar.close()
         if not count:
             raise UserError(f"{cfg.source} gave no document; nothing was written")
-    print(f"{cfg.out}: {count:,} documents, {size:,} bytes of text, sha256 {_sha256(cfg.out)}")
+    print(f"{cfg.out}: {count:,} documents, {size:,} bytes of text, sha256 {file_sha256(cfg.out)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A checkpoint holds plain tensors and plain containers, so that `torch.load(…, 
 machine and without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, settings, …}.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -16,7 +15,7 @@ import torch
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
-from runlog import UserError, atomic_open
+from runlog import UserError, atomic_open, file_sha256
 
 FORMAT, VERSION = "bytes-to-lora checkpoint", 1
 NAME = re.compile(r"step_(\d+)\.pt")
@@ -34,7 +33,7 @@ def save(ckpt_dir, step, state, keep=2):
             f.flush()
             # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
             with atomic_open(_sum_path(path)) as s:
-                s.write(f"{_sha256(f.name)}  {path.name}\n")
+                s.write(f"{file_sha256(f.name)}  {path.name}\n")
     except (OSError, RuntimeError) as e:  # torch's writer wraps a full disk in a RuntimeError
         raise UserError(
             f"{path} could not be written ({str(e).splitlines()[0]}); the earlier ones are kept: free some disk, go on"
@@ -58,7 +57,7 @@ def problem(path):
         expected = _sum_path(path).read_text(encoding="utf-8").split()[0]
     except (OSError, IndexError, UnicodeDecodeError):
         return "its sha256 is missing"
-    return None if _sha256(path) == expected else "its sha256 does not match: truncated or altered"
+    return None if file_sha256(path) == expected else "its sha256 does not match: truncated or altered"
 
 
 def load(path, map_location="cpu"):
@@ -143,8 +142,3 @@ def set_rng_state(state, device):
 
 def _sum_path(path):
     return path.with_name(path.name + ".sha256")
-
-
-def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -14,6 +14,7 @@ The run directory gets config.json, metrics.jsonl, log.txt, samples.txt, loss.pn
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import shutil
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
-from data.shards import check_folder
+from data.shards import check_folder, count_ids
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
 from gpt2.distributed import Ranks, Stop
@@ -108,21 +109,23 @@ def compiled(model, cfg, device, say):
     """The model under torch.compile, or itself where no compiler is found, saying so once."""
     if not cfg.compile:
         return model
-    if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            say("no Triton here, so --compile is left out: training runs eager")
-            return model
-    else:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except Exception:  # torch raises several kinds, by platform and version
-            say("no C++ compiler here, so --compile is left out: training runs eager")
-            return model
+    if missing := missing_compiler(device):
+        say(f"no {missing} here, so --compile is left out: training runs eager")
+        return model
     return torch.compile(model, dynamic=False)
+
+
+def missing_compiler(device):
+    """What torch.compile would need on this device and does not find, or None."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # torch raises several kinds, by platform and version
+        return "C++ compiler"
+    return None
 
 
 def all_settings(cfg, meta):
@@ -184,18 +187,11 @@ def validation_loss(model, loader, cfg, ranks, autocast, token_bytes):
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1, text_bytes), "tokens": int(tokens)}
 
 
-def bytes_of_tokens(tokenizer):
-    """UTF-8 bytes that each id stands for: (n_vocab,) int64; special tokens are no part of the text and have none."""
-    sizes = torch.tensor([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
-    sizes[list(tokenizer.special_tokens.values())] = 0
-    return sizes
-
-
 def unigram_entropy(loader, vocab_size):
     """Entropy in nats of the token frequencies in the first 100M training tokens: what knowing no more would reach."""
     counts, left = np.zeros(vocab_size), 100_000_000
     for shard in loader.shards:
-        counts += np.bincount(shard[:left], minlength=vocab_size)[:vocab_size]
+        counts += count_ids(shard[:left])[:vocab_size]
         left -= min(left, len(shard))
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
@@ -216,7 +212,7 @@ class Trainer:
             raise UserError(f"{cfg.data_dir}/tokenizer.model did not make these shards; run data/prepare.py again")
         if ranks.main:
             shutil.copyfile(Path(cfg.data_dir) / "tokenizer.model", log.run_dir / "tokenizer.model")
-        self.token_bytes = bytes_of_tokens(self.tokenizer)
+        self.token_bytes = torch.tensor(self.tokenizer.byte_lengths())
 
         self.grad_accum_steps = cfg.grad_accum_steps(ranks.world_size)
         rows_per_step = cfg.total_batch_size // cfg.block_size
@@ -244,6 +240,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
 
         self.step, self.skipped, self.saved_at = 0, 0, 0
+        self.flops_per_token = self.raw_model.flops_per_token()
+        self.peak = peak_flops(self.device, cfg.dtype)  # of one process's device, or None
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
         self.last_val, self.last_hellaswag = {}, {}
         self.resume()
@@ -381,8 +379,7 @@ class Trainer:
         norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
         seconds = (time.perf_counter() - self.clock) / len(pending)
         tok_per_sec = self.cfg.total_batch_size / seconds
-        peak = peak_flops(self.device, self.cfg.dtype)
-        mfu = tok_per_sec * self.raw_model.flops_per_token() / (peak * self.ranks.world_size) if peak else None
+        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.ranks.world_size) if self.peak else None
         for (step, _, _, lr), loss, norm in zip(pending, losses, norms):
             loss /= self.ranks.world_size
             self.log.metric(
@@ -523,7 +520,7 @@ def main():
             )
         return ranks.close()
     fresh = cfg.overwrite and not same
-    if cfg.eval_only and any(checkpoint.sorted_checkpoints(Path(cfg.run_dir) / "ckpt")):
+    if cfg.eval_only and kept:
         raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
     with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=not fresh, enabled=ranks.main) as log:
         if fresh and ranks.main:

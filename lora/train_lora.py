@@ -37,7 +37,7 @@ from lora.tasks import (
     show_batch,
     token_f1,
 )
-from runlog import RunLog, UserError, cli, read_json, read_run
+from runlog import RunLog, UserError, cli, file_sha256, read_json, read_run
 
 
 @dataclass
@@ -340,11 +340,10 @@ def fingerprint(cfg):
         digest = hashlib.sha256()
         for path in [*sorted(Path(cfg.base).glob("*.safetensors")), Path(cfg.base) / "tokenizer.json"]:
             if path.is_file():
-                with open(path, "rb") as f:
-                    digest.update(hashlib.file_digest(f, "sha256").digest())
+                digest.update(bytes.fromhex(file_sha256(path)))
         sums["base_sha256"] = digest.hexdigest()
     if cfg.data_file:
-        sums["data_file_sha256"] = hashlib.sha256(Path(cfg.data_file).read_bytes()).hexdigest()
+        sums["data_file_sha256"] = file_sha256(cfg.data_file)
     for name in ("numpy", "torch", "transformers", "peft"):
         try:
             sums[name] = version(name)

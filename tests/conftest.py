@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from runlog import cli
+from runlog import cli, file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -85,7 +85,7 @@ def corpus(tmp_path_factory):
     import numpy as np
 
     from bpe import Tokenizer
-    from data.shards import file_sha256, write_meta, write_shard
+    from data.shards import write_meta, write_shard
 
     folder = tmp_path_factory.mktemp("corpus")
     text = "".join(topics[k] for k in sorted(topics))[:200_000]

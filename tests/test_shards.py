@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data.shards import file_sha256, open_split, read_meta, read_shard, verify, write_meta, write_shard
-from runlog import UserError, read_json, write_json
+from data.shards import open_split, read_meta, read_shard, verify, write_meta, write_shard
+from runlog import UserError, file_sha256, read_json, write_json
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ before = set(sys.modules)
 rows = [row for row in sources.docstrings()]
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 assert "pydoc_data" in sys.modules and "numpy" not in new and "tkinter" not in new and "antigravity" not in new, new
-print(sources._sha256(sources.pydocs_rows()))
+print(sources.file_sha256(sources.pydocs_rows()))
 """
     sums = []
     for seed in "17":
