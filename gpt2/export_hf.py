@@ -39,6 +39,15 @@ def largest_difference(model, hf_model, seed=0):
     return float((ours - theirs).abs().max())
 
 
+def check_pair(model, tokenizer):
+    """Refuse a tokenizer whose ids are not the model's."""
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
 def export(model, tokenizer, out):
     """Write `model` and `tokenizer` as a Hugging Face folder -> the largest difference of logits, reloaded.
 
@@ -47,10 +56,7 @@ def export(model, tokenizer, out):
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     c, out = model.config, Path(out)
-    if tokenizer.n_vocab != c.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.n_vocab} ids, the model {c.vocab_size}; they do not belong together"
-        )
+    check_pair(model, tokenizer)
     eot = tokenizer.eot_token
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
@@ -78,10 +84,7 @@ def export(model, tokenizer, out):
 def import_hf(name_or_folder, out):
     """Turn a Hugging Face GPT-2 (folder or hub name) into a run directory with one checkpoint -> its path."""
     model, tokenizer = checkpoint.load_model(name_or_folder)
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise UserError(
-            f"{name_or_folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}"
-        )
+    check_pair(model, tokenizer)
     path = checkpoint.save(Path(out) / "ckpt", 0, checkpoint.model_state(model))
     tokenizer.save(str(Path(out) / "tokenizer"))
     return path

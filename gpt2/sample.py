@@ -53,10 +53,10 @@ class KVCache:
     is masked, so that each row's logits are those of its prompt alone.
     """
 
-    def __init__(self, config, lengths, device, dtype=torch.float32):
+    def __init__(self, config, lengths, device):
         B, hs = len(lengths), config.n_embd // config.n_head
         self.shape = (B, config.n_head, config.block_size, hs)
-        self.device, self.dtype = device, dtype
+        self.device = device
         self.layers = {}  # attention module -> (keys, values), (B, nh, block_size, hs) each
         self.length = 0  # columns that are filled
         self.padding = max(lengths) - torch.tensor(lengths, device=device)  # (B,)

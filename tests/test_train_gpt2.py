@@ -34,25 +34,30 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Training in this process takes over SIGTERM and SIGINT; give them back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
 @pytest.fixture
 def train(in_process, corpus):
     """train(run_dir, *flags) -> stdout runs the script's main on the tiny corpus, in this process."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def run(run_dir, *flags):
         code, out, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
         assert code == 0, out + err
         return out
 
-    yield run
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    return run
 
 
 @pytest.fixture
 def mistake(in_process, corpus):
     """mistake(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def run(run_dir, *flags, says):
         code, _, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
@@ -60,9 +65,7 @@ def mistake(in_process, corpus):
         assert code == 2 and len([x for x in lines if x.strip()]) == 1, (code, err)
         assert lines[-1].startswith("error: ") and says in lines[-1]
 
-    yield run
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    return run
 
 
 def torchrun(run_dir, corpus, *flags, nproc=2, ok=True, before=()):
