@@ -1,20 +1,9 @@
-"""Run directories: the only code that knows what lies in runs/NAME/.
+"""Writing a run directory, and the two manners that every script shares.
 
-    runs/NAME/config.json    every setting, argv, git commit and whether the tree was dirty
-              env.json       python, torch, GPU, threads, world size
-              metrics.jsonl  append-only rows {"step", "kind": train|val|…, …}; the last row for a (step, kind) wins
-              log.txt        what the terminal showed
-              samples.txt    generated text, by step
-              loss.png       the curves
-              result.json    status (running, success, preempted, diverged, failed) and final numbers
-              ckpt/          checkpoints or adapters
-
-BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog`; notebooks, reports and tests read it back
-through `read_run`. The module also holds the two manners that every script shares: files appear whole or not at all
-(`atomic_open`), and a person's mistake is one line and exit status 2 (`UserError`, `cli`).
+Files appear whole or not at all (`atomic_open`), and a person's mistake is one line and exit status 2 (`UserError`,
+`cli`).
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -24,17 +13,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import filelock
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
-# Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
-MACHINE_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
-MACHINE_FIELDS |= {"mfu", "peak_mb"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +214,8 @@ class RunLog:
     def plot(self, **kwargs):
         """Refresh loss.png; arguments as for `plot_loss`."""
         if self.enabled:
+            from runlog.reading import plot_loss  # a writer needs nothing of the reading side but this
+
             plot_loss(self.run_dir, **kwargs)
 
     def finish(self, status, **numbers):
@@ -305,119 +293,3 @@ def _cpu_name():
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reading a run
-
-
-@dataclass
-class Run:
-    """A run directory as it stands on disk, finished or not. `metrics` holds one row per (step, kind), by step."""
-
-    run_dir: Path
-    kind: str
-    settings: dict
-    config: dict
-    env: dict
-    result: dict
-    metrics: list = field(repr=False)
-
-    def rows(self, kind):
-        """The rows of one kind, by step."""
-        return [row for row in self.metrics if row["kind"] == kind]
-
-    def curve(self, kind, y="loss", x="step"):
-        """Two lists (xs, ys) of the rows of one kind that have both fields."""
-        rows = [r for r in self.rows(kind) if r.get(x) is not None and r.get(y) is not None]
-        return [r[x] for r in rows], [r[y] for r in rows]
-
-
-def read_run(run_dir):
-    """Read a run directory -> Run. A run that is still being written, or was killed while writing, reads too."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.json")
-    config = read_json(run_dir / "config.json")
-    env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
-    return Run(run_dir, config["kind"], config["settings"], config, env, result, read_metrics(run_dir))
-
-
-def read_metrics(run_dir):
-    """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is passed over."""
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows[row["step"], row["kind"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError):
-                if i < len(lines):  # a whole line, so no kill explains it
-                    raise UserError(f"{path}, line {i} is not a metrics row; the file was damaged") from None
-    return sorted(rows.values(), key=lambda r: r["step"])
-
-
-def learned(run_dir):
-    """What "identical runs" compares: the metrics rows without the fields of time and memory."""
-    return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_metrics(run_dir)]
-
-
-def plot_loss(run_dir, reference=None, ylabel="loss (nats per token)"):
-    """Draw the train and val curves of `run_dir` into its loss.png.
-
-    reference: {label: loss}, drawn as dashed horizontal lines.
-    """
-    from matplotlib.figure import Figure  # no pyplot: no backend is chosen, no global state touched
-
-    run = read_run(run_dir)
-    fig = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
-    ax = fig.subplots()
-    xs, ys = run.curve("train")
-    if xs:
-        ax.plot(xs, ys, color="#0072B2", lw=1, alpha=0.75, label="train")
-    xs, ys = run.curve("val")
-    if xs:
-        ax.plot(xs, ys, color="#D55E00", lw=1.8, marker="o", ms=3.5, label=f"validation (last {ys[-1]:.3f})")
-    for (label, value), color in zip((reference or {}).items(), ("#444444", "#009E73", "#CC79A7")):
-        ax.axhline(value, color=color, ls="--", lw=1, label=f"{label} {value:.2f}")
-    ax.set(xlabel="step", ylabel=ylabel, title=run.run_dir.resolve().name)
-    ax.grid(alpha=0.25)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False)
-    with atomic_open(run.run_dir / "loss.png", "wb") as f:
-        fig.savefig(f, format="png")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-
-
-def list_runs(folder):
-    """Print one line per run directory under `folder`: name, kind, status, last step, last validation loss, commit."""
-    runs = [read_run(p.parent) for p in sorted(Path(folder).rglob("config.json")) if (p.parent / "env.json").exists()]
-    if not runs:
-        raise UserError(f"{folder} holds no run directory")
-    print(f"{'run':<36} {'kind':<10} {'status':<10} {'step':>8} {'val loss':>9}  commit")
-    for run in runs:
-        step = run.metrics[-1]["step"] if run.metrics else "-"
-        val = run.curve("val")[1]
-        name = run.run_dir.relative_to(folder).as_posix()
-        last = f"{val[-1]:.4f}" if val else "-"
-        status = run.result.get("status", "?")
-        print(f"{name:<36} {run.kind:<10} {status:<10} {step:>8} {last:>9}  {(run.config['git_commit'] or '-')[:9]}")
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m runlog", description="Look at run directories.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    ls = commands.add_parser("ls", help="list the runs in a folder")
-    ls.add_argument("folder", nargs="?", default=str(ROOT / "runs"), help="folder of run directories")
-    args = parser.parse_args()
-    list_runs(Path(args.folder))
-
-
-if __name__ == "__main__":
-    cli(main)

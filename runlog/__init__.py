@@ -1,0 +1,51 @@
+"""Run directories: the only code that knows what lies in runs/NAME/.
+
+    runs/NAME/config.json    every setting, argv, git commit and whether the tree was dirty
+              env.json       python, torch, GPU, threads, world size
+              metrics.jsonl  append-only rows {"step", "kind": train|val|…, …}; the last row for a (step, kind) wins
+              log.txt        what the terminal showed
+              samples.txt    generated text, by step
+              loss.png       the curves
+              result.json    status (running, success, preempted, diverged, failed) and final numbers
+              ckpt/          checkpoints or adapters
+
+BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (record.py); notebooks, reports and tests
+read it back through `read_run` (reading.py); `python -m runlog` shows it to people (commands.py).
+"""
+
+from runlog.reading import MACHINE_FIELDS, Run, learned, plot_loss, read_metrics, read_run
+from runlog.record import (
+    ROOT,
+    STATUSES,
+    RunLog,
+    UserError,
+    atomic_open,
+    cli,
+    environment,
+    file_sha256,
+    portable,
+    provenance,
+    read_json,
+    write_json,
+)
+
+__all__ = [
+    "MACHINE_FIELDS",
+    "ROOT",
+    "STATUSES",
+    "Run",
+    "RunLog",
+    "UserError",
+    "atomic_open",
+    "cli",
+    "environment",
+    "file_sha256",
+    "learned",
+    "plot_loss",
+    "portable",
+    "provenance",
+    "read_json",
+    "read_metrics",
+    "read_run",
+    "write_json",
+]
