@@ -1,0 +1,47 @@
+import random
+
+import pytest
+
+from bpe import Tokenizer
+from bpe.compression import halves, main, pieces, prefix
+from runlog import read_run
+
+
+@pytest.fixture
+def text():
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdé北京大", k=rng.randint(1, 6))) for _ in range(200)]
+    return "".join(" ".join(rng.choices(words, k=9)) + "\n" for _ in range(2000))
+
+
+def test_a_prefix_of_the_merges_is_the_smaller_vocabulary(text):
+    large, small = Tokenizer("gpt4"), Tokenizer("gpt4")
+    large.train(text, 300)
+    small.train(text, 270)
+    assert prefix(large, 270).merges == small.merges
+    assert prefix(large, 270).encode(text) == small.encode(text) != large.encode(text)
+
+
+def test_held_out_text_is_not_trained_on(text, tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text(text, encoding="utf-8")
+    seen, unseen = halves(file)
+    assert "".join(pieces(text)) == text
+    assert sorted([*seen, *unseen]) == sorted(pieces(text)) and 0.05 < len(unseen) / len(pieces(text)) < 0.15
+
+
+def test_rows_are_what_the_tokenizer_does(text, tmp_path, in_process):
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    sizes = ("--vocab-sizes", 256, 280, 99999)
+    in_process(main, "--input", tmp_path / "t.txt", *sizes, "--run-dir", tmp_path / "run")
+    seen, unseen = halves(tmp_path / "t.txt")
+    rows = read_run(tmp_path / "run").result["rows"]
+    assert [(r["who"], r["n_vocab"]) for r in rows] == [("ours", 256), ("ours", 280), ("gpt2", 50257)]
+    tok = Tokenizer("gpt4")
+    tok.train(seen, 280)
+    assert rows[0]["bytes_per_token"] == 1
+    assert rows[1]["tokens"] == sum(len(tok.encode(t)) for t in unseen)
+    assert (tmp_path / "run" / "compression.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    code, _, err = in_process(main, "--input", tmp_path / "short.txt", "--run-dir", tmp_path / "none")
+    assert code == 2 and "too short" in err and not (tmp_path / "none").exists()
