@@ -84,12 +84,11 @@ def pieces(text):
 
 
 def curve(name, seen, unseen, cfg, peer):
-    """Yield one row per vocabulary size, smallest first, then the peer's. Stops where the text has no pair left."""
+    """Yield one row per vocabulary size, smallest first, then the peer's. A text without pairs left ends the sizes."""
     tok = Tokenizer(cfg.pattern)
     tok.train(seen, max(cfg.vocab_sizes), progress=True)
-    for size in sorted(set(cfg.vocab_sizes)):
-        if size <= tok.n_vocab:
-            yield measured(name, "ours", prefix(tok, size), unseen)
+    for size in sorted({min(size, tok.n_vocab) for size in cfg.vocab_sizes}):
+        yield measured(name, "ours", prefix(tok, size), unseen)
     if peer:
         yield measured(name, peer.name, peer, unseen)
 

@@ -36,9 +36,11 @@ def test_rows_are_what_the_tokenizer_does(text, tmp_path, in_process):
     in_process(main, "--input", tmp_path / "t.txt", *sizes, "--run-dir", tmp_path / "run")
     seen, unseen = halves(tmp_path / "t.txt")
     rows = read_run(tmp_path / "run").result["rows"]
-    assert [(r["who"], r["n_vocab"]) for r in rows] == [("ours", 256), ("ours", 280), ("gpt2", 50257)]
-    tok = Tokenizer("gpt4")
+    tok, all_merges = Tokenizer("gpt4"), Tokenizer("gpt4")
     tok.train(seen, 280)
+    all_merges.train(seen, 99999)
+    sizes = [("ours", 256), ("ours", 280), ("ours", all_merges.n_vocab), ("gpt2", 50257)]
+    assert [(r["who"], r["n_vocab"]) for r in rows] == sizes and 280 < all_merges.n_vocab < 99999
     assert rows[0]["bytes_per_token"] == 1
     assert rows[1]["tokens"] == sum(len(tok.encode(t)) for t in unseen)
     assert (tmp_path / "run" / "compression.png").read_bytes().startswith(b"\x89PNG")
