@@ -4,6 +4,7 @@ Files appear whole or not at all (`atomic_open`), and a person's mistake is one 
 `cli`).
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -35,8 +36,11 @@ def cli(main):
     """Run `main()` as a script: a mistake becomes one line on stderr and exit status 2, never a traceback.
 
     Bugs keep their traceback; only UserError and the operating system's own refusals (no such file, no permission,
-    disk full) are shortened.
+    disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         main()
     except UserError as e:
@@ -160,13 +164,7 @@ class RunLog:
         if not self.enabled:
             return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.run_dir / "run.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(
-                f"{self.run_dir} is being written by another process; wait for it or choose another --run-dir"
-            ) from None
+        self._lock = _lock(self.run_dir)
         if not self.resume:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -183,12 +181,17 @@ class RunLog:
     def __exit__(self, exc_type, exc, tb):
         if not self.enabled:
             return
-        if exc is not None and not self.finished:
-            status = "preempted" if exc_type is KeyboardInterrupt else "failed"
-            self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
-        self._metrics.close()
-        self._log.close()
-        self._lock.release()
+        try:
+            if exc is not None and not self.finished:
+                status = "preempted" if exc_type is KeyboardInterrupt else "failed"
+                self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
+            for file in (self._metrics, self._log):
+                file.close()
+        except OSError:  # on a full disk this fails for the same reason, and the first complaint is the better one
+            if exc is None:
+                raise
+        finally:
+            self._lock.release()
 
     def metric(self, step, kind, **fields):
         """Append one row; on disk when the call returns, so that a kill loses at most the row being written."""
@@ -227,6 +230,27 @@ class RunLog:
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
+
+
+def _lock(run_dir):
+    """Take the lock of a run directory -> the lock; UserError if another process has it.
+
+    It is the operating system's, which drops it when its holder dies, here or on another node; the file that stays
+    behind means nothing. A lock made of a file would outlive its node, so where the file system has no other, nothing
+    is locked.
+    """
+    lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
+        ) from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        print(f"warning: the file system of {run_dir} has no locks; start one process on it at a time", file=sys.stderr)
+    return lock
 
 
 def _end_with_newline(path):

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -81,6 +83,33 @@ def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
     assert read_run(tmp_path).result["status"] == "success"
 
 
+def test_a_lock_file_left_on_another_node_blocks_nobody(tmp_path):
+    (tmp_path / "run.lock").write_text("4711\nanother-node\n")
+    write_run(tmp_path)
+    assert read_run(tmp_path).result["status"] == "success"
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch, capfd):
+    def no_flock(fd, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_flock)
+    for _ in range(2):  # and a dead process leaves nothing there that would block the next
+        write_run(tmp_path)
+    assert "has no locks" in capfd.readouterr().err
+
+
+def test_the_first_complaint_of_a_full_disk_is_the_one_shown(tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="the checkpoint could not be written"), RunLog(tmp_path, "test", {}):
+        monkeypatch.setattr("runlog.record.write_json", full)
+        raise UserError("the checkpoint could not be written")
+    monkeypatch.undo()
+    write_run(tmp_path)  # and the lock is free again
+
+
 def test_a_disabled_log_writes_nothing(tmp_path):
     write_run(tmp_path / "run", enabled=False)
     assert not (tmp_path / "run").exists()
@@ -103,6 +132,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
 def test_paths_inside_the_repository_are_recorded_relative_to_it():
     assert portable(str(ROOT / "runs/mine")) == "runs/mine"
     assert portable("/elsewhere/runs") == "/elsewhere/runs" and portable(3) == 3
+
+
+def test_what_is_printed_into_a_pipe_is_utf8_whatever_the_code_page():
+    code = "from runlog import cli\ncli(lambda: print('北 naïve'))"
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}  # what Windows gives a pipe
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).stdout.decode() == "北 naïve\n"
 
 
 def test_mistakes_are_one_line_and_status_2():
