@@ -113,6 +113,11 @@ class TrainConfig:
     log_every: int = 1
     """Step lines. Losses of the steps between stay on the device until then, so a larger value saves host syncs."""
 
+    tensorboard: bool = False
+    """Show the figures in TensorBoard as well: they are written to RUN_DIR/tensorboard, too."""
+    wandb: bool = False
+    """Send the figures to Weights & Biases as well; WANDB_MODE=offline keeps them in RUN_DIR/wandb."""
+
     # --- hardware
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: cuda, else mps, else cpu."""
@@ -173,7 +178,8 @@ FREE_ON_RESUME = {
         "sample_every",
         "sample_prompt",
     ),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "eval_only", "plan", "plan_tok_per_sec"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
+    *("eval_only", "plan", "plan_tok_per_sec"),
     *("stop_after_minutes", "overwrite", "allow_config_change"),
 }
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME

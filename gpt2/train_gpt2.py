@@ -522,7 +522,8 @@ def main():
     fresh = cfg.overwrite and not same
     if cfg.eval_only and kept:
         raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
-    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=not fresh, enabled=ranks.main) as log:
+    mirrors = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
+    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=not fresh, enabled=ranks.main, **mirrors) as log:
         if fresh and ranks.main:
             log.print(f"{cfg.run_dir} was made with other settings or data: it is replaced")
             shutil.rmtree(log.ckpt_dir, ignore_errors=True)

@@ -1,18 +1,21 @@
 """Writing a run directory, and the two manners that every script shares.
 
 Files appear whole or not at all (`atomic_open`), and a person's mistake is one line and exit status 2 (`UserError`,
-`cli`).
+`cli`). With --tensorboard or --wandb the rows of metrics.jsonl go there as well; nothing reads them back from there.
 """
 
 import errno
 import hashlib
+import importlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -149,20 +152,23 @@ class RunLog:
     config: a dataclass or dict of every setting.
     resume: keep the records of an earlier start and append to them; otherwise they are replaced.
     enabled: False on every rank but one; then all methods do nothing.
+    tensorboard, wandb: mirror every number there, too, as KIND/FIELD; UserError where the package is missing.
 
     Leaving the block with an exception records status "failed" and the reason. The directory is locked while the block
     runs (the operating system drops the lock of a process that died); a second writer gets a UserError.
     """
 
-    def __init__(self, run_dir, kind, config, *, resume=False, enabled=True):
+    def __init__(self, run_dir, kind, config, *, resume=False, enabled=True, tensorboard=False, wandb=False):
         self.run_dir, self.kind, self.config = Path(run_dir), kind, config
         self.resume, self.enabled = resume, enabled
+        self._mirror_classes = [TensorBoard] * tensorboard + [Wandb] * wandb
         self.ckpt_dir = self.run_dir / "ckpt"
         self.finished = False
 
     def __enter__(self):
         if not self.enabled:
             return self
+        packages = [m.package() for m in self._mirror_classes]  # a missing one is said before anything is written
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.run_dir)
         if not self.resume:
@@ -174,6 +180,7 @@ class RunLog:
         write_json(self.run_dir / "env.json", environment())
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
         self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n")
+        self._mirrors = [m(package, self, settings) for m, package in zip(self._mirror_classes, packages)]
         self.started = time.time()
         self._write_result("running", {})
         return self
@@ -185,7 +192,7 @@ class RunLog:
             if exc is not None and not self.finished:
                 status = "preempted" if exc_type is KeyboardInterrupt else "failed"
                 self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
-            for file in (self._metrics, self._log):
+            for file in (*self._mirrors, self._metrics, self._log):
                 file.close()
         except OSError:  # on a full disk this fails for the same reason, and the first complaint is the better one
             if exc is None:
@@ -199,6 +206,8 @@ class RunLog:
             row = _plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
             self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             self._metrics.flush()
+            for mirror in self._mirrors:
+                mirror.add(step, {f"{kind}/{k}": v for k, v in row.items() if k in fields and _is_number(v)})
 
     def print(self, text=""):
         """Show a line on the terminal (above a progress bar, if there is one) and keep it in log.txt."""
@@ -317,3 +326,71 @@ def _cpu_name():
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mirrors of metrics.jsonl: what other tools show of a run
+
+
+class TensorBoard:
+    """The numbers as scalars in RUN_DIR/tensorboard, for `tensorboard --logdir runs`."""
+
+    @staticmethod
+    def package():
+        _import("tensorboard")
+        return importlib.import_module("torch.utils.tensorboard")
+
+    def __init__(self, package, log, settings):
+        self.open, self.folder, self.writer = package.SummaryWriter, log.run_dir / "tensorboard", None
+        if not log.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, step, numbers):
+        if self.writer is None:  # what an earlier start wrote from this step on is done again, so it is not to be shown
+            self.writer = self.open(str(self.folder), purge_step=step)
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Wandb:
+    """The numbers as one run at Weights & Biases, gone on with on resume. WANDB_MODE=offline keeps it in RUN_DIR."""
+
+    @staticmethod
+    def package():
+        return _import("wandb")
+
+    def __init__(self, package, log, settings):
+        id_file = log.run_dir / "wandb_id.txt"
+        if not (log.resume and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        about = {"project": os.environ.get("WANDB_PROJECT", "bytes-to-lora"), "group": log.kind, "config": settings}
+        about |= {"id": id_file.read_text(encoding="utf-8"), "name": log.run_dir.name, "dir": str(log.run_dir)}
+        try:
+            self.run = package.init(resume="allow", **about)
+        except Exception as e:  # no network, no key: wandb has an exception for each
+            why = f"{type(e).__name__}: {e}".splitlines()[0]
+            raise UserError(f"wandb did not start ({why}); set WANDB_MODE=offline, or leave out --wandb") from e
+        # Our steps may come again after a kill, which wandb's own counter refuses: the step is a field like others.
+        self.run.define_metric("*", step_metric="step")
+
+    def add(self, step, numbers):
+        self.run.log({"step": step, **numbers})
+
+    def close(self):
+        self.run.finish()
+
+
+def _import(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"--{name} needs the package {name}, which is not installed: pip install {name}") from None
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,52 @@ def test_the_first_complaint_of_a_full_disk_is_the_one_shown(tmp_path, monkeypat
         raise UserError("the checkpoint could not be written")
     monkeypatch.undo()
     write_run(tmp_path)  # and the lock is free again
+
+
+def scalars(run_dir, tag):
+    """(step, value) of a curve as TensorBoard shows it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_shows_the_rows_and_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    write_run(tmp_path, (9.0,), tensorboard=True)
+    write_run(tmp_path, (3.0, 2.5), tensorboard=True)
+    assert scalars(tmp_path, "train/loss") == [(0, 3.0), (1, 2.5)]  # the replaced run is gone
+    with RunLog(tmp_path, "test", {}, resume=True, tensorboard=True) as log:
+        for step, loss in [(1, 2.0), (2, 1.0)]:
+            log.metric(step, "train", loss=loss, note="no number", better=True, nothing=None)
+    assert scalars(tmp_path, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert read_run(tmp_path).curve("train") == ([0, 1, 2], [3.0, 2.0, 1.0])
+
+
+def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeypatch):
+    """A module in wandb's place: no account is needed to see what it would be given."""
+    runs = []
+
+    def init(**about):
+        run = SimpleNamespace(about=about, rows=[], define_metric=lambda *_, **__: None, finish=lambda: None)
+        run.log = run.rows.append
+        runs.append(run)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    write_run(tmp_path / "run", wandb=True)
+    write_run(tmp_path / "run", (5.0,), resume=True, wandb=True)
+    write_run(tmp_path / "run", (6.0,), wandb=True)
+    first, resumed, fresh = runs
+    assert first.rows[1] == {"step": 1, "train/loss": 2.0, "train/ms": 12.5} and first.about["config"]["lr"] == 0.1
+    assert first.about["id"] == resumed.about["id"] != fresh.about["id"] and first.about["resume"] == "allow"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_mirror_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        write_run(tmp_path / "run", **{name: True})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disabled_log_writes_nothing(tmp_path):

@@ -353,3 +353,16 @@ def test_hellaswag_and_samples_come_in_between(train, shared_data, tmp_path):
     assert run.result["hellaswag_acc_norm"] == run.rows("hellaswag")[-1]["acc_norm"]
     assert out.count("  sample | Return the") == 6  # two each at steps 0, 10 and 20
     assert (tmp_path / "run/samples.txt").read_text(encoding="utf-8").count("--- step") == 6
+
+
+def test_tensorboard_shows_the_curves_when_asked(train, tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "run", "--tensorboard", "--stop-after-minutes", "0.0000001")
+    train(tmp_path / "run", "--tensorboard")
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for kind in ("train", "val"):
+        steps, losses = read_run(tmp_path / "run").curve(kind)
+        assert [event.step for event in events.Scalars(f"{kind}/loss")] == steps
+        assert [event.value for event in events.Scalars(f"{kind}/loss")] == pytest.approx(losses)
