@@ -119,8 +119,8 @@ def _plain(value):
         return [_plain(v) for v in value]
     if isinstance(value, set | frozenset):
         return [_plain(v) for v in sorted(value)]
-    if isinstance(value, Path):
-        return value.as_posix()
+    if isinstance(value, Path):  # records read alike on every machine: paths inside the repository are relative
+        return (value.relative_to(ROOT) if value.is_relative_to(ROOT) else value).as_posix()
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

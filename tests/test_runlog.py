@@ -176,8 +176,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_paths_inside_the_repository_are_recorded_relative_to_it():
+def test_paths_inside_the_repository_are_recorded_relative_to_it(tmp_path):
     assert portable(str(ROOT / "runs/mine")) == "runs/mine"
+    with RunLog(tmp_path / "run", kind="k", config={"out": ROOT / "runs" / "mine", "data": tmp_path}):
+        pass
+    assert read_run(tmp_path / "run").settings == {"out": "runs/mine", "data": tmp_path.as_posix()}
     assert portable("/elsewhere/runs") == "/elsewhere/runs" and portable(3) == 3
 
 
