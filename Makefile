@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-all notebooks lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: $(READY) ## all tests of everyday length, without network, under ten minut
 
 test-all: $(READY) ## the full matrix as well
 	python -m pytest -n auto --maxprocesses 4 -m "slow or not slow"
+
+notebooks: $(READY) ## execute the notebooks again, from the records in runs/ alone
+	python notebooks/execute.py
 
 lint: $(READY) ## ruff: check and format
 	ruff check .
