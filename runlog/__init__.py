@@ -13,21 +13,9 @@ BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (reco
 read it back through `read_run` (reading.py); `python -m runlog` shows it to people (commands.py).
 """
 
+from runlog.manners import ROOT, UserError, atomic_open, cli, file_sha256, portable, read_json, write_json
 from runlog.reading import MACHINE_FIELDS, Run, learned, plot_loss, read_metrics, read_run
-from runlog.record import (
-    ROOT,
-    STATUSES,
-    RunLog,
-    UserError,
-    atomic_open,
-    cli,
-    environment,
-    file_sha256,
-    portable,
-    provenance,
-    read_json,
-    write_json,
-)
+from runlog.record import STATUSES, RunLog, environment, provenance
 
 __all__ = [
     "MACHINE_FIELDS",

@@ -1,5 +1,5 @@
 from runlog.commands import main
-from runlog.record import cli
+from runlog.manners import cli
 
 if __name__ == "__main__":
     cli(main)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from runlog.reading import read_run
-from runlog.record import ROOT, UserError
+from runlog.manners import ROOT, UserError
 
 
 def list_runs(folder):

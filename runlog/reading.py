@@ -1,14 +1,22 @@
 """Reading a run directory back: finished, still being written, or left by a kill."""
 
+import hashlib
 import json
+import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from runlog.record import UserError, atomic_open, read_json
+import filelock
+
+from runlog.manners import UserError, atomic_open, read_json
 
 # Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
 MACHINE_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
 MACHINE_FIELDS |= {"mfu", "peak_mb"}
+AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOP"}
+FRESH = 60.0  # seconds after its last line for which a run counts as running although nobody seems to hold its lock
 
 
 @dataclass
@@ -23,14 +31,92 @@ class Run:
     result: dict
     metrics: list = field(repr=False)
 
+    @property
+    def name(self):
+        return self.run_dir.resolve().name
+
     def rows(self, kind):
         """The rows of one kind, by step."""
         return [row for row in self.metrics if row["kind"] == kind]
 
     def curve(self, kind, y="loss", x="step"):
-        """Two lists (xs, ys) of the rows of one kind that have both fields."""
-        rows = [r for r in self.rows(kind) if r.get(x) is not None and r.get(y) is not None]
-        return [r[x] for r in rows], [r[y] for r in rows]
+        """Two lists (xs, ys) of the rows of one kind that have both. x: a field, or one of AXES."""
+        value = self.axis(x)
+        pairs = [(value(r), r[y]) for r in self.rows(kind) if r.get(y) is not None]
+        pairs = [(a, b) for a, b in pairs if a is not None]
+        return [a for a, _ in pairs], [b for _, b in pairs]
+
+    def axis(self, x):
+        """row -> its place on the axis, or None. UserError where the run does not record what the axis needs.
+
+        tokens and FLOP are those spent before the row's step; FLOP are 6 N + 12 n_layer n_embd T a token. seconds are
+        those of the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
+        """
+        if x in ("tokens", "flops"):
+            per_step = self.settings.get("total_batch_size")
+            if self.kind != "gpt2" or not per_step:
+                raise UserError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
+            return lambda row: row["step"] * per_step * (self.flops_per_token() if x == "flops" else 1)
+        if x == "seconds":
+            timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
+            if not timed:
+                start = next((row["time"] for row in self.metrics if row.get("time")), None)
+                return lambda row: None if start is None or row.get("time") is None else row["time"] - start
+            steps, spent = [step for step, _ in timed], [0.0, *accumulate(seconds for _, seconds in timed)]
+            return lambda row: spent[bisect_left(steps, row["step"])]
+        return lambda row: row.get(x)
+
+    def flops_per_token(self):
+        """6 N + 12 n_layer n_embd T, N being all parameters (the convention in which MFU is stated)."""
+        n = self.result.get("parameters")
+        if n is None:
+            raise UserError(f"{self.run_dir} has not recorded its parameters yet; compare by step, tokens or seconds")
+        s = self.settings
+        return 6 * n + 12 * s["n_layer"] * s["n_embd"] * s["block_size"]
+
+    @property
+    def status(self):
+        """That of result.json; "stale" for a run that says running although no process holds it any more."""
+        status = self.result.get("status", "?")
+        if status == "running" and not is_locked(self.run_dir) and not (self.silence() or 0) < FRESH:
+            return "stale"
+        return status
+
+    def silence(self):
+        """Seconds since the run last wrote to its metrics or log, or None."""
+        files = [self.run_dir / name for name in ("metrics.jsonl", "log.txt")]
+        written = [file.stat().st_mtime for file in files if file.exists()]
+        return max(0.0, time.time() - max(written)) if written else None
+
+    @property
+    def written(self):
+        """When the run last wrote, in seconds since 1970: as its rows say, else its files (a copy's are younger)."""
+        times = [row["time"] for row in self.metrics if row.get("time")]
+        silence = self.silence()
+        return max(times) if times else None if silence is None else time.time() - silence
+
+    @property
+    def step(self):
+        """The step that the run has come to, or None."""
+        known = [self.result.get("step"), *(row["step"] for row in self.metrics[-1:])]
+        return max((step for step in known if step is not None), default=None)
+
+    @property
+    def max_steps(self):
+        """The step at which the run would end, or None where it has not said."""
+        return self.result.get("max_steps") or self.settings.get("max_steps") or None
+
+    @property
+    def tokens(self):
+        """Training tokens so far, or None."""
+        per_step = self.settings.get("total_batch_size") if self.kind == "gpt2" else None
+        return None if per_step is None or self.step is None else self.step * per_step
+
+    @property
+    def hours(self):
+        """Hours of training: its timed steps, over all starts, or the last start if that took longer; or None."""
+        steps = sum(row["ms"] for row in self.rows("train") if row.get("ms") is not None) / 1e3
+        return max(steps, self.result.get("seconds") or 0.0) / 3600 or None
 
 
 def read_run(run_dir):
@@ -40,7 +126,28 @@ def read_run(run_dir):
         raise UserError(f"{run_dir} is not a run directory: it has no config.json")
     config = read_json(run_dir / "config.json")
     env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
+    if not isinstance(config, dict) or not {"kind", "settings"} <= config.keys():
+        raise UserError(f"{run_dir} is not a run directory: its config.json is of another kind")
     return Run(run_dir, config["kind"], config["settings"], config, env, result, read_metrics(run_dir))
+
+
+def find_runs(folder):
+    """The run directories under a folder, itself included, by name."""
+    return [p.parent for p in sorted(Path(folder).rglob("config.json")) if (p.parent / "env.json").exists()]
+
+
+def is_locked(run_dir):
+    """Whether a process holds the run: on this machine, or on another one if the file system shares locks."""
+    path = Path(run_dir) / "run.lock"
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # a read-only copy, or a file system without locks
+        return False
 
 
 def read_metrics(run_dir):
@@ -63,6 +170,12 @@ def read_metrics(run_dir):
 def learned(run_dir):
     """What "identical runs" compares: the metrics rows without the fields of time and memory."""
     return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_metrics(run_dir)]
+
+
+def metrics_sha256(rows):
+    """One sum over rows as `read_metrics` gives them: whoever changes a digit of one changes it."""
+    lines = (json.dumps(row, sort_keys=True) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 
 def plot_loss(run_dir, reference=None, ylabel="loss (nats per token)"):

@@ -1,144 +1,25 @@
-"""Writing a run directory, and the two manners that every script shares.
-
-Files appear whole or not at all (`atomic_open`), and a person's mistake is one line and exit status 2 (`UserError`,
-`cli`). With --tensorboard or --wandb the rows of metrics.jsonl go there as well; nothing reads them back from there.
-"""
+"""Writing a run directory, and its mirrors in TensorBoard and Weights & Biases."""
 
 import errno
-import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 import uuid
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import filelock
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from runlog.manners import ROOT, UserError, plain, write_json
+from runlog.reading import metrics_sha256, plot_loss, read_metrics
+
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# manners shared by every script
-
-
-class UserError(ValueError):
-    """A person's mistake. The message is one line: what is wrong, and what to do."""
-
-
-def cli(main):
-    """Run `main()` as a script: a mistake becomes one line on stderr and exit status 2, never a traceback.
-
-    Bugs keep their traceback; only UserError and the operating system's own refusals (no such file, no permission,
-    disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
-    try:
-        main()
-    except UserError as e:
-        sys.exit(_complain(str(e)))
-    except BrokenPipeError:  # `… | head` closed our stdout: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        if e.filename is None and e.strerror is None:
-            raise
-        where = f"{e.filename}: " if e.filename else ""
-        sys.exit(_complain(f"{where}{e.strerror or e}"))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-@contextmanager
-def atomic_open(path, mode="w"):
-    """Open a temporary neighbour of `path` for writing and rename it into place, fsynced, when the block succeeds.
-
-    A reader sees the old file or the whole new one; a failing block leaves no trace. Text is UTF-8 with "\\n".
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(part, mode, **text) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write `value` atomically as indented JSON. Non-finite floats become null: other languages refuse NaN."""
-    with atomic_open(path) as f:
-        json.dump(_plain(value), f, indent=2, ensure_ascii=False, allow_nan=False)
-        f.write("\n")
-
-
-def read_json(path):
-    """Read a JSON file; UserError names a missing or damaged one."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); it may be damaged") from None
-
-
-def file_sha256(path):
-    """The sha256 of a file's bytes, as hex."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _plain(value):
-    """dataclasses, paths, numpy scalars, tuples -> what JSON knows; NaN and infinities -> None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, set | frozenset):
-        return [_plain(v) for v in sorted(value)]
-    if isinstance(value, Path):  # records read alike on every machine: paths inside the repository are relative
-        return (value.relative_to(ROOT) if value.is_relative_to(ROOT) else value).as_posix()
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def portable(value):
-    """A path inside the repository, as text relative to its root, so that records read alike on every machine.
-
-    Any other value is handed back as it is.
-    """
-    root = f"{ROOT}{os.sep}"
-    return Path(value[len(root) :]).as_posix() if isinstance(value, str) and value.startswith(root) else value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing a run
 
 
 class RunLog:
@@ -175,7 +56,7 @@ class RunLog:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
         _end_with_newline(self.run_dir / "metrics.jsonl")
-        settings = _plain(self.config)
+        settings = plain(self.config)
         write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
         write_json(self.run_dir / "env.json", environment())
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
@@ -191,6 +72,8 @@ class RunLog:
         try:
             if exc is not None and not self.finished:
                 status = "preempted" if exc_type is KeyboardInterrupt else "failed"
+                if status == "failed" and exc_type is not UserError:  # stderr is gone with the terminal
+                    self._log.write("".join(traceback.format_exception(exc)).replace(f"{ROOT}{os.sep}", ""))
                 self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
             for file in (*self._mirrors, self._metrics, self._log):
                 file.close()
@@ -203,7 +86,7 @@ class RunLog:
     def metric(self, step, kind, **fields):
         """Append one row; on disk when the call returns, so that a kill loses at most the row being written."""
         if self.enabled:
-            row = _plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
+            row = plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
             self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             self._metrics.flush()
             for mirror in self._mirrors:
@@ -226,16 +109,16 @@ class RunLog:
     def plot(self, **kwargs):
         """Refresh loss.png; arguments as for `plot_loss`."""
         if self.enabled:
-            from runlog.reading import plot_loss  # a writer needs nothing of the reading side but this
-
             plot_loss(self.run_dir, **kwargs)
 
     def finish(self, status, **numbers):
-        """Write result.json: the status, the seconds since this start, and the final numbers."""
+        """Write result.json: status, seconds since this start, the final numbers, a sum over the metrics."""
         assert status in STATUSES, status
         self.finished = True
         if self.enabled:
-            self._write_result(status, {"seconds": round(time.time() - self.started, 3), **numbers})
+            seconds = round(time.time() - self.started, 3)
+            proof = metrics_sha256(read_metrics(self.run_dir))
+            self._write_result(status, {"seconds": seconds, **numbers, "metrics_sha256": proof})
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
@@ -250,7 +133,7 @@ def _lock(run_dir):
     """
     lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.3)  # `is_locked` may hold it for an instant
     except filelock.Timeout:
         raise UserError(
             f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
