@@ -47,7 +47,7 @@ class Config:
 
 def main():
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    sources = {"input": _fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
+    sources = {"input": fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
     if _is_done(cfg, sources):
         print(f"{cfg.out}.model is there already, made from the same input and settings")
         return
@@ -158,7 +158,7 @@ def _text_of(line, file, number):
         raise UserError(f'{file}, line {number} is not a JSON object with a "text"') from None
 
 
-def _fingerprint(files):
+def fingerprint(files):
     """Total bytes and one sha256 over the input files in order."""
     if not files:
         raise UserError("--input names no file")

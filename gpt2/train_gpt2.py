@@ -253,6 +253,11 @@ class Trainer:
         if state is None:
             return
         check_resume(state["learned"], self.cfg, self.meta, state["step"], self.say)
+        self.load(state)
+        self.say(f"resumed at step {self.step}")
+
+    def load(self, state):
+        """Take over everything that a checkpoint holds."""
         self.raw_model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -261,7 +266,6 @@ class Trainer:
         self.skipped = state["skipped"]
         if self.ranks.rank < len(state["rng"]):  # more processes than before: the new ones keep their fresh state
             checkpoint.set_rng_state(state["rng"][self.ranks.rank], self.device)
-        self.say(f"resumed at step {self.step}")
 
     def save(self):
         """Write a checkpoint of this step, unless there is one already."""
