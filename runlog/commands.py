@@ -6,6 +6,7 @@
     python -m runlog watch RUN                           a live curve in the terminal
     python -m runlog csv RUN … --out all.csv             every row of metrics.jsonl, for other programs
     python -m runlog why RUN                             how it ended, and the last lines that matter
+    python -m runlog verify RUN                          the run's own proof: sums, and a few steps computed again
 
 A run is a folder, or the name of one in runs/.
 """
@@ -22,6 +23,7 @@ from runlog import compare as side_by_side
 from runlog.manners import ROOT, UserError, atomic_open
 from runlog.reading import AXES, find_runs, read_run
 from runlog.tables import shown, table
+from runlog.verify import verify
 from runlog.watch import watch
 from runlog.why import why
 
@@ -197,6 +199,10 @@ def parse(argv=None):
     csv_ = command("csv", "every row of metrics.jsonl as CSV", "+")
     csv_.add_argument("--out", help="file to write; the terminal if none is named")
     command("why", "how a run ended, and the last lines that matter", "+")
+    proof = command("verify", "sums, and a few steps computed again; exit status 1 if that contradicts the record", "+")
+    proof.add_argument("--steps", type=int, default=5, help="steps to replay from the start and each kept checkpoint")
+    proof.add_argument("--whole", action="store_true", help="replay the whole run")
+    proof.add_argument("--data", help="where the corpus, text or rows lie now, if not where the record says")
     return parser.parse_args(argv)
 
 
@@ -209,6 +215,9 @@ def main():
     folders = [locate(name) for name in args.run]
     if args.command == "watch":
         return watch(folders[0], every=args.every, once=args.once)
+    if args.command == "verify":
+        good = [verify(folder, args.steps, args.whole, args.data) for folder in folders]
+        return None if all(good) else sys.exit(1)
     if args.command == "why":
         return print("\n\n".join(why(folder) for folder in folders))
     runs = [read_run(folder) for folder in folders]

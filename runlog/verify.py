@@ -1,0 +1,184 @@
+"""A run's own proof: is what its record says what its code, data and weights give?
+
+Every kind of run is held to its sums and to the figures that its record states twice. What a kind can compute again
+lies with its station (`prove` in gpt2/verify.py, bpe/verify.py, lora/verify.py), imported here only when it is asked.
+"""
+
+import importlib
+import json
+import subprocess
+from pathlib import Path
+
+from runlog.manners import ROOT, UserError
+from runlog.reading import find_runs, metrics_sha256, read_run
+from runlog.record import environment
+
+PROVERS = {"gpt2": "gpt2.verify", "hellaswag": "gpt2.verify", "bpe": "bpe.verify", "lora": "lora.verify"}
+PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
+# Figures that stand in result.json and, as the last row of a kind, in metrics.jsonl as well.
+STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_byte")}
+
+
+class Report:
+    """What was found, line by line, printed as it comes. `reasons`: why a replay here may give other bits."""
+
+    def __init__(self):
+        self.failed, self.unproved, self.reasons = 0, 0, []
+
+    def ok(self, text):
+        print(f"ok        {text}", flush=True)
+
+    def fail(self, text):
+        self.failed += 1
+        print(f"FAIL      {text}", flush=True)
+
+    def open(self, text):
+        """Something that could neither be shown nor refuted."""
+        self.unproved += 1
+        print(f"unproved  {text}", flush=True)
+
+    def verdict(self):
+        if self.failed:
+            return f"{self.failed} of the checks failed: this record is not what the run computed"
+        return f"nothing contradicts the record{f'; {self.unproved} things are not proved' if self.unproved else ''}"
+
+
+def verify(run_dir, steps=5, whole=False, data=None):
+    """Check one run and print what is found -> whether nothing failed.
+
+    steps: optimizer steps to replay from the start and from each kept checkpoint. whole: replay all of them.
+    data: where the corpus, text or rows lie now, if not where the record says.
+    """
+    run, report = read_run(run_dir), Report()
+    print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}")
+    check_sum(run, report)
+    check_result(run, report)
+    report.reasons += [*code_reasons(run), *machine_reasons(run)]
+    if run.kind in PROVERS:
+        prover = importlib.import_module(PROVERS[run.kind])
+        try:
+            prover.prove(run, report, steps=steps, whole=whole, data=data)
+        except UserError as e:
+            report.open(str(e))
+    elif run.kind == "lora_sweep":
+        for adapter in find_runs(run.run_dir / "adapters"):
+            report.failed += not verify(adapter, steps, whole, data)
+    else:
+        report.open(f"a run of kind {run.kind} measures: there is nothing to compute again with the same outcome")
+    print(f"          {report.verdict()}")
+    return not report.failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what holds for every kind
+
+
+def check_sum(run, report):
+    """The rows of metrics.jsonl against the sum that the run left in result.json."""
+    recorded = run.result.get("metrics_sha256")
+    if recorded is None:
+        report.open("no sum over metrics.jsonl is recorded: a changed digit is found only where it is computed again")
+    elif recorded == metrics_sha256(run.metrics):
+        report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl have the sum that result.json holds")
+    else:
+        report.fail("metrics.jsonl was changed after the run: its sum is not the one in result.json")
+
+
+def check_result(run, report):
+    """Figures of result.json against the rows that they were taken from."""
+    compared, failed = [], report.failed
+    for name, (kind, field) in STATED_TWICE.items():
+        rows = [row for row in run.rows(kind) if field in row]
+        if run.result.get(name) is not None and rows:
+            compared.append(name)
+            if run.result[name] != rows[-1][field]:
+                report.fail(f"result.json says {name} {run.result[name]!r}, the last {kind} row {rows[-1][field]!r}")
+    per_step = run.settings.get("total_batch_size")
+    if run.result.get("tokens") is not None and per_step and run.result.get("step") is not None:
+        compared.append("tokens")
+        if run.result["tokens"] != run.result["step"] * per_step:
+            report.fail(f"result.json says {run.result['tokens']:,} tokens, which is not {run.result['step']} steps'")
+    if compared and report.failed == failed:
+        report.ok(f"result.json agrees with the rows ({', '.join(compared)})")
+
+
+def code_reasons(run):
+    """Why the code here may not be the code of the run -> list of texts; empty if it is the same."""
+    commit = run.config.get("git_commit")
+    if run.config.get("git_dirty") is not False:
+        return ["the run's code was not committed" if run.config.get("git_dirty") else "the run's code is not known"]
+    if commit is None or _git("cat-file", "-e", f"{commit}^{{commit}}") is None:
+        return [f"the run's commit {str(commit)[:9]} is not in this repository"]
+    changed = _git("diff", "--name-only", commit, "--", *(f"{name}/*.py" for name in PACKAGES))
+    if changed:
+        return [f"{len(changed.split())} of the code's files have changed since commit {commit[:9]}"]
+    return []
+
+
+def machine_reasons(run):
+    """What of this machine is not as it was -> list of texts."""
+    if run.env.get("torch"):
+        importlib.import_module("torch")  # `environment` tells of it once it is there
+    here, reasons = environment(), []
+    for name in ("cpu", "gpus", "torch", "cuda", "numpy"):
+        if run.env.get(name) not in (None, []) and run.env[name] != here.get(name):
+            reasons.append(f"{name} {_brief(run.env[name])} then, {_brief(here.get(name))} here")
+    if run.env.get("world_size", 1) != 1:
+        reasons.append(f"{run.env['world_size']} processes then, one here")
+    return reasons
+
+
+def _brief(value):
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _git(*args):
+    """What git says in the repository, or None."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for the stations
+
+
+def find(recorded, replacement=None):
+    """A path of a record -> where it lies here: as it stands, or from the repository's root; UserError if nowhere."""
+    if replacement is not None:
+        if not Path(replacement).exists():
+            raise UserError(f"{replacement} does not exist")
+        return Path(replacement)
+    for path in (Path(recorded), ROOT / recorded):
+        if path.exists():
+            return path
+    raise UserError(f"{recorded} is not here, so nothing was computed again (say with --data where it lies now)")
+
+
+def judge(report, what, recorded, again, tolerance):
+    """Hold figures that were computed again to the recorded ones, {name: value} both.
+
+    They have to be the same to the last bit, unless the report has reasons why they may not be: then to a relative
+    `tolerance`, which is said together with the reasons.
+    """
+    bad, worst = [], 0.0
+    for name, value in recorded.items():
+        other = again.get(name)
+        if value == other:
+            continue
+        both = isinstance(value, int | float) and isinstance(other, int | float)
+        off = abs(value - other) / max(abs(value), abs(other)) if both else float("inf")
+        worst = max(worst, off)
+        if not report.reasons or off > tolerance:
+            bad.append(f"{name} {value!r} recorded, {other!r} computed")
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        why = f", more than {tolerance:g} apart" if report.reasons else ""
+        report.fail(f"{what}: {bad[0]}{more}{why}")
+    elif worst == 0.0:
+        report.ok(f"{what}: {len(recorded)} figures, the same to the last bit")
+    else:
+        why = "; ".join(report.reasons)
+        report.ok(f"{what}: {len(recorded)} figures, the same to {worst:.1e} (up to {tolerance:g} allowed: {why})")
