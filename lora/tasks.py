@@ -11,7 +11,7 @@ Files may be gzipped. Every row becomes an `Example`: segments of text, each lea
 one by one, so that in training a prompt has exactly the ids that it has when the model is asked. Two modes:
 
     faithful   as the common course notebook does it: all of the text is learned, the prompt too, no end-of-text;
-               cut only at the model's block
+               cut only at the model's block (or at --max-length, to make long reviews affordable)
     corrected  (default) loss on the response only; end-of-text is learned, and padding is masked by position, so that
                a pad token equal to end-of-text costs nothing; truncation shortens the prompt and keeps the response
 
@@ -26,6 +26,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from runlog import UserError
@@ -287,11 +288,12 @@ def collate(rows, pad):
     return batch
 
 
+@lru_cache(maxsize=64)  # every adapter of a sweep asks at every step
 def epoch_order(n, epoch, seed):
     """The order of `n` rows in an epoch: a function of seed and epoch alone, so resuming needs no loader state."""
     import torch
 
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
 
 
 def batch_rows(n, batch_size, step, seed):
@@ -310,19 +312,17 @@ def is_held_out(row, fraction):
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def load_task(
-    task, tokenizer, block_size, *, data_file="", mode="corrected", max_length=512, held_out=0.05, max_rows=0
-):
+def load_task(task, tokenizer, block_size, *, data_file="", mode="corrected", max_length=0, held_out=0.05, max_rows=0):
     """Load, split and tokenize a task -> TaskData.
 
-    block_size: tokens that the model can read. max_length: tokens of a row, 0 for the whole block; faithful mode uses
-    the block whatever it says. max_rows: rows of each part, 0 for all.
+    block_size: tokens that the model can read. max_length: tokens of a row; 0: 512 in corrected mode, the block in
+    faithful mode. max_rows: rows of each part, 0 for all.
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task}; choose from {', '.join(TASKS)}")
     if mode not in ("corrected", "faithful"):
         raise UserError(f"unknown mode {mode}; choose corrected or faithful")
-    limit = block_size if mode == "faithful" or not max_length else min(max_length, block_size)
+    limit = min(max_length or (block_size if mode == "faithful" else 512), block_size)
     rows = load_rows(task, data_file)
     parts = {"train": [], "held_out": []}
     for row in rows:

@@ -184,6 +184,18 @@ def test_cuts_are_reported(tmp_path, tokenizer):
     assert report["cut_prompt"] == 2 and report["cut_response"] == 1 and report["max_length"] == 32
 
 
+def test_a_row_is_as_long_as_the_mode_or_a_person_says(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i} " + "the cat " * 900}) for i in range(40)), encoding="utf-8")
+
+    def longest(mode, **changes):
+        return load_task("text", tokenizer, 800, data_file=path, mode=mode, **changes).report["max_length"]
+
+    assert (longest("faithful"), longest("corrected")) == (800, 512)
+    assert longest("faithful", max_length=64) == longest("corrected", max_length=64) == 64
+    assert longest("corrected", max_length=900) == 800
+
+
 def test_every_row_is_seen_once_an_epoch_and_order_is_a_function():
     steps = [tasks.batch_rows(10, 4, step, seed=3) for step in range(6)]
     assert [len(s) for s in steps] == [4, 4, 2] * 2
