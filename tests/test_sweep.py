@@ -5,10 +5,12 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 from lora_models import save_tiny
 
-from lora import sweep
-from lora.sweep import Slot, SweepConfig, run_sweep
+from lora import group, sweep
+from lora.group import Slot
+from lora.sweep import SweepConfig, run_sweep
 from lora.sweep_report import interval, replay_halving
 from lora.train_lora import TrainConfig
 from runlog import Run, UserError, learned, read_json, read_run
@@ -159,6 +161,23 @@ def test_killed_three_times_a_sweep_ends_as_if_undisturbed(finished, base, rows,
     assert_same(finished, tmp_path / "run")
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    """The newest whose sha256 is right counts, and only the last two are kept."""
+    for step in (8, 16, 1_000_008):
+        group.save_checkpoint(tmp_path, step, {"trained": step, "theta": torch.arange(3.0)})
+    assert [path.name for path in group.checkpoints(tmp_path)] == ["step_000016.pt", "step_1000008.pt"]
+    said = []
+    assert group.load_newest(tmp_path, said.append)["trained"] == 1_000_008 and not said
+    newest = tmp_path / "step_1000008.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert group.load_newest(tmp_path, said.append)["trained"] == 16
+    assert len(said) == 1 and "step_1000008.pt is passed over" in said[0]
+    group.sum_of(tmp_path / "step_000016.pt").unlink()
+    assert group.load_newest(tmp_path, said.append) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("halving", [False, True])
 @pytest.mark.parametrize("moments", [("step 1", "step 1", "step 6"), ("finish 1", "finish 2", "save 2")])
@@ -295,6 +314,21 @@ def test_the_plan_names_groups_and_memory(base, rows, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("group") == 2 and out.count("2 adapters at a time") == 2 and "activations" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_flags_go_over_the_file(base, rows, tmp_path):
+    grid = write_grid(tmp_path / "grid.json", configs=[{"r": 2}, {"r": 4}], seeds=[7])
+    changes = {"seeds": (0, 1), "set": ("max_length=24", "mode=faithful", "lr=1"), "max_steps": 3}
+    configs = sweep.read_grid(config(grid, base, rows, "run", **changes))
+    assert [(c.r, c.seed) for c in configs] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert {(c.max_length, c.mode, c.lr, c.max_steps, c.batch_size) for c in configs} == {(24, "faithful", 1, 3, 2)}
+    for wrong, says in [
+        ("max_length", "NAME=VALUE"),
+        ("max_length=long", "should be int"),
+        ("rows=3", "unknown setting"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            sweep.read_grid(config(grid, base, rows, "run", set=(wrong,)))
 
 
 @pytest.mark.parametrize(
