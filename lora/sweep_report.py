@@ -6,6 +6,7 @@
 import math
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 from lora.train_lora import hyper_parameters, write_experiment
 from runlog import RunLog, atomic_open, read_json, read_run
@@ -14,6 +15,7 @@ from runlog import RunLog, atomic_open, read_json, read_run
 T95 = (None, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 VARIED = ("lr", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "use_dora")
 VARIED += ("lr_scheduler", "warmup_steps", "weight_decay", "batch_size", "target_modules", "epochs", "max_steps")
+SHORT = {"lora_alpha": "α", "lora_dropout": "dropout"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#882255", "#999933", "#117733")
 
 
@@ -47,10 +49,18 @@ def summarize(folder, configs):
         log.print(f"curves in {Path(folder) / 'loss.png'}, table in {Path(folder) / 'table.md'}")
 
 
+def read_sweep(folder):
+    """The adapters of a sweep that were begun, finished or not -> (their settings, their runs)."""
+    runs = [read_run(file.parent) for file in sorted((Path(folder) / "adapters").glob("*/config.json"))]
+    return [SimpleNamespace(**run.settings) for run in runs], runs
+
+
 def final_loss(run):
-    """The best held-out loss of an adapter; infinite when it never had one."""
-    loss = run.result.get("held_out_loss")
-    return math.inf if loss is None else loss
+    """The best held-out loss of an adapter, so far if it is still in training; infinite when it never had one."""
+    if "held_out_loss" in run.result:
+        loss = run.result["held_out_loss"]
+        return math.inf if loss is None else loss
+    return min((loss for loss in run.curve("val")[1] if math.isfinite(loss)), default=math.inf)
 
 
 def interval(values):
@@ -69,20 +79,26 @@ def varied(configs):
     return [name for name in VARIED if len({getattr(cfg, name) for cfg in configs}) > 1]
 
 
+def by_configuration(configs, runs):
+    """{values of the settings that vary: runs that differ by their seed alone}, in the order of the sweep."""
+    names, groups = varied(configs), {}
+    for cfg, run in zip(configs, runs):
+        groups.setdefault(tuple(getattr(cfg, name) for name in names), []).append(run)
+    return groups
+
+
 def held_out_table(configs, runs):
     """Markdown: a line for each configuration, best first, its held-out loss as mean ± 95 % interval over seeds."""
-    names, lines = varied(configs), {}
-    for cfg, run in zip(configs, runs):
-        lines.setdefault(tuple(getattr(cfg, name) for name in names), []).append(run)
-    rows = []
-    for values, same in lines.items():
+    names, rows = varied(configs), []
+    for values, same in by_configuration(configs, runs).items():
         losses = [final_loss(run) for run in same]
         half = interval(losses) if all(map(math.isfinite, losses)) else None
         loss = f"{mean(losses):.4f}" + (f" ± {half:.4f}" if half is not None else "")
         ends = ", ".join(sorted({ending(run) for run in same}))
-        steps = " ".join(str(run.result["best_step"]) for run in same)
+        steps = " ".join(str(run.result.get("best_step", "-")) for run in same)
         last = " ".join(f"{run.curve('val')[1][-1]:.4f}" if run.curve("val")[1] else "-" for run in same)
-        metric = {k: mean(run.result["after"][k] for run in same) for k in same[0].result.get("after") or {}}
+        measured = [run.result["after"] for run in same if run.result.get("after")]
+        metric = {k: mean(after[k] for after in measured) for k in (measured[0] if measured else ())}
         shown = " ".join(f"{k} {v:.3f}" for k, v in metric.items()) or "-"
         rows.append((mean(losses), [*map(str, values), loss, str(len(same)), steps, last, ends, shown]))
     head = [*names, "held-out loss", "seeds", "best step", "last loss", "ended", "task"]
@@ -90,7 +106,8 @@ def held_out_table(configs, runs):
 
 
 def ending(run):
-    return f"{run.result.get('stopped') or run.result['status']} at {run.result['step']}"
+    step = run.result.get("step", run.metrics[-1]["step"] if run.metrics else 0)
+    return f"{run.result.get('stopped') or run.status} at {step}"
 
 
 def effects_table(configs, runs):
@@ -107,6 +124,23 @@ def effects_table(configs, runs):
     return markdown(["hyper-parameter", "mean held-out loss", "range"], [row for _, row in sorted(rows, reverse=True)])
 
 
+def contrasts(configs, runs):
+    """What one hyper-parameter does where all others are the same -> {name: [({others}, {value: mean held-out loss})]}.
+
+    The means of `effects_table` mix in what the others took beside each value; in a sweep that varies one thing at a
+    time, as the original's does, these comparisons are the fair ones. Values of a mean that is infinite stay in.
+    """
+    names, found = varied(configs), {}
+    losses = {values: mean(map(final_loss, same)) for values, same in by_configuration(configs, runs).items()}
+    for i, name in enumerate(names):
+        groups = {}
+        for values, loss in losses.items():
+            groups.setdefault(values[:i] + values[i + 1 :], {})[values[i]] = loss
+        others = names[:i] + names[i + 1 :]
+        found[name] = [(dict(zip(others, rest)), dict(sorted(g.items()))) for rest, g in groups.items() if len(g) > 1]
+    return found
+
+
 def markdown(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -117,28 +151,55 @@ def plot_curves(folder, runs):
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
-    left, right = fig.subplots(1, 2, sharey=True)
-    top = 0.0
-    for i, run in enumerate(runs):
-        style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":")[i // len(COLORS) % 3]}
-        xs, ys = run.curve("train")
-        smooth, value = [], None
-        for y in ys:
-            value = y if value is None else 0.9 * value + 0.1 * y
-            smooth.append(value)
-        left.plot(xs, smooth, lw=1.2, **style)
-        vx, vy = run.curve("val")
-        end = "" if run.result["status"] == "success" else " (diverged)"
-        right.plot(vx, vy, lw=1.4, marker="o", ms=2.5, label=run.run_dir.name + end, **style)
-        if vy:
-            top = max(top, vy[0], min(vy))
-    left.set(xlabel="step", ylabel="loss (nats per learned token)", title="training, smoothed")
-    right.set(xlabel="step", title="held out", ylim=(None, 1.5 * top if top else None))
-    for ax in (left, right):
-        ax.grid(alpha=0.25)
-    fig.legend(loc="outside right upper", fontsize=6.5, frameon=False)
+    draw_curves(fig, [SimpleNamespace(**run.settings) for run in runs], runs)
     with atomic_open(Path(folder) / "loss.png", "wb") as f:
         fig.savefig(f, format="png")
+
+
+def draw_curves(fig, configs, runs):
+    """Draw a line a configuration, the mean over its seeds: left the training loss, right the held-out loss."""
+    left, right = fig.subplots(1, 2, sharey=True)
+    names, highest = varied(configs), []
+    for i, (values, same) in enumerate(by_configuration(configs, runs).items()):
+        style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":")[i // len(COLORS) % 3]}
+        steps, losses = mean_curve(same, "train")
+        left.plot(steps, smoothed(losses), lw=1.2, **style)
+        label = ", ".join(f"{SHORT.get(name, name)} {value:g}" if isinstance(value, int | float) else str(value)
+                          for name, value in zip(names, values)) or same[0].name  # fmt: skip
+        diverged = sum(run.result.get("status") == "diverged" for run in same)
+        steps, losses = mean_curve(same, "val")
+        label += f" (diverged: {diverged} of {len(same)})" if diverged else ""
+        right.plot(steps, losses, lw=1.4, marker="o", ms=2.5, label=label, **style)
+        highest += [losses[0], min(losses)] if losses else []
+    if highest:
+        right.axhline(highest[0], color="black", ls="--", lw=1, label="before training")
+        low, high = min(highest), max(highest)
+        right.set(
+            ylim=(low - 0.1 * (high - low) - 0.02, high + 0.5 * (high - low) + 0.02)
+        )  # a blow-up leaves the frame
+    left.set(xlabel="step", ylabel="loss (nats per learned token)", title="training, smoothed")
+    right.set(xlabel="step", title="held out")
+    for ax in (left, right):
+        ax.grid(alpha=0.25)
+    if runs:
+        fig.legend(loc="outside right upper", fontsize=7, frameon=False)
+
+
+def mean_curve(runs, kind):
+    """Steps that all runs have, and their mean loss there; a run that diverged counts as far as it came."""
+    curves = [dict(zip(*run.curve(kind))) for run in runs]
+    steps = sorted(set().union(*curves))
+    ended = [max(curve, default=-1) for curve in curves]
+    whole = [step for step in steps if all(step in curve or step > end for curve, end in zip(curves, ended))]
+    return whole, [mean(curve[step] for curve in curves if step in curve) for step in whole]
+
+
+def smoothed(losses, decay=0.9):
+    """Exponential moving average that starts at the first loss."""
+    out = []
+    for loss in losses:
+        out.append(loss if not out else decay * out[-1] + (1 - decay) * loss)
+    return out
 
 
 def write_log(folder, configs, runs):
