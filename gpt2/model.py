@@ -4,6 +4,7 @@
 comments: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary entries.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -130,7 +131,8 @@ class GPT(nn.Module):
                 logits.reshape(-1, V).to(wide), targets.reshape(-1), ignore_index=-1, reduction="sum"
             )
         else:
-            loss = ChunkedCrossEntropy.apply(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), V)
+            x, compiling = x.reshape(B * T, -1), torch.compiler.is_compiling()
+            loss = chunked_cross_entropy(x, self.lm_head.weight, targets.reshape(-1), V, compiling)
         if reduction == "mean":
             loss = loss / (targets >= 0).sum()
         return logits, loss
@@ -210,40 +212,76 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     At a vocabulary of 50,304 the logits and their gradient are by far the largest tensors of a step. Here the forward
     pass computes a chunk's logits, its loss and at once the gradients with respect to x and w, so that no more than a
-    chunk ever exists; backward only scales them (the idea is Liger Kernel's, Hsu et al. 2024). Logits of the
-    vocabulary's padding are -inf: never counted.
+    chunk ever exists; backward only scales them (the idea is Liger Kernel's, Hsu et al. 2024). The chunk is never
+    normalised: exp(logits - max) goes through the matmuls as it is, and the sums divide what is (rows, C) narrow.
 
-    forward(x (N, C), w (V_padded, C), targets (N,), vocab_size) -> sum over targets >= 0 of -log p, float32 or wider.
+    forward(x (N, C), w (V_padded, C), targets (N,), vocab_size, compile) -> sum over targets >= 0 of -log p, float32 or
+    wider. compile: compile the one pass over a chunk that is no matmul.
     """
 
     @staticmethod
-    def forward(ctx, x, w, targets, vocab_size):
+    def forward(ctx, x, w, targets, vocab_size, compile=False):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)  # sums of exponentials need the range
-        rows = max(64, (2**28 if device == "cuda" else 2**23) // w.shape[0])  # of logits at once
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        rows = max(64, CHUNK_LOGITS.get(device, 2**28) // w.shape[0])  # of logits at once
+        exp = _compiled_exp() if compile else _exp
         loss = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(device, enabled=False):
-            w_ = w.to(dtype)
-            dx, dw = [], torch.zeros_like(w, dtype=wide) if needs_grad else None
-            for xc, tc in zip(x.to(dtype).split(rows), targets.split(rows)):
-                logits = (xc @ w_.t()).to(wide)  # (rows, V)
-                logits[:, vocab_size:] = -math.inf
-                known, at = tc >= 0, tc.clamp(min=0)[:, None]  # (rows,), (rows, 1)
-                lse = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
-                loss += torch.where(known, (lse - logits.gather(1, at))[:, 0], 0.0).sum()
+            w_, x_ = w.to(dtype), x.to(dtype)
+            buffer = x_.new_empty(min(rows, len(x)), len(w))  # one for all chunks: fresh memory costs page faults
+            dx, dw = (torch.empty_like(t, dtype=wide) if needs_grad else None for t in (x, w))
+            for i in range(0, len(x), rows):
+                xc, tc = x_[i : i + rows], targets[i : i + rows]
+                logits = torch.mm(xc, w_.t(), out=buffer[: len(xc)])  # (rows, V)
+                known, at = (tc >= 0)[:, None], tc.clamp(min=0)  # (rows, 1), (rows,)
+                correct = logits.gather(1, at[:, None]).to(wide)  # (rows, 1)
+                e, top, total = exp(logits, vocab_size)  # (rows, V), (rows, 1), (rows, 1)
+                loss += torch.where(known, total.log() + top - correct, 0.0).sum()
                 if needs_grad:
-                    # d loss / d logits = softmax - one-hot, and nothing where the target is -1
-                    p = logits.sub_(lse).exp_().scatter_add_(1, at, torch.full_like(lse, -1.0))
-                    p = p.mul_(known[:, None]).to(dtype)
-                    dx.append(p @ w_)  # (rows, C)
-                    dw += p.t() @ xc  # (V, C)
+                    # d loss / d logits = e / total - one-hot, and nothing where the target is -1
+                    share = torch.where(known, 1 / total, 0.0)  # (rows, 1)
+                    torch.mul(e @ w_, share, out=dx[i : i + rows]).sub_(w_[at] * known)  # (rows, C)
+                    _add_product(dw, e.t(), (xc * share).to(dtype), first=i == 0)  # (V, C)
+                    dw.index_add_(0, at, (xc * known).to(wide), alpha=-1)
         if needs_grad:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(w.dtype))
+            ctx.grads = dx.to(x.dtype), dw.to(w.dtype)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        (dx, dw), ctx.grads = ctx.grads, None  # scaled in place, so good for one backward pass
+        return dx.mul_(grad), dw.mul_(grad), None, None, None
+
+
+# Logits in a chunk: on a CPU as many as stay in its last cache, elsewhere enough to fill the device.
+CHUNK_LOGITS = {"cpu": 2**23}
+
+
+def _exp(logits, vocab_size):
+    """logits (rows, V) -> exp(logits - max), 0 in the vocabulary's padding; max and the sum of it, (rows, 1), wide."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide[:, vocab_size:] = -math.inf
+    top = wide.amax(-1, keepdim=True)
+    e = wide.sub_(top).exp_()
+    return e.to(logits.dtype), top, e.sum(-1, keepdim=True)
+
+
+@functools.cache
+def _compiled_exp():
+    return torch.compile(_exp, dynamic=False)
+
+
+def _add_product(out, a, b, first):
+    """out += a @ b, or out = a @ b for the first; in one pass where the types agree."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
+    else:
+        out.copy_(a @ b) if first else out.add_(a @ b)
+
+
+@torch.compiler.disable
+def chunked_cross_entropy(x, w, targets, vocab_size, compile):
+    """`ChunkedCrossEntropy`, left alone by torch.compile: unrolled into its graph, n chunks compile n times as long."""
+    return ChunkedCrossEntropy.apply(x, w, targets, vocab_size, compile)

@@ -131,13 +131,27 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
 
 
-def test_chunked_cross_entropy_cuts_its_rows(monkeypatch):
+def test_chunked_cross_entropy_cuts_its_rows():
     """More rows than fit into one chunk: 2**23 logits at a vocabulary of 65,536 are 128 rows."""
     torch.manual_seed(0)
     x, w = torch.randn(300, 4, dtype=torch.float64), torch.randn(65536, 4, dtype=torch.float64)
     targets = torch.randint(65536, (300,))
     plain = F.cross_entropy(x @ w.t(), targets, reduction="sum")
     torch.testing.assert_close(ChunkedCrossEntropy.apply(x, w, targets, 65536), plain)
+
+
+@pytest.mark.slow
+def test_the_compiled_model_computes_the_same_loss_and_gradients():
+    """The loss stands outside the compiled graph, its one elementwise pass is compiled by itself."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=1, n_head=2, n_embd=32)).double()
+    idx = torch.randint(500, (4, 33))
+    plain = model(idx[:, :-1], idx[:, 1:])[1]
+    reference = torch.autograd.grad(plain, list(model.parameters()))
+    loss = torch.compile(model, dynamic=False)(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    torch.testing.assert_close(loss, plain, rtol=0, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), reference):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_bfloat16_autocast_keeps_the_loss_in_float32():
