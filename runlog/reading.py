@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -94,6 +95,13 @@ class Run:
         times = [row["time"] for row in self.metrics if row.get("time")]
         silence = self.silence()
         return max(times) if times else None if silence is None else time.time() - silence
+
+    def samples(self):
+        """[(step, text)] of samples.txt, in the order in which they were written."""
+        path = self.run_dir / "samples.txt"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        parts = re.split(r"^--- step (\d+)\n", text, flags=re.M)[1:]
+        return [(int(step), text.removesuffix("\n")) for step, text in zip(parts[::2], parts[1::2])]
 
     @property
     def step(self):

@@ -60,6 +60,13 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
+def test_samples_read_back_in_order(tmp_path):
+    with RunLog(tmp_path, "test", {}) as log:
+        log.sample(0, "北 once\n--- step back\n")
+        log.sample(10, "")
+    assert read_run(tmp_path).samples() == [(0, "北 once\n--- step back\n"), (10, "")]
+
+
 def test_learned_ignores_time_alone(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
