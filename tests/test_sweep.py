@@ -353,7 +353,7 @@ def test_mistakes_are_one_line(refuses, base, rows, tmp_path):
             run_sweep(config(grid, base, rows, tmp_path / "run", shard=shard))
 
 
-@pytest.mark.parametrize("name, number", [("imdb", 10), ("alpaca", 6), ("quickstart", 4)])
+@pytest.mark.parametrize("name, number", [("imdb", 10), ("alpaca", 6), ("blowup", 5), ("quickstart", 4)])
 def test_the_grids_that_come_with_the_repository(base, rows, name, number):
     path = Path(sweep.__file__).parent / "sweeps" / f"{name}.json"
     configs = sweep.read_grid(config(path, base, rows, "run"))
