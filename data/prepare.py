@@ -14,24 +14,20 @@ Ready-made GPT-2 shards of llm.c and modded-nanogpt, fetched, or lying there alr
     python data/prepare.py download fineweb-edu --shards 10 --out data/corpora/fineweb-edu
     python data/prepare.py adopt data/corpora/fineweb10B --tokenizer gpt2
 
-Documents are taken in blocks of about 2M characters. A process turns a block into ids and puts them, whole or not at
+Documents are taken in blocks of about 2M characters. A thread turns a block into ids and puts them, whole or not at
 all, into DIR/blocks/; when all are there they are joined in order and cut into shards. So a killed run goes on with
-the block that it was at, and the number of processes, machines and interruptions leaves no mark on the bytes. Until the
+the block that it was at, and the number of threads, machines and interruptions leaves no mark on the bytes. Until the
 join is done the blocks take as much disk again as the shards.
 """
 
-import itertools
 import os
 import re
 import shutil
 import sys
-import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -41,12 +37,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bpe.tokenizer import Tokenizer, load_tokenizer
+from bpe.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, verify, write_meta, write_shard
 from data.sources import VAL_SHARE, SourceName, describe, documents, is_validation, locate, text_bytes
 from runlog import UserError, atomic_open, cli, file_sha256, read_json, write_json
-
-IN_PROCESS_BLOCKS = 4  # so few are done before a pool has started
 
 
 @dataclass
@@ -69,9 +63,9 @@ class Prepare:
     val_share: float | None = None
     """Share of the documents held out by hash; the default is the source's own (fineweb-edu: its first shard)."""
     workers: int = 0
-    """Processes that tokenize; 0: one for each core that this process may use."""
+    """Threads that tokenize; 0: one for each core that this process may use."""
     block_chars: int = 1 << 21
-    """Characters of text that a process takes at once; does not change the result."""
+    """Characters of text that a thread takes at once; does not change the result."""
     shard: str = "0/1"
     """i/n: this machine's part, i from 0; afterwards `merge`."""
     overwrite: bool = False
@@ -128,7 +122,7 @@ def prepare(cfg):
     check_target(cfg.out, plan, cfg.overwrite)
     with locked(cfg.out, f"part_{part}_of_{parts}"):
         begin(cfg.out, plan, tokenizer)
-        tokenize(cfg, part, parts)
+        tokenize(cfg, tokenizer, part, parts)
     if parts == 1:
         merge(cfg.out)
     else:
@@ -203,7 +197,7 @@ def check_target(out, plan, overwrite):
 
 
 def begin(out, plan, tokenizer):
-    """Leave the plan and the tokenizer for the workers, the other machines and the join."""
+    """Leave the plan and the tokenizer for the other machines and the join."""
     tokenizer.save(out / "tokenizer")
     write_json(out / "plan.json", plan)
 
@@ -246,7 +240,7 @@ def blocks(texts, block_chars):
         yield block
 
 
-def tokenize(cfg, part, parts):
+def tokenize(cfg, tokenizer, part, parts):
     """Write this part's blocks; those already there are passed over. Few are in memory at a time."""
     share = VAL_SHARE[cfg.source] if cfg.val_share is None else cfg.val_share
     files = [] if cfg.source == "pydocs" else locate(cfg.source, cfg.input, cfg.subset)[0]
@@ -264,7 +258,8 @@ def tokenize(cfg, part, parts):
                 bar.update(sum(map(len, block)))
 
     with bar:
-        for size, ids in encode_blocks(cfg.out, share, wanted(), cfg.workers or available_cores()):
+        encode = Encoder(cfg.out, share, tokenizer)
+        for size, ids in encode_blocks(encode, wanted(), cfg.workers or available_cores()):
             tokens += ids
             bar.update(size)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tok/s", refresh=False)
@@ -278,26 +273,20 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_blocks(out, share, numbered, workers):
-    """Encode (index, block) pairs on `workers` processes -> (UTF-8 bytes, tokens) of each, in order."""
-    numbered = iter(numbered)
-    first = list(itertools.islice(numbered, IN_PROCESS_BLOCKS))
-    if workers == 1 or len(first) < IN_PROCESS_BLOCKS:
-        encode = Encoder(out, share)
-        yield from map(encode, itertools.chain(first, numbered))
-        return
-    context = get_context("spawn")  # as on macOS and Windows; fork and threads do not go together
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(out, share)) as pool:
+def encode_blocks(encode, numbered, workers):
+    """`encode` on `workers` threads over (index, block) pairs -> its results, in order.
+
+    Threads are enough: tiktoken lets go of Python's lock for as long as it works on a block.
+    """
+    with ThreadPoolExecutor(workers) as pool:
         pending = deque()
         try:
-            for job in itertools.chain(first, numbered):
-                pending.append(pool.submit(_encode, job))
+            for job in numbered:
+                pending.append(pool.submit(encode, job))
                 if len(pending) > 2 * workers:  # the source waits: memory stays flat
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("a worker was killed, perhaps for memory; start again, with fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -305,37 +294,33 @@ def encode_blocks(out, share, numbered, workers):
 class Encoder:
     """Documents -> a block file with the ids of both splits, an <|endoftext|> before each document."""
 
-    def __init__(self, out, share):
-        tokenizer = Tokenizer.load(out / "tokenizer.model")
+    def __init__(self, out, share, tokenizer):
         self.out, self.share = out, share
-        self.encoding, self.eot = tokenizer.to_tiktoken(), np.array([tokenizer.eot_token], dtype=np.uint16)
+        self.encoding, self.eot = tokenizer.to_tiktoken(), tokenizer.eot_token
 
     def __call__(self, job):
+        """(index, texts) -> (characters, tokens), once the block is on disk."""
         index, texts = job
-        parts, size = {split: [] for split in SPLITS}, 0
+        parts = {split: [] for split in SPLITS}
         for text in texts:
             held_out = self.share is not None and is_validation(text, self.share)
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())  # a spelled-out special token is text
-            parts["val" if held_out else "train"] += [self.eot, ids.astype(np.uint16)]
-            size += len(text)
-        arrays = {split: np.concatenate(ids) if ids else np.empty(0, np.uint16) for split, ids in parts.items()}
+            parts["val" if held_out else "train"].append(text)
+        arrays = {split: self.ids(parts[split]) for split in SPLITS}
         with atomic_open(block_path(self.out, index), "wb") as f:
             np.savez(f, counts=[len(arrays[split]) for split in SPLITS], **arrays)  # a zip file: it carries checksums
-        return size, sum(map(len, arrays.values()))
+        return sum(map(len, texts)), sum(map(len, arrays.values()))
 
-
-_encoder = None  # of a worker process
-
-
-def _start_worker(out, share):
-    global _encoder
-    _encoder = Encoder(out, share)
-    # A worker whose parent was killed would wait for work for ever.
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def _encode(job):
-    return _encoder(job)
+    def ids(self, texts):
+        """The ids of documents (tokens,) uint16."""
+        if not any(END_OF_TEXT in text for text in texts):  # one call for all, as its split never crosses the token
+            joined = "".join([END_OF_TEXT + text for text in texts])
+            ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
+            return ids.astype(np.uint16)
+        parts = [np.empty(0, np.uint16)]
+        for text in texts:  # one that spells a special token means the text of it
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            parts += [np.array([self.eot], np.uint16), ids.astype(np.uint16)]
+        return np.concatenate(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

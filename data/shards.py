@@ -45,9 +45,9 @@ def write_shard(path, ids):
         f.write(bytes(HEADER_BYTES))
         for chunk in [ids] if isinstance(ids, np.ndarray | list) else ids:
             chunk = np.asarray(chunk)
-            if chunk.size and (chunk.min() < 0 or chunk.max() >= MAX_VOCAB):
+            if chunk.dtype != np.uint16 and chunk.size and (chunk.min() < 0 or chunk.max() >= MAX_VOCAB):
                 raise UserError(f"{path}: ids must lie in 0…65535; use a smaller vocabulary")
-            f.write(chunk.astype("<u2", copy=False).tobytes())
+            f.write(np.ascontiguousarray(chunk, dtype="<u2"))
             tokens += chunk.size
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = MAGIC, VERSION, tokens
