@@ -14,7 +14,6 @@ The run directory gets config.json, metrics.jsonl, log.txt, samples.txt, loss.pn
 
 import contextlib
 import hashlib
-import importlib.util
 import math
 import os
 import shutil
@@ -106,26 +105,20 @@ def build_model(cfg, meta):
 
 
 def compiled(model, cfg, device, say):
-    """The model under torch.compile, or itself where no compiler is found, saying so once."""
+    """The model under torch.compile, or itself where that cannot work, saying so once.
+
+    Compiling needs a C++ compiler or Triton with a C compiler, and Python's headers. Whether all of it is there is
+    found out by compiling one line.
+    """
     if not cfg.compile:
         return model
-    if missing := missing_compiler(device):
-        say(f"no {missing} here, so --compile is left out: training runs eager")
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    except Exception as e:  # torch raises several kinds, by platform and version
+        why = " ".join(str(e).split())[:160]
+        say(f"torch.compile does not work here ({why}), so --compile is left out: training runs eager")
         return model
     return torch.compile(model, dynamic=False)
-
-
-def missing_compiler(device):
-    """What torch.compile would need on this device and does not find, or None."""
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # torch raises several kinds, by platform and version
-        return "C++ compiler"
-    return None
 
 
 def all_settings(cfg, meta):
