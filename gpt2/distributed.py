@@ -3,6 +3,7 @@
 `Ranks.start(…)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -23,6 +24,22 @@ def pick_device(name, local_rank=0):
     if not has[name]:
         raise UserError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """auto | float32 | bfloat16 | float16 -> the type of the matmuls, as a name; auto goes by what the device has."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def autocast(device, dtype):
+    """The context of a forward pass: matmuls in `dtype` (a name), what needs the range in float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 class Ranks:

@@ -1,26 +1,32 @@
 """What a run will need, before it is started: parameters, memory, the micro-batch that fits, hours, disk (`--plan`)."""
 
 import os
+import re
 import time
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from data.shards import read_meta
 from gpt2.config import GPTConfig
-from gpt2.distributed import pick_device
+from gpt2.distributed import autocast, pick_device, pick_dtype
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers
 from runlog import UserError
 
-# Dense peaks in FLOP/s of the matmul units, from the makers' data sheets, by a part of the name that torch reports.
-BF16_PEAKS = {
+# Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
+# reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.
+PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
@@ -35,67 +41,79 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in BF16_PEAKS.items() if part in name), None)
+    if "Laptop" in name:  # the same number on the box, another chip in it
+        return None
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def free_memory(device):
-    """Bytes that a process may still take on the device."""
+    """Bytes that a process may still take on the device, or None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return 1024 * int(re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.M)[1])
 
 
-def memory_estimate(model, cfg):
+def memory_estimate(model, cfg, device):
     """(bytes that do not depend on the micro-batch, bytes a sequence of it) of a training step.
 
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter. Of a block's activations, backward
     needs some 34 bytes a token and channel in 16 bits (Korthikanti et al. 2022, without the attention matrix, which
-    flash attention never holds), twice that in 32 bits; logits exist a chunk at a time.
+    flash attention never holds), twice that in 32 bits. Logits exist a chunk at a time.
     """
     params = sum(p.numel() for p in model.parameters())
-    wide = 2 if cfg.dtype in ("float32", "auto") else 1
-    return 16 * params, 34 * wide * cfg.n_layer * cfg.block_size * cfg.n_embd
+    wide = 2 if pick_dtype(cfg.dtype, device) == "float32" else 1
+    logits = 2**31 if device.type == "cuda" else 2**26
+    return 16 * params + logits, 34 * wide * cfg.n_layer * cfg.block_size * cfg.n_embd
 
 
-def largest_micro_batch(cfg, fixed, per_sequence, memory):
-    """The largest micro-batch that divides the step and fits into nine tenths of `memory`, or 0."""
-    sequences = cfg.total_batch_size // cfg.block_size
+def largest_micro_batch(cfg, world_size, fixed, per_sequence, memory):
+    """The largest micro-batch that divides a process's share of a step and fits into 9/10 of `memory`, or 0."""
+    sequences = cfg.total_batch_size // cfg.block_size // world_size
     fits = int((0.9 * memory - fixed) // per_sequence)
     return max((b for b in range(1, min(fits, sequences) + 1) if sequences % b == 0), default=0)
 
 
-def measure_speed(model, cfg, device):
-    """Tokens/s of one process on this device: forward, backward and update of one sequence, the median of three."""
-    model = model.to(device)
+def measure_speed(model, cfg, device, rows):
+    """Tokens/s of one process on this device: forward, backward and update of `rows` sequences, the faster of two."""
+    model, dtype = model.to(device), pick_dtype(cfg.dtype, device)
     optimizers = make_optimizers(model, cfg)
-    idx = torch.randint(model.config.vocab_size, (1, cfg.block_size + 1), device=device)
+    idx = torch.randint(model.config.vocab_size, (rows, cfg.block_size + 1), device=device)
     seconds = []
-    for _ in range(4):
+    for _ in range(3):
         start = time.perf_counter()
-        _, loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)
+        with autocast(device, dtype):
+            _, loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return cfg.block_size / sorted(seconds[1:])[1]  # the first one warms up
+    return rows * cfg.block_size / min(seconds[1:])  # the first one warms up
 
 
 def print_plan(cfg):
     """Print what the run will need. Nothing is started and nothing is written."""
-    device = pick_device(cfg.device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device, world_size = pick_device(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
         vocab_size = read_meta(cfg.data_dir)["vocab_size"]
         data = f"{cfg.data_dir}: vocabulary of {vocab_size:,}"
     except UserError as e:
         vocab_size, data = 50257, f"not there yet ({e}); assuming GPT-2's vocabulary of 50,257"
     shape = {k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
-    fixed, per_sequence = memory_estimate(model, cfg)
+    config = GPTConfig(vocab_size=vocab_size, **shape)
+    with torch.device("meta"):  # shapes alone, so that a plan of the largest model fits anywhere
+        model = GPT(config)
+    fixed, per_sequence = memory_estimate(model, cfg, device)
+    memory = free_memory(device)
+    best = largest_micro_batch(cfg, world_size, fixed, per_sequence, memory or 0)
     tokens = cfg.max_steps * cfg.total_batch_size
     checkpoint = 12 * sum(p.numel() for p in model.parameters())
 
@@ -107,18 +125,19 @@ def print_plan(cfg):
         "memory": f"{_gb(fixed)} and {_gb(per_sequence)} a sequence: about "
         f"{_gb(fixed + cfg.micro_batch_size * per_sequence)} a process at --micro-batch-size {cfg.micro_batch_size}",
     }
-    memory = free_memory(device)
-    if memory is not None:
-        best = largest_micro_batch(cfg, fixed, per_sequence, memory)
-        lines["fits here"] = f"--micro-batch-size {best}" if best else "no micro-batch does"
-        lines["fits here"] += f" ({_gb(memory)} free on {device.type})"
+    if memory:
+        fits = f"--micro-batch-size {best}" if best else "no micro-batch does"
+        lines["fits here"] = f"{fits} ({_gb(memory)} free on {device.type})"
     speed, how = cfg.plan_tok_per_sec, "assumed"
-    if not speed:
-        speed, how = (
-            measure_speed(model, replace(cfg, dtype="float32"), device) * world_size,
-            "measured here, eager float32",
-        )
-    lines["time"] = f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
+    if not speed and (best or not memory):
+        rows = min(best, cfg.micro_batch_size) if device.type == "cuda" else 1
+        speed = measure_speed(GPT(config), cfg, device, rows) * world_size
+        how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
+    lines["time"] = (
+        f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
+        if speed
+        else "not measured, since it does not fit here; --plan-tok-per-sec assumes a speed"
+    )
     lines["disk"] = f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}"
     for name, text in lines.items():
         print(f"{name:<11} {text}")
