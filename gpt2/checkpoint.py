@@ -4,6 +4,7 @@ A checkpoint holds plain tensors and plain containers, so that `torch.load(…, 
 machine and without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, settings, …}.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -29,8 +30,8 @@ def save(ckpt_dir, step, state, keep=2):
     path = Path(ckpt_dir) / f"step_{step:06d}.pt"
     try:
         with atomic_open(path, "wb") as f:
-            torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, f)
-            f.flush()
+            summed = _Summed(f)
+            torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, summed)
             # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
             with atomic_open(_sum_path(path)) as s:
                 s.write(f"{file_sha256(f.name)}  {path.name}\n")
@@ -42,6 +43,20 @@ def save(ckpt_dir, step, state, keep=2):
         old.unlink(missing_ok=True)
         _sum_path(old).unlink(missing_ok=True)
     return path
+
+
+class _Summed:
+    """A file being written that sums its bytes, so that gigabytes need not be read again when a stop is urgent."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
 
 
 def sorted_checkpoints(ckpt_dir):
