@@ -34,7 +34,7 @@ def save(ckpt_dir, step, state, keep=2):
             torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, summed)
             # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
             with atomic_open(_sum_path(path)) as s:
-                s.write(f"{file_sha256(f.name)}  {path.name}\n")
+                s.write(f"{summed.sha256.hexdigest()}  {path.name}\n")
     except (OSError, RuntimeError) as e:  # torch's writer wraps a full disk in a RuntimeError
         raise UserError(
             f"{path} could not be written ({str(e).splitlines()[0]}); the earlier ones are kept: free some disk, go on"
@@ -61,8 +61,12 @@ class _Summed:
 
 def sorted_checkpoints(ckpt_dir):
     """The checkpoints in a folder, oldest first."""
-    found = [(int(m[1]), p) for p in Path(ckpt_dir).glob("step_*.pt") if (m := NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((p for p in Path(ckpt_dir).glob("step_*.pt") if NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(path):
+    """The step of a checkpoint, from its name."""
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def problem(path):

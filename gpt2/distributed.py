@@ -1,6 +1,6 @@
 """One process or many: which one this is, and the few things that processes must agree on.
 
-`Ranks.start(…)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
+`Ranks(device)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
 """
 
 import contextlib
@@ -65,17 +65,14 @@ class Ranks:
 
     def any(self, flag):
         """True on every rank if `flag` is true on one of them."""
-        if self.control is None:
-            return bool(flag)
-        agreed = torch.tensor(int(bool(flag)))
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
-        return bool(agreed)
+        return self.sum([bool(flag)])[0] > 0
 
     def sum(self, values):
         """Elementwise float64 sums over the ranks of a list of numbers -> list of floats, the same on every rank."""
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.control is not None:
-            dist.all_reduce(total, group=self.control)
+            with _one_line_when_another_is_gone():
+                dist.all_reduce(total, group=self.control)
         return total.tolist()
 
     def gather(self, value):
@@ -83,13 +80,27 @@ class Ranks:
         if self.control is None:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        with _one_line_when_another_is_gone():
+            dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def wait(self):
+        """Until every rank is here."""
+        self.any(False)
 
     def close(self):
         """Leave the process group."""
         if self.control is not None:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _one_line_when_another_is_gone():
+    """A rank that stops for a reason of its own says it; the others, whose collectives then fail, add one line."""
+    try:
+        yield
+    except RuntimeError:
+        raise UserError("another process of this training has ended; what it printed says why") from None
 
 
 def _store():
@@ -110,17 +121,23 @@ def _store():
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
+class Stopped(Exception):
+    """A reason to stop came in the middle of something long."""
+
+
 class Stop:
     """Why training should end before its last step, agreed between the ranks.
 
     SIGTERM (a scheduler, torchrun), SIGINT (Ctrl-C; a second one interrupts at once), a file STOP in the run directory,
-    or the time limit of --stop-after-minutes.
+    the time limit of --stop-after-minutes, or the death of torchrun, which leaves its processes behind when it is
+    killed.
     """
 
     def __init__(self, ranks, run_dir, after_minutes=0.0):
         self.ranks, self.file = ranks, Path(run_dir) / "STOP"
         self.deadline = time.monotonic() + 60 * after_minutes if after_minutes else None
         self.after_minutes = after_minutes
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.why = None  # set once, then kept
         for name in ("SIGTERM", "SIGINT"):
             signal.signal(getattr(signal, name), self._handle)
@@ -137,7 +154,25 @@ class Stop:
             self.why = "found the file STOP"
         if not self.why and self.deadline and time.monotonic() > self.deadline:
             self.why = f"the {self.after_minutes:g} minutes of --stop-after-minutes are over"
+        if not self.why and self.torchrun and self.torchrun != os.getppid():
+            self.why = "torchrun is gone"
         return self.why
+
+    def check(self):
+        """Leave what `unless` runs, if this rank has a reason to stop."""
+        if self.here():
+            raise Stopped
+
+    def unless(self, work):
+        """work() -> its result, or None on every rank if one of them left it by `check`. Collective.
+
+        For what takes long between two steps: it calls `check` between its pieces, and talks to no other rank.
+        """
+        try:
+            result, left = work(), False
+        except Stopped:
+            result, left = None, True
+        return None if self.ranks.any(left) else result
 
     def reason(self):
         """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""

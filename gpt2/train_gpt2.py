@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from bpe.tokenizer import Tokenizer
 from data.shards import check_folder, count_ids
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
-from gpt2.distributed import Ranks, Stop
+from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
 from gpt2.loader import Loader, Prefetcher
 from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
@@ -46,10 +47,6 @@ GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
 
 class Diverged(Exception):
     """A loss or gradient that is not finite, and the step at which it came."""
-
-
-class Stopped(Exception):
-    """A reason to stop came while HellaSwag was being scored."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,14 +70,11 @@ def _about(preset):
 
 def resolve(cfg, device):
     """Replace the settings that say auto by what they mean on this machine; set the global switches of torch."""
-    if cfg.dtype == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        cfg = replace(cfg, dtype="bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: what is left in float32 runs 8x faster
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return cfg
+    return replace(cfg, dtype=pick_dtype(cfg.dtype, device))
 
 
 def build_model(cfg, meta):
@@ -158,11 +152,12 @@ def check_resume(saved, cfg, meta, step, say):
 
 
 @torch.no_grad()
-def validation_loss(model, loader, cfg, ranks, autocast, token_bytes):
-    """Loss over the first val_tokens of the val split -> {"loss" in nats per token, "bits_per_byte", "tokens"}.
+def validation_sums(model, loader, cfg, ranks, token_bytes, check):
+    """This rank's share of the first val_tokens of the val split -> [summed nats, tokens, bytes of their text].
 
-    Sequence i goes to rank i mod world_size, and sums are what is reduced, so the figure depends neither on the number
-    of processes nor on the micro-batch. token_bytes: (vocab_size,) UTF-8 bytes of each id.
+    Sequence i goes to rank i mod world_size, and sums are what the ranks exchange, so the loss depends neither on the
+    number of processes nor on the micro-batch. token_bytes: (vocab_size,) UTF-8 bytes of each id. check: called between
+    batches.
     """
     n = min(loader.n_sequences, max(1, cfg.val_tokens // cfg.block_size))
     per_batch = cfg.micro_batch_size * ranks.world_size
@@ -170,14 +165,14 @@ def validation_loss(model, loader, cfg, ranks, autocast, token_bytes):
     tokens = text_bytes = 0
     model.eval()
     for first in range(0, n, per_batch):
+        check()
         idx, targets = loader.in_order(first + ranks.rank, cfg.micro_batch_size, ranks.world_size, n)
         known = targets[targets >= 0]
         tokens, text_bytes = tokens + known.numel(), text_bytes + int(token_bytes[known].sum())
-        with autocast():
+        with autocast(ranks.device, cfg.dtype):
             _, loss = model(idx.to(ranks.device), targets.to(ranks.device), return_logits=False, reduction="sum")
         nats += loss
-    nats, tokens, text_bytes = ranks.sum([nats, tokens, text_bytes])
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1, text_bytes), "tokens": int(tokens)}
+    return [nats, tokens, text_bytes]
 
 
 def unigram_entropy(loader, vocab_size):
@@ -199,6 +194,7 @@ class Trainer:
 
     def __init__(self, cfg, meta, ranks, log):
         self.meta, self.ranks, self.log = meta, ranks, log
+        self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)  # from here on signals are heard between steps
         self.device, self.say = ranks.device, log.print
         self.tokenizer = Tokenizer.load(Path(cfg.data_dir) / "tokenizer.model")
         if self.tokenizer.sha256 != meta["tokenizer"]["sha256"]:
@@ -224,6 +220,7 @@ class Trainer:
         # be compiled; `step_model` adds the exchange of gradients between processes.
         self.cfg = cfg
         self.raw_model = build_model(cfg, meta).to(self.device)
+        torch.manual_seed(cfg.seed + ranks.rank)  # dropout: other masks on every rank, whose rows are others, too
         self.model = self.step_model = compiled(self.raw_model, cfg, self.device, self.say)
         if ranks.world_size > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
@@ -238,13 +235,20 @@ class Trainer:
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
         self.last_val, self.last_hellaswag = {}, {}
         self.resume()
-        self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)
 
     def resume(self):
         """Go on from the newest checkpoint that verifies, if there is one."""
         state = checkpoint.load_newest(self.log.ckpt_dir, warn=self.say)
+        steps = self.ranks.gather(state and state["step"])
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the processes see different checkpoints in {self.log.ckpt_dir} (steps {steps}); "
+                "--run-dir must be on a file system that all nodes share"
+            )
         if state is None:
             return
+        if "optimizers" not in state:
+            raise UserError(f"{self.cfg.run_dir} holds imported weights; name it by --init, with another --run-dir")
         check_resume(state["learned"], self.cfg, self.meta, state["step"], self.say)
         self.load(state)
         self.say(f"resumed at step {self.step}")
@@ -262,6 +266,7 @@ class Trainer:
 
     def save(self):
         """Write a checkpoint of this step, unless there is one already."""
+        self.flush()  # which raises Diverged, before a good checkpoint is replaced, if a loss was not finite
         rng = self.ranks.gather(checkpoint.rng_state(self.device))
         if self.ranks.main and self.step != self.saved_at:
             state = {
@@ -276,41 +281,32 @@ class Trainer:
             self.say(f"  saved {path.name}")
         self.saved_at = self.step
 
-    def autocast(self):
-        """The context of the forward pass: matmuls in cfg.dtype, what needs the range in float32."""
-        if self.cfg.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.cfg.dtype))
-
     def run(self):
         """Step after step, until the last one or a reason to stop -> the fields of result.json."""
         cfg, ranks = self.cfg, self.ranks
         self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
-        self.clock = time.perf_counter()
         while True:
             # --- between steps. The checkpoint comes first: after a kill the rest is done again, and comes out equal.
             if self.step > 0 and self.due(cfg.checkpoint_every):
-                self.flush()
                 self.save()
             if self.due(cfg.val_every):
-                self.flush()
                 self.validate()
             if self.step > 0 and self.due(cfg.hellaswag_every):
-                self.flush()
                 self.score_hellaswag()
             if self.due(cfg.sample_every):
-                self.flush()
                 self.sample()
             if reason := self.stop.reason():
-                self.flush()
                 self.save()
                 bar.close()
-                return {"status": "preempted", "reason": f"{reason}; the same command goes on", "step": self.step}
+                return self.preempted(reason)
             if self.step >= cfg.max_steps:
-                break
+                bar.close()
+                return self.final_numbers()
 
             # --- one optimizer step
+            if not self.pending:  # what happens between steps is not the steps' time
+                self.clock = time.perf_counter()
             self.model.train()
             loss_sum = torch.zeros((), device=self.device)
             for micro_step in range(self.grad_accum_steps):
@@ -318,7 +314,7 @@ class Trainer:
                 # Gradients travel between processes once a step: in the backward pass of the last micro-batch.
                 last = micro_step == self.grad_accum_steps - 1
                 with contextlib.nullcontext() if last or ranks.world_size == 1 else self.step_model.no_sync():
-                    with self.autocast():
+                    with autocast(self.device, cfg.dtype):
                         _, loss = self.step_model(idx, targets, return_logits=False)
                     loss = loss / self.grad_accum_steps
                     self.scaler.scale(loss).backward()
@@ -340,8 +336,6 @@ class Trainer:
             bar.update()
             if len(self.pending) >= cfg.log_every:
                 self.flush()
-        bar.close()
-        return self.final_numbers()
 
     def evaluate(self):
         """Evaluate once, without training -> the fields of result.json."""
@@ -349,7 +343,8 @@ class Trainer:
         self.validate()
         if self.cfg.hellaswag_every:
             self.score_hellaswag()
-        return self.final_numbers()
+        reason = self.stop.reason()
+        return self.preempted(reason) if reason else self.final_numbers()
 
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""
@@ -386,44 +381,46 @@ class Trainer:
                 raise Diverged(f"the loss of step {step} is not finite")
             if self.cfg.skip_nonfinite == 0 and not math.isfinite(norm) and not self.scaler.is_enabled():
                 raise Diverged(f"the gradient of step {step} is not finite")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:  # it has halved at step after step, to no avail
+            raise Diverged(f"the gradient of step {step} is not finite, however small the loss is scaled")
         self.say(
             f"step {step:>6}/{self.cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
             f"{seconds * 1e3:.0f} ms | {tok_per_sec:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "")
             + f" | ETA {_hms(seconds * (self.cfg.max_steps - step - 1))}"
         )  # fmt: skip
-        self.clock = time.perf_counter()
 
     def validate(self):
         """Record the validation loss and refresh the picture."""
-        self.last_val = validation_loss(
-            self.model, self.val_loader, self.cfg, self.ranks, self.autocast, self.token_bytes
-        )
+        self.flush()
+        what = (self.model, self.val_loader, self.cfg, self.ranks, self.token_bytes, self.stop.check)
+        sums = self.stop.unless(lambda: validation_sums(*what))
+        if sums is None:  # it is done again, whole, when the run goes on from this step; so is HellaSwag
+            return
+        nats, tokens, text_bytes = self.ranks.sum(sums)
+        loss, bits_per_byte = nats / tokens, nats / math.log(2) / max(1, text_bytes)
+        self.last_val = {"loss": loss, "bits_per_byte": bits_per_byte, "tokens": int(tokens)}
         self.log.metric(self.step, "val", **self.last_val)
-        self.say(f"  val    | loss {self.last_val['loss']:.4f} | {self.last_val['bits_per_byte']:.4f} bits per byte")
+        self.say(f"  val    | loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
         lines = {"unigram entropy": self.unigram_entropy}
         if self.meta["name"].startswith("fineweb-edu") and self.meta["tokenizer"]["name"] == "gpt2":
             lines.update(GPT2_ON_FINEWEB_EDU)
         self.log.plot(reference=lines)
-        self.clock = time.perf_counter()  # what happens between steps is not the steps' time
 
     def score_hellaswag(self):
-        """Record HellaSwag's accuracies, each rank scoring its share; a reason to stop is heard between two batches."""
+        """Record HellaSwag's accuracies, each rank scoring its share."""
+        self.flush()
         start = time.perf_counter()
         self.raw_model.eval()
-        score = hellaswag.shared_gpt(self.raw_model)
+        score_batch = hellaswag.shared_gpt(self.raw_model)
 
-        def score_unless_stopped(batch):
-            if self.stop.here():
-                raise Stopped
-            return score(batch)
+        def score(batch):
+            self.stop.check()
+            return score_batch(batch)
 
-        try:
-            shared_out = (self.device, self.ranks.rank, self.ranks.world_size)
-            rows = hellaswag.evaluate(score_unless_stopped, self.hellaswag_items, *shared_out, autocast=self.autocast)
-            left = False
-        except Stopped:
-            left = True
-        if self.ranks.any(left):  # it is done again, whole, when the run goes on from this step
+        share = (self.hellaswag_items, self.device, self.ranks.rank, self.ranks.world_size)
+        context = partial(autocast, self.device, self.cfg.dtype)
+        rows = self.stop.unless(lambda: hellaswag.evaluate(score, *share, autocast=context))
+        if rows is None:
             return
         figures = hellaswag.figures(self.ranks.sum(hellaswag.counts(rows)))
         self.last_hellaswag = {f"hellaswag_{k}": figures[k] for k in ("items", "acc", "acc_norm")}
@@ -432,10 +429,10 @@ class Trainer:
             f"  hella  | acc_norm {figures['acc_norm']:.4f} ({figures['acc_norm_low']:.4f} … "
             f"{figures['acc_norm_high']:.4f}) | acc {figures['acc']:.4f} | {figures['items']} items, chance 0.25"
         )
-        self.clock = time.perf_counter()
 
     def sample(self):
         """Two continuations of the prompt: whole into samples.txt, shortened onto the terminal. On one rank."""
+        self.flush()
         if self.ranks.main:
             cfg, tokenizer = self.cfg, self.tokenizer
             prompt = tokenizer.encode(cfg.sample_prompt) or [tokenizer.eot_token]
@@ -445,7 +442,6 @@ class Trainer:
                 text = tokenizer.decode(prompt + new)
                 self.log.sample(self.step, text)
                 self.say(f"  sample | {' '.join(text.split())[:160]}")
-        self.clock = time.perf_counter()
 
     def announce(self):
         """What is about to happen, in two lines."""
@@ -457,6 +453,10 @@ class Trainer:
             f"{cfg.block_size}"
         )
         self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: what knowing the frequencies alone would reach")
+
+    def preempted(self, reason):
+        """The fields of result.json when a run ends before its last step."""
+        return {"status": "preempted", "reason": f"{reason}; the same command goes on", "step": self.step}
 
     def final_numbers(self):
         """The fields of result.json after the last step."""
@@ -470,7 +470,6 @@ class Trainer:
             "unigram_entropy": self.unigram_entropy,
             "parameters": self.raw_model.num_params(),
             "skipped_steps": self.skipped,
-            "peak_mb": _peak_mb(self.device),
         }
 
 
@@ -492,12 +491,26 @@ def _peak_mb(device):
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
-def earlier_run(cfg, meta):
-    """What lies in the run directory -> (the Run, or None; whether it learns the same as this one would)."""
-    if not (Path(cfg.run_dir) / "config.json").exists():
-        return None, True
-    run = read_run(cfg.run_dir)
-    return run, learned_settings(run.settings) == learned_settings(all_settings(cfg, meta))
+def how_to_start(cfg, meta):
+    """What the run directory asks for -> "go on" (or begin), "replace" or "finished"; UserError if it is another run's.
+
+    Nothing is written before this is known, so that a refusal leaves the record as it was.
+    """
+    run_dir = Path(cfg.run_dir)
+    kept = checkpoint.sorted_checkpoints(run_dir / "ckpt")
+    if cfg.eval_only and kept:
+        raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
+    if not (run_dir / "config.json").exists():
+        return "go on"
+    run = read_run(run_dir)
+    if learned_settings(run.settings) == learned_settings(all_settings(cfg, meta)):
+        # A record whose weights are gone is no finished run.
+        return "finished" if run.result.get("status") == "success" and (kept or cfg.eval_only) else "go on"
+    if cfg.overwrite or not (kept or run.metrics):
+        return "replace"
+    newest = checkpoint.step_of(kept[-1]) if kept else 0
+    check_resume(run.settings, cfg, meta, newest, say=lambda change: None)
+    return "go on"
 
 
 def main():
@@ -507,30 +520,31 @@ def main():
     meta = check_folder(cfg.data_dir)
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks.device)
-    earlier, same = earlier_run(cfg, meta)
-    kept = checkpoint.sorted_checkpoints(Path(cfg.run_dir) / "ckpt")  # a record without weights is no finished run
-    if earlier and same and earlier.result.get("status") == "success" and (kept or cfg.eval_only):
+    start = how_to_start(cfg, meta)
+    ranks.wait()  # all have looked before one writes
+    if start == "finished":
         if ranks.main:
+            result = read_run(cfg.run_dir).result
             print(
-                f"{portable(cfg.run_dir)} is finished: {earlier.result['step']} steps, validation loss "
-                f"{earlier.result['val_loss']}; nothing is left to do (another --run-dir trains anew)"
+                f"{portable(cfg.run_dir)} is finished: {result['step']} steps, validation loss {result['val_loss']}; "
+                "nothing is left to do (another --run-dir trains anew)"
             )
         return ranks.close()
-    fresh = cfg.overwrite and not same
-    if cfg.eval_only and kept:
-        raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
-    mirrors = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
-    with RunLog(cfg.run_dir, "gpt2", all_settings(cfg, meta), resume=not fresh, enabled=ranks.main, **mirrors) as log:
-        if fresh and ranks.main:
+
+    settings, mirrors = all_settings(cfg, meta), {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
+    with RunLog(cfg.run_dir, "gpt2", settings, resume=start != "replace", enabled=ranks.main, **mirrors) as log:
+        if start == "replace" and ranks.main:
             log.print(f"{cfg.run_dir} was made with other settings or data: it is replaced")
             shutil.rmtree(log.ckpt_dir, ignore_errors=True)
-        ranks.any(False)  # all ranks wait for that before they look for checkpoints
+        ranks.wait()  # for that, before any looks for checkpoints
         try:
             trainer = Trainer(cfg, meta, ranks, log)
             result = trainer.evaluate() if cfg.eval_only else trainer.run()
         except Diverged as e:
             result = {"status": "diverged", "reason": f"{e}; the last good checkpoint is kept, try a lower --max-lr"}
-        log.finish(**result)
+        peak_mb = _peak_mb(ranks.device)
+        log.finish(**result, peak_mb=peak_mb)
+        log.print(f"peak memory {peak_mb or '?'} MB, of one process")
         log.print(_last_line(cfg, result))
     ranks.close()
 

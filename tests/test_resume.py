@@ -1,5 +1,6 @@
 """Real training processes are killed, stopped and restarted; what they end with is identical to an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -32,10 +33,24 @@ def command(corpus, run_dir, *flags, nproc=1, restarts=0):
 
 
 def start(command):
-    """Start a training in a process group of its own, so that a kill reaches torchrun's workers too."""
+    """Start a training in a process group of its own, so that a kill reaches all that it starts."""
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", start_new_session=True
     )
+
+
+def workers(process):
+    """Process ids of torchrun's workers."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in children.stdout.split()]
+
+
+def kill(process):
+    """Kill -9 a training whole. torchrun's workers have process groups of their own, so each gets a kill of its own."""
+    for pid in [process.pid, *workers(process)]:
+        with contextlib.suppress(ProcessLookupError):  # a child in the first one's group
+            os.killpg(pid, signal.SIGKILL)
+    process.communicate()
 
 
 def finish(process, timeout=240):
@@ -82,8 +97,8 @@ def kill_and_resume(corpus, run_dir, kills, seed, *flags, nproc=1):
         target = int(MAX_STEPS * (i + random_moment.uniform(0.2, 0.8)) / kills)
         wait_for(lambda target=target: last_step(run_dir) >= target, process, f"step {target}")
         time.sleep(random_moment.uniform(0, 0.1))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
+        assert last_step(run_dir) < MAX_STEPS - 1
     return finish(start(command(corpus, run_dir, *flags, nproc=nproc)))
 
 
@@ -119,8 +134,7 @@ def test_a_killed_rank_leads_to_a_restart_that_resumes(corpus, tmp_path):
     run_dir = tmp_path / "run"
     process = start(command(corpus, run_dir, nproc=2, restarts=2))
     wait_for(lambda: last_step(run_dir) >= 45, process, "step 45")
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     wait_for(lambda: "resumed at step" in (run_dir / "log.txt").read_text(encoding="utf-8"), process, "the restart")
     wait_for(lambda: last_step(run_dir) >= 120, process, "step 120")
     (run_dir / "STOP").touch()
@@ -154,13 +168,20 @@ def test_two_nodes_and_another_number_of_processes_on_resume(reference, corpus, 
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 2e-3
 
 
-def test_two_trainers_on_one_run_directory_are_not_let_in(corpus, tmp_path):
-    process = start(command(corpus, tmp_path / "run", "--max-steps", "100000"))
-    wait_for(lambda: last_step(tmp_path / "run") >= 3, process, "step 3")
-    second = subprocess.run(command(corpus, tmp_path / "run", "--max-steps", "100000"), capture_output=True, text=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert second.returncode == 2 and "another process" in second.stderr and second.stderr.count("\n") == 1
+def test_two_trainers_on_one_run_directory_are_not_let_in_and_ranks_outlive_no_torchrun(corpus, tmp_path):
+    """The second is refused, under torchrun too; ranks whose torchrun was killed save and stop by themselves."""
+    run_dir, longer = tmp_path / "run", ["--max-steps", "100000"]
+    process = start(command(corpus, run_dir, *longer, nproc=2))
+    wait_for(lambda: last_step(run_dir) >= 3, process, "step 3")
+    for nproc in (1, 2):
+        second = subprocess.run(command(corpus, run_dir, *longer, nproc=nproc), capture_output=True, text=True)
+        assert second.returncode == (2 if nproc == 1 else 1) and "is being written by another process" in second.stderr
+        assert second.stderr.count("\n") == 1 or (nproc == 2 and "RuntimeError" not in second.stderr)
+    os.kill(process.pid, signal.SIGKILL)
+    out = process.communicate(timeout=60)[0]  # its pipe is open until the ranks have ended
+    assert "preempted: torchrun is gone" in out
+    result = read_run(run_dir).result
+    assert result["status"] == "preempted" and checkpoint.load_newest(run_dir / "ckpt")["step"] == result["step"]
 
 
 @pytest.mark.slow

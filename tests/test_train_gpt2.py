@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from gpt2 import checkpoint
-from gpt2.config import FREE_ON_RESUME, PRESETS, TrainConfig
+from gpt2 import checkpoint, train_gpt2
+from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
+from gpt2.model import GPT
 from gpt2.train_gpt2 import main, parse
 from runlog import UserError, learned, read_run
 
@@ -142,7 +144,7 @@ def test_bits_per_byte_agrees_with_the_loss_and_the_text(reference, corpus):
 def test_the_result_does_not_depend_on_processes_or_micro_batches(
     reference, corpus, tmp_path, world_size, micro_batch_size
 ):
-    """karpathy/nanoGPT#145, #225, #468; build-nanogpt#105, #109, #23 (ranks drifting apart at shard ends)."""
+    """karpathy/nanoGPT#145, #225, #468: results that depend on the number of GPUs."""
     flags = ["--micro-batch-size", str(micro_batch_size)]
     torchrun(tmp_path / "run", corpus, *flags, nproc=world_size, before=["--standalone"])
     ours, theirs = learned(reference[0]), learned(tmp_path / "run")
@@ -164,8 +166,10 @@ def test_a_record_whose_weights_are_gone_is_trained_again(reference, train, tmp_
 
 def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, mistake, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
+    record = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
     mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.003 -> 0.1")
     mistake(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
+    assert record == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
 
 def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path):
@@ -174,6 +178,59 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
     assert "it is replaced" in train(tmp_path / "run", "--overwrite", "--max-steps", "3")
     assert [r["step"] for r in read_run(tmp_path / "run").rows("train")] == [0, 1, 2]
     assert [p.name for p in checkpoint.sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
+
+
+def test_processes_that_see_different_checkpoints_are_stopped(reference, mistake, tmp_path, monkeypatch):
+    """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
+    shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
+    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, 15])
+    mistake(tmp_path / "run", says="(steps [20, 15]); --run-dir must be on a file system that all nodes share")
+
+
+def test_imported_weights_are_no_run_to_go_on_with(mistake, tmp_path):
+    checkpoint.save(tmp_path / "run/ckpt", 0, {"model": {}})
+    mistake(tmp_path / "run", says="holds imported weights; name it by --init")
+
+
+@pytest.mark.parametrize("where", ["validation", "HellaSwag"])
+def test_a_reason_to_stop_is_heard_in_the_middle_of(where, train, shared_data, tmp_path, monkeypatch):
+    """They may take longer than the 30 s that torchrun gives. When the run goes on they are done again, whole."""
+    flags = ["--hellaswag-every", "10", "--hellaswag-file", shared_data / "hellaswag_val.jsonl.gz"]
+    flags += ["--hellaswag-limit", "8", "--max-steps", "12"]
+    train(tmp_path / "undisturbed", *flags)
+    module, name = {"validation": (train_gpt2, "validation_sums"), "HellaSwag": (train_gpt2.hellaswag, "evaluate")}[
+        where
+    ]
+    original, seen = getattr(module, name), []
+
+    def stopped(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == (2 if where == "validation" else 1):  # at step 10
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, stopped)
+    out = train(tmp_path / "run", *flags)
+    run = read_run(tmp_path / "run")
+    assert out.splitlines()[-1].startswith("preempted: received SIGTERM") and run.result["step"] == 10
+    kind = "val" if where == "validation" else "hellaswag"
+    assert 10 not in [row["step"] for row in run.rows(kind)]
+    train(tmp_path / "run", *flags)
+    assert identical(tmp_path / "undisturbed", tmp_path / "run")
+
+
+def test_gpt2s_own_loss_is_a_line_in_the_picture_of_fineweb_edu(corpus, in_process, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    meta = json.loads((tmp_path / "corpus/meta.json").read_text(encoding="utf-8"))
+    lines = []
+    monkeypatch.setattr(train_gpt2.RunLog, "plot", lambda self, reference: lines.append(reference))
+    for name, expected in [("fineweb-edu", 3.2924), ("tiny", None)]:
+        meta.update(name=name, tokenizer={**meta["tokenizer"], "name": "gpt2"})
+        (tmp_path / "corpus/meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        flags = ["--data-dir", tmp_path / "corpus", "--run-dir", tmp_path / name, "--max-steps", "1"]
+        code, _, err = in_process(main, *TINY, *flags)
+        assert code == 0, err
+        assert lines[-1].get("GPT-2 124M (OpenAI)") == expected and lines[-1]["unigram entropy"] > 0
 
 
 def test_settings_that_do_not_change_what_is_learned_may_differ(train, reference, tmp_path):
@@ -326,7 +383,7 @@ def test_sixteen_bits_train_like_thirty_two(reference, train, tmp_path, dtype):
 
 
 def test_without_a_compiler_training_is_eager_and_says_so_once(reference, train, tmp_path, monkeypatch):
-    """karpathy/nanochat#502, #604."""
+    """karpathy/nanochat#502, #604: no toolchain for torch.compile."""
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
@@ -337,7 +394,6 @@ def test_without_a_compiler_training_is_eager_and_says_so_once(reference, train,
 
 
 def test_hellaswag_and_samples_come_in_between(train, shared_data, tmp_path):
-    """build-nanogpt#79, #78, #60: compiling broke HellaSwag and sampling, whose shapes are odd."""
     flags = [
         "--hellaswag-every",
         "10",
@@ -366,3 +422,63 @@ def test_tensorboard_shows_the_curves_when_asked(train, tmp_path):
         steps, losses = read_run(tmp_path / "run").curve(kind)
         assert [event.step for event in events.Scalars(f"{kind}/loss")] == steps
         assert [event.value for event in events.Scalars(f"{kind}/loss")] == pytest.approx(losses)
+
+
+def test_compiled_training_validates_scores_samples_and_saves_plain_names(train, shared_data, tmp_path):
+    """build-nanogpt#79, #78, #60: compiling breaks HellaSwag and sampling. nanoGPT#325: `_orig_mod.` in checkpoints."""
+    items = [
+        "--hellaswag-every",
+        "2",
+        "--hellaswag-file",
+        shared_data / "hellaswag_val.jsonl.gz",
+        "--hellaswag-limit",
+        "8",
+    ]
+    often = [*items, "--sample-every", "2", "--val-every", "2", "--max-steps", "4", "--val-tokens", "384"]
+    out = train(tmp_path / "compiled", "--compile", *often)
+    assert "eager" not in out
+    train(tmp_path / "eager", *often)
+    ours, eager = read_run(tmp_path / "compiled"), read_run(tmp_path / "eager")
+    for kind, field in [("train", "loss"), ("val", "loss"), ("hellaswag", "acc_norm")]:
+        assert ours.curve(kind, field)[1] == pytest.approx(eager.curve(kind, field)[1], abs=1e-4)
+    assert out.count("  sample | ") == 6
+    assert not any(name.startswith(("_orig_mod.", "module.")) for name in weights(tmp_path / "compiled"))
+    assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "eager"))
+
+
+def test_mfu_stands_in_the_step_line_where_the_peak_is_known(train, tmp_path, monkeypatch):
+    """build-nanogpt#182."""
+    monkeypatch.setattr(train_gpt2, "peak_flops", lambda device, dtype: 1e12)
+    out = train(tmp_path / "run", "--max-steps", "2")
+    row = read_run(tmp_path / "run").rows("train")[-1]
+    model = GPT(GPTConfig(block_size=32, vocab_size=385, n_layer=1, n_head=2, n_embd=16))
+    assert row["mfu"] == pytest.approx(row["tok_per_sec"] * model.flops_per_token() / 1e12)
+    assert f"MFU {row['mfu']:.1%}" in out
+
+
+def test_a_float16_overflow_lowers_the_scale_and_leaves_the_step_out(train, tmp_path, monkeypatch):
+    """nanoGPT#87: the gradient scaler of cards without bfloat16, as far as a CPU shows it."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-12)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    train(tmp_path / "run", "--dtype", "float16", "--max-steps", "8")
+    run = read_run(tmp_path / "run")
+    norms = [row["grad_norm"] for row in run.rows("train")]
+    assert norms[0] is None and all(norm is not None for norm in norms[-4:])  # null: not finite
+    assert run.result["status"] == "success" and run.result["val_loss"] < run.rows("val")[0]["loss"]
+    state = checkpoint.load_newest(tmp_path / "run/ckpt")
+    assert state["scaler"]["scale"] < 2.0**40
+
+
+def test_float16_that_overflows_at_every_scale_has_diverged(train, tmp_path, monkeypatch):
+    """nanoGPT#87."""
+    build = train_gpt2.build_model
+
+    def spoilt(cfg, meta):
+        model = build(cfg, meta)
+        model.transformer.ln_f.weight.register_hook(lambda grad: grad * torch.inf)
+        return model
+
+    monkeypatch.setattr(train_gpt2, "build_model", spoilt)
+    train(tmp_path / "run", "--dtype", "float16", "--max-steps", "40")
+    result = read_run(tmp_path / "run").result
+    assert result["status"] == "diverged" and "of step 16 is not finite, however small" in result["reason"]
