@@ -41,6 +41,7 @@ def test_targets_are_the_next_tokens_of_one_shard(counting):
 
 
 def test_an_epoch_holds_every_sequence_once_and_the_next_another_order(counting):
+    """karpathy/build-nanogpt#52: data in the order of the files gives a loss that rises and falls with them."""
     loader = Loader(counting, "train", T, rows_per_step=4, seed=7)
     stream = list(itertools.chain.from_iterable(rows(loader.batch(step)) for step in range(8)))
     assert len(set(stream[:16])) == 16 == loader.n_sequences
@@ -58,6 +59,7 @@ def test_a_step_may_cross_epochs_and_steps_may_come_in_any_order(counting):
 
 @pytest.mark.parametrize("world_size, micro_batch_size", [(1, 8), (1, 2), (2, 4), (4, 1)])
 def test_rows_are_disjoint_across_ranks_and_independent_of_the_micro_batch(counting, world_size, micro_batch_size):
+    """karpathy/build-nanogpt#105, #109, #23: ranks drift apart at shard ends. The step's rows come from two shards."""
     loader = Loader(counting, "train", T, rows_per_step=8)
     accum = 8 // (world_size * micro_batch_size)
     seen = []
@@ -65,6 +67,7 @@ def test_rows_are_disjoint_across_ranks_and_independent_of_the_micro_batch(count
         for rank in range(world_size):
             seen += rows(loader.batch(3, micro_batch_rows(micro_step, rank, world_size, micro_batch_size)))
     assert len(set(seen)) == 8 and set(seen) == set(rows(loader.batch(3)))
+    assert len({row[0] < 150 for row in seen}) == 2
 
 
 def test_the_prefetcher_hands_out_the_loaders_batches(counting):
