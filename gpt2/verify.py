@@ -83,7 +83,7 @@ def usable_checkpoints(run, report):
         if problem := checkpoint.problem(path):
             report.fail(f"{path.name}: {problem}")
         else:
-            kept[int(checkpoint.NAME.fullmatch(path.name)[1])] = path
+            kept[checkpoint.step_of(path)] = path
     if not kept and not run.settings.get("eval_only"):
         report.open("no checkpoint is kept: the weights that the run ended with are not proved")
     return kept
@@ -142,7 +142,7 @@ class Replay(Trainer):
     def __init__(self, *args, start, until):
         self.start, self.until = start, until
         super().__init__(*args)
-        self.stop = self  # asked between the steps
+        self.stop.reason = lambda: "replayed" if self.step >= self.until else None  # asked between the steps
 
     def resume(self):
         if self.start is not None:
@@ -150,13 +150,7 @@ class Replay(Trainer):
             self.load(checkpoint.load(self.start))
 
     def save(self):
-        pass
-
-    def here(self):
-        return None
-
-    def reason(self):
-        return "replayed" if self.step >= self.until else None
+        self.flush()
 
 
 def replay(run, report, cfg, meta, at, until, path):
