@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from lora.train_lora import NOT_LEARNED, mirrors
 from runlog import RunLog, atomic_open, file_sha256, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
@@ -34,8 +35,9 @@ class Slot:
         self.state = state or start  # plain numbers and lists, so that a checkpoint can hold them
         self.best_theta = None  # (P,): the weights at the best held-out loss
         self.stack = ExitStack()
-        shown = {k: v for k, v in asdict(cfg).items() if k not in ("run_dir", "overwrite", "show_batch")}
-        self.log = self.stack.enter_context(RunLog(cfg.run_dir, "lora", shown, resume=state is not None))
+        shown = {k: v for k, v in asdict(cfg).items() if k not in NOT_LEARNED}
+        log = RunLog(cfg.run_dir, "lora", shown, resume=state is not None, **mirrors(cfg))
+        self.log = self.stack.enter_context(log)
 
     def diverges(self, loss, factor):
         """Take in a step's loss -> whether the smoothed loss is above `factor` times its best."""

@@ -56,6 +56,8 @@ class SweepConfig:
     seeds: tuple[int, ...] = ()  # every configuration once with each; none: as the file says
     set: tuple[str, ...] = ()  # NAME=VALUE over the file's settings, for example max_length=128 eval_rows=50
     device: str = "auto"  # auto, cuda, mps or cpu
+    tensorboard: bool = False  # write every adapter's figures to its run directory's tensorboard/, too
+    wandb: bool = False  # send every adapter's figures to Weights & Biases, too
     plan: bool = False  # print the groups and the memory estimate, and stop
     overwrite: bool = False  # replace a sweep with other settings instead of refusing
 
@@ -75,7 +77,8 @@ def read_grid(cfg):
     seeds = cfg.seeds or grid.get("seeds", [0])
     common = {"task": "pydocs", "device": cfg.device, **grid.get("settings", {}), **assignments(cfg.set)}
     common |= {name: grid[name] for name in ("task", "base", "data_file") if name in grid}
-    common |= {name: value for name in ("base", "data_file", "max_steps") if (value := getattr(cfg, name))}
+    flags = ("base", "data_file", "max_steps", "tensorboard", "wandb")
+    common |= {name: value for name in flags if (value := getattr(cfg, name))}
     if not common.get("base"):
         raise UserError(f"{cfg.grid} names no base; give one with --base")
     types = {field.name: field.type for field in fields(TrainConfig)}
@@ -171,7 +174,9 @@ def agree(cfg, configs, n):
     It holds the settings and the cut into groups, so that all workers, now and later, mean the same.
     """
     path = Path(cfg.run_dir) / "sweep.json"
-    rows = [{k: v for k, v in asdict(c).items() if k not in ("run_dir", "device")} for c in configs]
+    rows = [
+        {k: v for k, v in asdict(c).items() if k not in ("run_dir", "device", "tensorboard", "wandb")} for c in configs
+    ]
     names = ("engine", "adapters_at_once", "divergence_factor", "halving", "rungs", "sample_tokens")
     wanted = {
         "configs": rows,

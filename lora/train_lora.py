@@ -79,8 +79,18 @@ class TrainConfig:
     dtype: str = "float32"  # of the base: float32 or bfloat16; adapters train in float32
     device: str = "auto"  # auto, cuda, mps or cpu
     seed: int = 0  # of initial weights, data order and dropout
+    tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
+    wandb: bool = False  # send the figures to Weights & Biases, too
     overwrite: bool = False  # replace a run with other settings instead of refusing
     show_batch: bool = False  # print a batch, learned and masked tokens told apart, and stop
+
+
+NOT_LEARNED = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # settings that decide no figure
+
+
+def mirrors(cfg):
+    """Where else RunLog is to write the figures."""
+    return {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
 
 
 class Diverged(RuntimeError):
@@ -366,8 +376,7 @@ def check(cfg):
 
 def settings(cfg):
     """Everything that decides the result, as config.json keeps it."""
-    loud = ("overwrite", "show_batch", "run_dir")
-    return {**{k: v for k, v in asdict(cfg).items() if k not in loud}, "inputs": fingerprint(cfg)}
+    return {**{k: v for k, v in asdict(cfg).items() if k not in NOT_LEARNED}, "inputs": fingerprint(cfg)}
 
 
 def state_of(run_dir, wanted, overwrite):
@@ -437,7 +446,7 @@ def run(cfg, base=None):
         print(show_batch([data.train[i] for i in batch_rows(len(data.train), cfg.batch_size, 0, cfg.seed)], tokenizer))
         return {}
     main_process = int(os.environ.get("RANK", 0)) == 0
-    with RunLog(cfg.run_dir, "lora", wanted, resume=state == "resume", enabled=main_process) as log:
+    with RunLog(cfg.run_dir, "lora", wanted, resume=state == "resume", enabled=main_process, **mirrors(cfg)) as log:
         if state == "new" and main_process:
             shutil.rmtree(log.ckpt_dir, ignore_errors=True)
         return train(cfg, model, tokenizer, data, log)

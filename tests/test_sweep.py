@@ -261,6 +261,17 @@ def test_what_the_engine_cannot_do_goes_to_the_trainer(base, rows, tmp_path):
         run_sweep(config(grid, base, rows, tmp_path / "other", engine="concurrent"))
 
 
+def test_tensorboard_shows_every_adapter_of_both_engines_when_asked(base, rows, tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    settings = {"max_steps": 2, "eval_every": 2, "metric_rows": 0, "lora_dropout": 0.0}
+    grid = write_grid(tmp_path / "grid.json", settings, configs=[{"r": 2}, {"r": 2, "use_dora": True}])
+    run_sweep(config(grid, base, rows, tmp_path / "run", tensorboard=True))
+    for folder in adapters(tmp_path / "run").values():
+        assert len(list((folder / "tensorboard").glob("events.*"))) == 1
+        assert "tensorboard" not in read_run(folder).settings
+    run_sweep(config(grid, base, rows, tmp_path / "run"))  # the same sweep without it: nothing is left to do
+
+
 def test_halving_stops_the_worse_half(base, rows, tmp_path):
     settings = {"max_steps": 16, "eval_every": 8, "metric_rows": 0}
     grid = write_grid(tmp_path / "grid.json", settings, grid={"lr": [1e-5, 1e-4, 1e-3, 1e-2]})
