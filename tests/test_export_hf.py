@@ -10,7 +10,7 @@ from bpe import Tokenizer
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
 from gpt2.export_hf import export, import_hf, largest_difference, main
-from gpt2.model import GPT
+from gpt2.model import CONV1D, GPT
 from runlog import UserError
 
 
@@ -47,6 +47,27 @@ def test_export_and_import_change_no_weight(pair, tmp_path):
     for name, tensor in model.float().state_dict().items():
         assert torch.equal(tensor[:V], back.state_dict()[name][:V]), name
     assert back_tokenizer.merges == tokenizer.merges and back_tokenizer.special_tokens == tokenizer.special_tokens
+
+
+def test_gradients_are_transformers_through_export_and_import(pair, tmp_path):
+    """In float64: the loss and every gradient of the exported folder, and of what is imported from it again."""
+    model, tokenizer = pair
+    export(model, tokenizer, tmp_path / "hf")
+    import_hf(str(tmp_path / "hf"), tmp_path / "back")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
+    idx = torch.randint(model.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    logits = hf(idx[:, :-1]).logits.flatten(0, 1)
+    hf_loss = torch.nn.functional.cross_entropy(logits, idx[:, 1:].flatten())
+    hf_loss.backward()
+    for ours in (model.double().eval(), checkpoint.load_weights(tmp_path / "back").double()):
+        loss = ours(idx[:, :-1], idx[:, 1:])[1]
+        ours.zero_grad()
+        loss.backward()
+        torch.testing.assert_close(loss, hf_loss, rtol=0, atol=1e-12)
+        for name, p in hf.named_parameters():
+            grad = dict(ours.named_parameters())[name].grad
+            grad = grad.t() if name.endswith(CONV1D) else grad[: len(p)]
+            torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-12, msg=name)
 
 
 def test_the_comparison_of_logits_can_fail(pair, tmp_path):

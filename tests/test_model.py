@@ -173,6 +173,16 @@ def test_the_published_size_and_its_flops():
     assert model.flops_per_token() == pytest.approx(854.7e6, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", SCALED)
+def test_from_pretrained_reads_the_four_published_shapes(shape, tmp_path):
+    _, hf = random_pair(GPTConfig(block_size=16, vocab_size=101, **SCALED[shape]))
+    hf.float().save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    assert {k: getattr(model.config, k) for k in SCALED[shape]} == SCALED[shape]
+    idx = torch.randint(101, (2, 16))
+    torch.testing.assert_close(model.double()(idx)[0], hf.double()(idx).logits, rtol=0, atol=1e-11)
+
+
 def test_from_pretrained_reads_a_local_folder_and_refuses_another_architecture(tmp_path):
     config = GPTConfig(block_size=16, vocab_size=101, n_layer=2, n_head=2, n_embd=16)
     _, hf = random_pair(config)
