@@ -185,8 +185,8 @@ def environment():
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("GROUP_WORLD_SIZE"),  # torchrun's: how many
+        "job_id": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID"),
         "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
     }
     torch = sys.modules.get("torch")  # a run that does not use torch shall not pay for importing it

@@ -160,7 +160,8 @@ def test_two_nodes_and_another_number_of_processes_on_resume(reference, corpus, 
     (run_dir / "STOP").touch()
     for node in nodes:
         finish(node)
-    assert read_run(run_dir).env["world_size"] == 2
+    env = read_run(run_dir).env
+    assert (env["world_size"], env["nodes"], env["job_id"]) == (2, "2", "test")
     assert "resumed at step" in finish(start(command(corpus, run_dir, *flags)))
     ours, theirs = learned(tmp_path / "reference"), learned(run_dir)
     assert [(row["step"], row["kind"]) for row in ours] == [(row["step"], row["kind"]) for row in theirs]
