@@ -9,7 +9,8 @@ Kill it at any moment; the same command goes on from the newest checkpoint and e
 Ctrl-C, a file STOP in the run directory and --stop-after-minutes save first. What to expect of gpt2-124M: a validation
 loss of about 3.3 nats after one epoch of 10B tokens (OpenAI's weights: 3.29).
 
-The run directory gets config.json, metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog/.
+No preset means gpt2-124M, and PRESET --help lists every setting with its unit. The run directory gets config.json,
+metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog/.
 """
 
 import contextlib
