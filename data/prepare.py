@@ -124,7 +124,7 @@ def prepare(cfg):
         begin(cfg.out, plan, tokenizer)
         tokenize(cfg, tokenizer, part, parts)
     if parts == 1:
-        merge(cfg.out)
+        merge(cfg.out, tokenizer)
     else:
         print(f"part {cfg.shard} is done; when all are: python data/prepare.py merge {cfg.out.as_posix()}")
 
@@ -327,8 +327,11 @@ class Encoder:
 # merge: blocks -> shards
 
 
-def merge(out):
-    """Join the blocks of `out`, whoever wrote them, into shards and their manifest; then the blocks go."""
+def merge(out, tokenizer=None):
+    """Join the blocks of `out`, whoever wrote them, into shards and their manifest; then the blocks go.
+
+    tokenizer: the one that lies in `out`, where it is loaded already.
+    """
     if not (out / "plan.json").exists():
         raise UserError(f"{out} has no parts to join: no plan.json")
     plan = read_json(out / "plan.json")
@@ -336,7 +339,7 @@ def merge(out):
         for path in out.glob(".*.part"):  # half a file, where an earlier join was killed
             path.unlink()
         counts = count_tokens(out)
-        tokenizer = Tokenizer.load(out / "tokenizer.model")
+        tokenizer = tokenizer or Tokenizer.load(out / "tokenizer.model")
         shards = []
         for split, index, start, stop in layout(counts, plan["source"]):
             path = out / f"{plan['name']}_{split}_{index:06d}.bin"
