@@ -2,11 +2,11 @@
 
 The convention: a table row cites the records of its figures as `runs/NAME` (braces and * may name several), or else the
 paragraph before the table does, for all rows. A figure holds if one of the cited records has a number that rounds to it
-as printed, in result.json, config.json, env.json, table.md or a row of metrics.jsonl other than training steps; per
-cent may be a share there. Where the row's words are those of one entry of a benchmark's `rows` (as "train" and "ours"), the
-figures must be that entry's. A figure may also stand in a cited test. Runs that differ by their seed (NAME-seed1, …)
-also give their mean and standard deviation. Not figures: what is in backticks, names with a digit (GPT-2, float64,
-124M), and what is said to be "aimed at". Columns headed original or question are not ours, and not looked at.
+as printed, in result.json, config.json, env.json, table.md or a row of metrics.jsonl other than training steps; a
+percentage may be a share there. Where the row's words are those of one entry of a benchmark's `rows` (as "train" and
+"ours"), the figures must be that entry's. A figure may also stand in a cited test. Runs that differ by their seed
+(NAME-seed1, …) also give their mean and standard deviation. Not figures: what is in backticks, names with a digit
+(GPT-2, float64, 124M), and what is said to be "aimed at". Columns headed original or question are not looked at.
 """
 
 import re
