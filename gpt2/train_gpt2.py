@@ -302,6 +302,7 @@ class Trainer:
                 bar.close()
                 return self.preempted(reason)
             if self.step >= cfg.max_steps:
+                self.flush()
                 bar.close()
                 return self.final_numbers()
 
