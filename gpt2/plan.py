@@ -120,7 +120,8 @@ def print_plan(cfg):
     lines = {
         "data": data,
         "parameters": f"{model.num_params():,} ({cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide)",
-        "tokens": f"{tokens:,} in {cfg.max_steps:,} steps of {cfg.total_batch_size:,}",
+        "tokens": f"{tokens:,} in {cfg.max_steps:,} steps of {cfg.total_batch_size:,}: {world_size} process(es) x "
+        f"{cfg.grad_accum_steps(world_size)} x {cfg.micro_batch_size} sequences of {cfg.block_size}",
         "compute": f"{tokens * model.flops_per_token():.3g} FLOP",
         "memory": f"{_gb(fixed)} and {_gb(per_sequence)} a sequence: about "
         f"{_gb(fixed + cfg.micro_batch_size * per_sequence)} a process at --micro-batch-size {cfg.micro_batch_size}",
@@ -128,19 +129,20 @@ def print_plan(cfg):
     if memory:
         fits = f"--micro-batch-size {best}" if best else "no micro-batch does"
         lines["fits here"] = f"{fits} ({_gb(memory)} free on {device.type})"
+    lines["disk"] = f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}"
+    for name, text in lines.items():
+        print(f"{name:<11} {text}", flush=True)
     speed, how = cfg.plan_tok_per_sec, "assumed"
     if not speed and (best or not memory):
         rows = min(best, cfg.micro_batch_size) if device.type == "cuda" else 1
         speed = measure_speed(GPT(config), cfg, device, rows) * world_size
         how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
-    lines["time"] = (
+    hours = (
         f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
         if speed
         else "not measured, since it does not fit here; --plan-tok-per-sec assumes a speed"
     )
-    lines["disk"] = f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}"
-    for name, text in lines.items():
-        print(f"{name:<11} {text}")
+    print(f"{'time':<11} {hours}")
 
 
 def _gb(n):

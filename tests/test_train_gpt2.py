@@ -1,5 +1,6 @@
 """train_gpt2.py as a person runs it: alone, under torchrun, resumed, on other numbers of processes, with mistakes."""
 
+import errno
 import json
 import math
 import shutil
@@ -231,6 +232,41 @@ def test_gpt2s_own_loss_is_a_line_in_the_picture_of_fineweb_edu(corpus, in_proce
         code, _, err = in_process(main, *TINY, *flags)
         assert code == 0, err
         assert lines[-1].get("GPT-2 124M (OpenAI)") == expected and lines[-1]["unigram entropy"] > 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(reference, train, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
+    newest = tmp_path / "run/ckpt/step_000020.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    out = train(tmp_path / "run")
+    assert "warning: step_000020.pt is skipped" in out and "resumed at step 15" in out
+    assert identical(reference[0], tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(reference, train, mistake, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full_at_the_second(state, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full_at_the_second)
+    mistake(tmp_path / "run", says="step_000010.pt could not be written ([Errno 28] No space left on device)")
+    assert [p.name for p in (tmp_path / "run/ckpt").glob("*.pt*")] == ["step_000005.pt", "step_000005.pt.sha256"]
+    assert read_run(tmp_path / "run").result["status"] == "failed"
+    assert "resumed at step 5" in train(tmp_path / "run")
+    assert identical(reference[0], tmp_path / "run")
+
+
+def test_a_bar_on_a_terminal_and_none_in_a_file(in_process, corpus, tmp_path, monkeypatch):
+    flags = [*TINY, "--data-dir", corpus, "--max-steps", "2"]
+    assert "2/2" not in in_process(main, *flags, "--run-dir", tmp_path / "file")[2]
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
+    _, out, err = in_process(main, *flags, "--run-dir", tmp_path / "terminal")
+    assert "2/2" in err and "step      1/2 | loss" in out and "ETA 0:00:00" in out
 
 
 def test_settings_that_do_not_change_what_is_learned_may_differ(train, reference, tmp_path):
