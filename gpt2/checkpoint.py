@@ -39,7 +39,9 @@ def save(ckpt_dir, step, state, keep=2):
         raise UserError(
             f"{path} could not be written ({str(e).splitlines()[0]}); the earlier ones are kept: free some disk, go on"
         ) from None
-    for old in sorted_checkpoints(ckpt_dir)[:-keep] if keep else []:
+    # A later one is damaged, or this one would have gone on from it: it does not count among those kept.
+    earlier = [p for p in sorted_checkpoints(ckpt_dir) if step_of(p) < step]
+    for old in earlier[: max(0, len(earlier) + 1 - keep)] if keep else []:
         old.unlink(missing_ok=True)
         _sum_path(old).unlink(missing_ok=True)
     return path

@@ -55,6 +55,16 @@ def test_the_newest_are_kept(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_one_does_not_count_among_those_kept(tmp_path, keep):
+    for step in (1, 2, 9):
+        checkpoint.save(tmp_path, step, {}, keep=3)
+    (tmp_path / "step_000009.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, 3, {}, keep=keep)
+    assert checkpoint.load_newest(tmp_path, warn=lambda _: None)["step"] == 3
+    assert (tmp_path / "step_000002.pt").exists() == (keep == 2) and not (tmp_path / "step_000001.pt").exists()
+
+
 def test_a_full_disk_keeps_the_last_good_one_and_is_one_line(tmp_path):
     """The limit on a file's size stands in for the disk: a write beyond it fails in the same way."""
     resource = pytest.importorskip("resource")
