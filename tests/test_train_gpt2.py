@@ -418,13 +418,11 @@ def test_sixteen_bits_train_like_thirty_two(reference, train, tmp_path, dtype):
     assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
 
 
-def test_without_a_compiler_training_is_eager_and_says_so_once(reference, train, tmp_path, monkeypatch):
+def test_without_a_compiler_training_is_eager_and_says_so_once(reference, script, corpus, tmp_path):
     """karpathy/nanochat#502, #604: no toolchain for torch.compile."""
-    import torch._inductor.config as inductor
-
-    torch.compiler.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
-    out = train(tmp_path / "run", "--compile")
+    flags = [*TINY, "--compile", "--data-dir", corpus, "--run-dir", tmp_path / "run"]
+    env = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    out = script("gpt2/train_gpt2.py", *flags, env=env).stdout
     assert out.count("torch.compile does not work here (") == 1 and "/no/such/compiler" in out
     assert identical(reference[0], tmp_path / "run")
 
@@ -462,14 +460,8 @@ def test_tensorboard_shows_the_curves_when_asked(train, tmp_path):
 
 def test_compiled_training_validates_scores_samples_and_saves_plain_names(train, shared_data, tmp_path):
     """build-nanogpt#79, #78, #60: compiling breaks HellaSwag and sampling. nanoGPT#325: `_orig_mod.` in checkpoints."""
-    items = [
-        "--hellaswag-every",
-        "2",
-        "--hellaswag-file",
-        shared_data / "hellaswag_val.jsonl.gz",
-        "--hellaswag-limit",
-        "8",
-    ]
+    file = shared_data / "hellaswag_val.jsonl.gz"
+    items = ["--hellaswag-every", "2", "--hellaswag-file", file, "--hellaswag-limit", "8"]
     often = [*items, "--sample-every", "2", "--val-every", "2", "--max-steps", "4", "--val-tokens", "384"]
     out = train(tmp_path / "compiled", "--compile", *often)
     assert "eager" not in out
