@@ -169,15 +169,8 @@ class TrainConfig:
 # A resumed run may differ in these; all other settings decide what is learned.
 FREE_ON_RESUME = {
     *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic"),
-    *(
-        "val_every",
-        "val_tokens",
-        "hellaswag_every",
-        "hellaswag_file",
-        "hellaswag_limit",
-        "sample_every",
-        "sample_prompt",
-    ),
+    *("val_every", "val_tokens", "sample_every", "sample_prompt"),
+    *("hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
     *("eval_only", "plan", "plan_tok_per_sec"),
     *("stop_after_minutes", "overwrite", "allow_config_change"),

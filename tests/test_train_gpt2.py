@@ -19,21 +19,10 @@ from gpt2.train_gpt2 import main, parse
 from runlog import UserError, learned, read_run
 
 TINY = [
-    *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32"),
+    *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--device", "cpu"),
     *("--total-batch-size", "256", "--micro-batch-size", "8", "--max-steps", "20", "--val-tokens", "1024"),
-    *(
-        "--val-every",
-        "10",
-        "--sample-every",
-        "0",
-        "--checkpoint-every",
-        "5",
-        "--log-every",
-        "1",
-        "--optimizer",
-        "adamw",
-    ),
-    *("--device", "cpu"),
+    *("--val-every", "10", "--sample-every", "0", "--checkpoint-every", "5", "--log-every", "1"),
+    *("--optimizer", "adamw"),
 ]
 
 
