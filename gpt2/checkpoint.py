@@ -27,17 +27,17 @@ def save(ckpt_dir, step, state, keep=2):
 
     An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
     """
-    path = Path(ckpt_dir) / f"step_{step:06d}.pt"
+    path, summed = Path(ckpt_dir) / f"step_{step:06d}.pt", _Summed()
     try:
-        with atomic_open(path, "wb") as f:
-            summed = _Summed(f)
+        with atomic_open(path, "wb") as summed.file:
             torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, summed)
             # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
             with atomic_open(_sum_path(path)) as s:
                 s.write(f"{summed.sha256.hexdigest()}  {path.name}\n")
-    except (OSError, RuntimeError) as e:  # torch's writer wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError of its own
+        why = str(summed.error or e).splitlines()[0]
         raise UserError(
-            f"{path} could not be written ({str(e).splitlines()[0]}); the earlier ones are kept: free some disk, go on"
+            f"{path} could not be written ({why}); the earlier ones are kept: free some disk, go on"
         ) from None
     # A later one is damaged, or this one would have gone on from it: it does not count among those kept.
     earlier = [p for p in sorted_checkpoints(ckpt_dir) if step_of(p) < step]
@@ -50,12 +50,16 @@ def save(ckpt_dir, step, state, keep=2):
 class _Summed:
     """A file being written that sums its bytes, so that gigabytes need not be read again when a stop is urgent."""
 
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+    def __init__(self):
+        self.file, self.sha256, self.error = None, hashlib.sha256(), None
 
     def write(self, data):
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = self.error or e
+            raise
 
     def flush(self):
         self.file.flush()
