@@ -124,18 +124,18 @@ def effects_table(configs, runs):
     return markdown(["hyper-parameter", "mean held-out loss", "range"], [row for _, row in sorted(rows, reverse=True)])
 
 
-def contrasts(configs, runs):
-    """What one hyper-parameter does where all others are the same -> {name: [({others}, {value: mean held-out loss})]}.
+def contrasts(configs, runs, loss=final_loss):
+    """What one hyper-parameter does where all others are the same -> {name: [({others}, {value: mean of loss(run)})]}.
 
     The means of `effects_table` mix in what the others took beside each value; in a sweep that varies one thing at a
     time, as the original's does, these comparisons are the fair ones. Values of a mean that is infinite stay in.
     """
     names, found = varied(configs), {}
-    losses = {values: mean(map(final_loss, same)) for values, same in by_configuration(configs, runs).items()}
+    losses = {values: mean(map(loss, same)) for values, same in by_configuration(configs, runs).items()}
     for i, name in enumerate(names):
         groups = {}
-        for values, loss in losses.items():
-            groups.setdefault(values[:i] + values[i + 1 :], {})[values[i]] = loss
+        for values, value in losses.items():
+            groups.setdefault(values[:i] + values[i + 1 :], {})[values[i]] = value
         others = names[:i] + names[i + 1 :]
         found[name] = [(dict(zip(others, rest)), dict(sorted(g.items()))) for rest, g in groups.items() if len(g) > 1]
     return found
