@@ -6,7 +6,8 @@ as printed, in result.json, config.json, env.json, table.md or a row of metrics.
 percentage may be a share there. Where the row's words are those of one entry of a benchmark's `rows` (as "train" and
 "ours"), the figures must be that entry's. A figure may also stand in a cited test. Runs that differ by their seed
 (NAME-seed1, …) also give their mean and standard deviation. Not figures: what is in backticks, names with a digit
-(GPT-2, float64, 124M), and what is said to be "aimed at". Columns headed original or question are not looked at.
+(GPT-2, float64, 124M), and what is said to be "aimed at". Columns headed original, question or nothing at all
+are not looked at.
 """
 
 import re
@@ -64,7 +65,7 @@ def figures(row):
     """The figures of a row, as printed."""
     found = []
     for head, cell in row.cells.items():
-        if not any(word in head.lower() for word in NOT_OURS):
+        if head and not any(word in head.lower() for word in NOT_OURS):
             found += NUMBER.findall(re.sub(r"`[^`]*`|[\d.,]+ ?[×%]?(?= aimed at)", " ", cell))
     return found
 
