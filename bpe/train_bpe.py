@@ -10,7 +10,6 @@ One process does a megabyte in a fraction of a second; --num-workers splits larg
 result. Started again with the same input and settings, it finds its files and leaves at once.
 """
 
-import gzip
 import hashlib
 import json
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from runlog import RunLog, UserError, cli
+from runlog import RunLog, UserError, cli, open_text
 
 ENOUGH = 20_000_000  # characters that tell the compression
 
@@ -133,22 +132,13 @@ def read_documents(files):
     """Yield the documents of .jsonl and text files as str, line ends as they are."""
     for file in files:
         file = Path(file)
-        opened = gzip.open if file.suffix == ".gz" else open
-        name = file.name.removesuffix(".gz")
-        try:
-            with opened(file, "rt", encoding="utf-8", newline="") as f:
-                if not name.endswith(".jsonl"):
-                    yield f.read()
-                    continue
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield _text_of(line, file, number)
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it first") from None
-        except gzip.BadGzipFile:
-            raise UserError(f"{file} ends in .gz but is not gzipped") from None
-        except EOFError:
-            raise UserError(f"{file} is cut short: the gzip stream has no end") from None
+        with open_text(file, newline="") as f:
+            if not file.name.removesuffix(".gz").endswith(".jsonl"):
+                yield f.read()
+                continue
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield _text_of(line, file, number)
 
 
 def _text_of(line, file, number):

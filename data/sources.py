@@ -20,7 +20,6 @@ fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `
 """
 
 import ast
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -37,7 +36,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from runlog import ROOT, UserError, atomic_open, cli, file_sha256
+from runlog import ROOT, UserError, atomic_open, cli, file_sha256, from_hub, open_text
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is cut at the first blank line after this many, at the first line end after twice
@@ -130,14 +129,9 @@ def hub_snapshot(repo, revision, patterns):
     """Download files of a dataset into the hub's cache, resumably -> the folder, whose name is the commit."""
     import huggingface_hub
 
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", revision=revision, allow_patterns=patterns, max_workers=4
-        )
-    except Exception as e:  # offline, moved, gated: many classes, one remedy
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{repo} cannot be had from the hub ({reason}); give local files with --input") from None
-    return Path(folder)
+    kind = {"repo_type": "dataset", "revision": revision}
+    with from_hub(repo, "give local files with --input"):
+        return Path(huggingface_hub.snapshot_download(repo, **kind, allow_patterns=patterns, max_workers=4))
 
 
 def _split_rank(name):
@@ -170,24 +164,11 @@ def _read(path, source, text_field):
     return read_text(path)
 
 
-def open_text(path):
-    """Open a UTF-8 file, gzipped or not; a byte order mark is dropped."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
-
-
 def _lines(path):
     """Lines of at most 64 Ki characters, so that a file without line ends, too, streams."""
     with open_text(path) as f:
-        count = 0
-        try:
-            while line := f.readline(1 << 16):
-                count += 1
-                yield line
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 after line {count} ({e.reason}); convert it first") from None
-        except (EOFError, gzip.BadGzipFile) as e:
-            raise UserError(f"{path} is a damaged gzip file ({e})") from None
+        while line := f.readline(1 << 16):
+            yield line
 
 
 def read_text(path):
@@ -225,21 +206,16 @@ def cut(lines):
 def read_jsonl(path, text_field="text"):
     """Documents of a jsonl file: one object a line."""
     with open_text(path) as f:
-        try:
-            for i, line in enumerate(f, 1):
-                if line.isspace():
-                    continue
-                try:
-                    text = json.loads(line)[text_field]
-                    if not isinstance(text, str):
-                        raise TypeError
-                    yield _without_surrogates(text) if "\\u" in line else text
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    raise UserError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 ({e.reason}); convert it first") from None
-        except (EOFError, gzip.BadGzipFile) as e:
-            raise UserError(f"{path} is a damaged gzip file ({e})") from None
+        for i, line in enumerate(f, 1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)[text_field]
+                if not isinstance(text, str):
+                    raise TypeError
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
+            yield _without_surrogates(text) if "\\u" in line else text
 
 
 def _without_surrogates(text):

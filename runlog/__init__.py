@@ -13,7 +13,18 @@ BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (reco
 read it back through `read_run` (reading.py); `python -m runlog` shows it to people (commands.py).
 """
 
-from runlog.manners import ROOT, UserError, atomic_open, cli, file_sha256, portable, read_json, write_json
+from runlog.manners import (
+    ROOT,
+    UserError,
+    atomic_open,
+    cli,
+    file_sha256,
+    from_hub,
+    open_text,
+    portable,
+    read_json,
+    write_json,
+)
 from runlog.reading import MACHINE_FIELDS, Run, learned, plot_loss, read_metrics, read_run
 from runlog.record import STATUSES, RunLog, environment, provenance
 
@@ -28,7 +39,9 @@ __all__ = [
     "cli",
     "environment",
     "file_sha256",
+    "from_hub",
     "learned",
+    "open_text",
     "plot_loss",
     "portable",
     "provenance",

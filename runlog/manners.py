@@ -1,13 +1,16 @@
 """The manners that every script shares.
 
-A person's mistake is one line and exit status 2 (`UserError`, `cli`); files appear whole or not at all (`atomic_open`).
+A person's mistake is one line and exit status 2 (`UserError`, `cli`); files appear whole or not at all (`atomic_open`);
+text is UTF-8, gzipped or not (`open_text`); a hub that is out of reach is said in one line, too (`from_hub`).
 """
 
+import gzip
 import hashlib
 import json
 import math
 import os
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -68,6 +71,37 @@ def atomic_open(path, mode="w"):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_text(path, newline=None):
+    """Open a UTF-8 file for reading, gzipped where its name ends in .gz; a byte order mark is dropped.
+
+    newline: as for `open`. UserError where it is missing, not UTF-8 or a damaged gzip file, also while it is read.
+    """
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as f:
+            yield f
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 ({e.reason}); convert it first") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path} is a damaged gzip file ({e})") from None
+
+
+@contextmanager
+def from_hub(what, instead):
+    """Around a download: whatever the hub's library raises (offline, moved, gated: many classes) becomes one line.
+
+    instead: what a person without the hub can do.
+    """
+    try:
+        yield
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"{what} cannot be had from the hub ({reason}); {instead}") from None
 
 
 def write_json(path, value):

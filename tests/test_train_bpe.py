@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(corpus, refuses):
     refuses("bpe/train_bpe.py", "--input", corpus / "none.txt", *out, says="none.txt")
     refuses("bpe/train_bpe.py", "--input", corpus / "latin.txt", *out, says="not UTF-8")
     refuses("bpe/train_bpe.py", "--input", corpus / "bad.jsonl", *out, says="line 2")
-    refuses("bpe/train_bpe.py", "--input", corpus / "not.gz", *out, says="not gzipped")
+    refuses("bpe/train_bpe.py", "--input", corpus / "not.gz", *out, says="damaged gzip")
     refuses("bpe/train_bpe.py", "--input", corpus / "c.txt", *out, "--vocab-size", 100, says="too small")
     refuses("bpe/train_bpe.py", "--input", corpus / "c.txt", *out, "--pattern", "(", says="pattern")
     assert not list(corpus.glob("x*"))
