@@ -4,7 +4,8 @@
     python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu            # 10B tokens, 20 GB
     python data/prepare.py fineweb-edu --input sample.parquet --tokenizer gpt2 --out data/corpora/sample
 
-On n machines over a shared file system, each runs `--shard i/n` with i from 0; then one joins the parts:
+On n machines over a shared file system, each runs `--shard i/n` with i from 0; then one joins the parts. A machine of
+more than some ten cores, too, is kept busy by several parts at once, because in each a single process reads the text:
 
     python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu --shard 0/4
     python data/prepare.py merge data/corpora/fineweb-edu
@@ -14,20 +15,24 @@ Ready-made GPT-2 shards of llm.c and modded-nanogpt, fetched, or lying there alr
     python data/prepare.py download fineweb-edu --shards 10 --out data/corpora/fineweb-edu
     python data/prepare.py adopt data/corpora/fineweb10B --tokenizer gpt2
 
-Documents are taken in blocks of about 2M characters. A thread turns a block into ids and puts them, whole or not at
+Documents are taken in blocks of about 2M characters. A process turns a block into ids and puts them, whole or not at
 all, into DIR/blocks/; when all are there they are joined in order and cut into shards. So a killed run goes on with
-the block that it was at, and the number of threads, machines and interruptions leaves no mark on the bytes. Until the
+the block that it was at, and the number of processes, machines and interruptions leaves no mark on the bytes. Until the
 join is done the blocks take as much disk again as the shards.
 """
 
+import itertools
 import os
 import re
 import shutil
 import sys
+import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -37,10 +42,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bpe.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from bpe.tokenizer import Tokenizer, load_tokenizer
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, verify, write_meta, write_shard
 from data.sources import VAL_SHARE, SourceName, describe, documents, is_validation, locate, text_bytes
-from runlog import UserError, atomic_open, cli, file_sha256, read_json, write_json
+from runlog import UserError, atomic_open, cli, file_sha256, from_hub, read_json, write_json
+
+IN_PROCESS_BLOCKS = 4  # so few are done before a pool has started
 
 
 @dataclass
@@ -63,9 +70,9 @@ class Prepare:
     val_share: float | None = None
     """Share of the documents held out by hash; the default is the source's own (fineweb-edu: its first shard)."""
     workers: int = 0
-    """Threads that tokenize; 0: one for each core that this process may use."""
+    """Processes that tokenize; 0: one for each core that this process may use."""
     block_chars: int = 1 << 21
-    """Characters of text that a thread takes at once; does not change the result."""
+    """Characters of text that a process takes at once; does not change the result."""
     shard: str = "0/1"
     """i/n: this machine's part, i from 0; afterwards `merge`."""
     overwrite: bool = False
@@ -274,19 +281,29 @@ def available_cores():
 
 
 def encode_blocks(encode, numbered, workers):
-    """`encode` on `workers` threads over (index, block) pairs -> its results, in order.
+    """`encode` on `workers` processes over (index, block) pairs -> its results, in order.
 
-    Threads are enough: tiktoken lets go of Python's lock for as long as it works on a block.
+    Processes and not threads, although tiktoken lets go of Python's lock: inside it two threads of one process wait for
+    each other.
     """
-    with ThreadPoolExecutor(workers) as pool:
+    numbered = iter(numbered)
+    first = list(itertools.islice(numbered, IN_PROCESS_BLOCKS))
+    if workers == 1 or len(first) < IN_PROCESS_BLOCKS:
+        yield from map(encode, itertools.chain(first, numbered))
+        return
+    # Nothing else runs in this process yet, so that Linux may fork, which spares each worker a second of imports.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encode,)) as pool:
         pending = deque()
         try:
-            for job in numbered:
-                pending.append(pool.submit(encode, job))
+            for job in itertools.chain(first, numbered):
+                pending.append(pool.submit(_work, job))
                 if len(pending) > 2 * workers:  # the source waits: memory stays flat
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, perhaps for memory; start again, with fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -296,31 +313,35 @@ class Encoder:
 
     def __init__(self, out, share, tokenizer):
         self.out, self.share = out, share
-        self.encoding, self.eot = tokenizer.to_tiktoken(), tokenizer.eot_token
+        self.encoding, self.eot = tokenizer.to_tiktoken(), np.array([tokenizer.eot_token], dtype=np.uint16)
 
     def __call__(self, job):
         """(index, texts) -> (characters, tokens), once the block is on disk."""
         index, texts = job
-        parts = {split: [] for split in SPLITS}
+        parts, size = {split: [] for split in SPLITS}, 0
         for text in texts:
             held_out = self.share is not None and is_validation(text, self.share)
-            parts["val" if held_out else "train"].append(text)
-        arrays = {split: self.ids(parts[split]) for split in SPLITS}
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())  # a spelled-out special token is text
+            parts["val" if held_out else "train"] += [self.eot, ids.astype(np.uint16)]
+            size += len(text)
+        arrays = {split: np.concatenate(ids) if ids else np.empty(0, np.uint16) for split, ids in parts.items()}
         with atomic_open(block_path(self.out, index), "wb") as f:
             np.savez(f, counts=[len(arrays[split]) for split in SPLITS], **arrays)  # a zip file: it carries checksums
-        return sum(map(len, texts)), sum(map(len, arrays.values()))
+        return size, sum(map(len, arrays.values()))
 
-    def ids(self, texts):
-        """The ids of documents (tokens,) uint16."""
-        if not any(END_OF_TEXT in text for text in texts):  # one call for all, as its split never crosses the token
-            joined = "".join([END_OF_TEXT + text for text in texts])
-            ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
-            return ids.astype(np.uint16)
-        parts = [np.empty(0, np.uint16)]
-        for text in texts:  # one that spells a special token means the text of it
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
-            parts += [np.array([self.eot], np.uint16), ids.astype(np.uint16)]
-        return np.concatenate(parts)
+
+_encode = None  # of a worker process
+
+
+def _start_worker(encode):
+    global _encode
+    _encode = encode
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _work(job):
+    return _encode(job)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,11 +506,8 @@ def fetch(repo, name, cfg):
         return
     import huggingface_hub
 
-    try:
+    with from_hub(repo, "name a folder with --input"):
         huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=cfg.out)
-    except Exception as e:  # offline, moved: many classes, one remedy
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{repo} cannot be had from the hub ({reason}); name a folder with --input") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

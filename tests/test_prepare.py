@@ -135,7 +135,7 @@ def test_bytes_are_counted_where_a_shard_ends_inside_a_document(undisturbed):
 
 
 @pytest.mark.parametrize("source", ["jsonl", "fineweb-edu"])
-def test_threads_and_block_size_leave_no_mark(undisturbed, corpus, script, tmp_path, source):
+def test_processes_and_block_size_leave_no_mark(undisturbed, corpus, script, tmp_path, source):
     out = tmp_path / "mine"
     script(*command(source, corpus, out, "--workers", 3, "--block-chars", 70_000))
     assert files_of(out) == files_of(undisturbed[source][0])
@@ -222,6 +222,28 @@ data.prepare.main()
     if moment == "the cleaning up":
         assert "nothing to do" in again.stdout
     assert files_of(out) == files_of(undisturbed["jsonl"][0])
+
+
+def test_workers_do_not_outlive_a_killed_parent(corpus, tmp_path):
+    argv = command("jsonl", corpus, tmp_path / "mine", "--workers", 2, "--block-chars", 500)
+    process = subprocess.Popen([sys.executable, ROOT / argv[0], *map(str, argv[1:])], stderr=subprocess.DEVNULL)
+    children = []
+    deadline = time.time() + 60
+    while len(children) < 2 and process.poll() is None and time.time() < deadline:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = found if len(found) >= 2 else []
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert children
+    while time.time() < deadline and any(_alive(pid) for pid in children):
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in children)
+
+
+def _alive(pid):
+    done = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True)
+    return done.returncode == 0 and not done.stdout.startswith("Z")
 
 
 # --- run again
