@@ -14,9 +14,6 @@ The run directory gets hellaswag.jsonl, a line per item. A context is computed o
 are the same for any number of processes.
 """
 
-import copy
-import gzip
-import inspect
 import json
 import math
 import re
@@ -36,7 +33,8 @@ from tqdm import tqdm
 
 from gpt2.checkpoint import load_model
 from gpt2.distributed import Ranks
-from runlog import RunLog, UserError, atomic_open, cli
+from gpt2.endings import POOL, Encoded, plain, score_endings, shared_gpt, shared_hf
+from runlog import RunLog, UserError, atomic_open, cli, from_hub, open_text
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 SEED = 1337  # of the permutation whose first items --limit takes
@@ -61,13 +59,10 @@ def load_items(file=None, limit=0, prompt="plain"):
 
 
 def _read_jsonl(path):
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
+        with open_text(path) as f:
             rows = [json.loads(line) for line in f if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as e:
+    except json.JSONDecodeError as e:
         raise UserError(f"{path} is not a jsonl file of HellaSwag items ({e})") from None
     if not rows:
         raise UserError(f"{path} holds no items")
@@ -78,11 +73,8 @@ def _read_hub():
     import huggingface_hub
     import pyarrow.parquet
 
-    try:
+    with from_hub(HUB[0], "give a local file"):
         path = huggingface_hub.hf_hub_download(HUB[0], HUB[1], repo_type="dataset")
-    except Exception as e:  # offline, moved: many classes, one remedy
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{HUB[0]} cannot be had from the hub ({reason}); give a local file") from None
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
@@ -113,236 +105,20 @@ def _tidy(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# items -> batches
-
-
-@dataclass
-class Rows:
-    """Endings of similar length, each with the last id of its context in front: logits are needed there alone.
-
-    ids (R, E): last context id, ending ids but the last, padding; targets (R, E): ending ids, -1 for padding;
-    owner (R,): which context of the batch; places: (item, ending) of the rows that count, the rest being filling.
-    """
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    owner: torch.Tensor
-    places: list
-
-
-@dataclass
-class Batch:
-    """R contexts of similar length, and their 4R endings, R at a time.
-
-    contexts (R, C): context ids without the last, padded on the right; lengths (R,): how many are not padding.
-    """
-
-    contexts: torch.Tensor
-    lengths: torch.Tensor
-    rows: list
-
-
-class Encoded:
-    """Items as ids, and their batches. Made once, scored as often as one likes.
-
-    encode: list of str -> list of lists of ids, without special tokens.
-    block_size: longest row; a longer context loses its left end, and is counted in `cut`.
-    prefix: ids in front of every context (the begin-of-text token of models that were trained with one).
-    batch_size: contexts, and rows, at once.
-    """
-
-    def __init__(self, items, encode, block_size, prefix=(), batch_size=32):
-        self.items, self.batch_size = items, batch_size
-        contexts, endings = _encode_items(items, encode)
-        fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(contexts, endings)]
-        self.contexts, self.endings, cut = (list(column) for column in zip(*fitted))
-        self.cut = sum(cut)
-        order = sorted(range(len(items)), key=lambda i: len(self.contexts[i]))
-        self.groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-    def batches(self, rank=0, world_size=1, device="cpu"):
-        """Batches of one rank; who computes a batch changes nothing in it."""
-        R = self.batch_size
-        for group in self.groups[rank::world_size]:
-            group = group + group[:1] * (R - len(group))  # every batch has R of everything
-            contexts = [self.contexts[i][:-1] for i in group]
-            C = max(map(len, contexts))
-            padded = torch.tensor([c + [0] * (C - len(c)) for c in contexts], dtype=torch.long)  # (R, C)
-            places = [(i, k) for i in dict.fromkeys(group) for k in range(4)]
-            places.sort(key=lambda place: len(self.endings[place[0]][place[1]]))
-            chunks = [places[i : i + R] for i in range(0, len(places), R)]
-            rows = [self._rows(chunk, group, device) for chunk in chunks]
-            yield Batch(padded.to(device), torch.tensor([len(c) for c in contexts]).to(device), rows)
-
-    def _rows(self, places, group, device):
-        filled = places + places[:1] * (self.batch_size - len(places))
-        endings = [self.endings[i][k] for i, k in filled]
-        E = max(map(len, endings))
-        ids = [self.contexts[i][-1:] + e[:-1] + [0] * (E - len(e)) for (i, _), e in zip(filled, endings)]
-        targets = [e + [-1] * (E - len(e)) for e in endings]
-        owner = [group.index(i) for i, _ in filled]
-        return Rows(*(torch.tensor(t).to(device) for t in (ids, targets, owner)), places)
-
-
-def _encode_items(items, encode):
-    """-> contexts (list of lists of ids), endings (list of four lists of ids).
-
-    An ending's ids are those of " " + ending. Tokenizers that put a space of their own in front of a text (Llama's)
-    would double it; there the ids of the whole text are taken, as far as they go beyond the context's.
-    """
-    contexts = encode([item["ctx"] for item in items])
-    alone = encode(["x", " x", "x x"])
-    if alone[0] + alone[1] == alone[2]:
-        flat = encode([" " + ending for item in items for ending in item["endings"]])
-    else:
-        whole = encode([item["ctx"] + " " + ending for item in items for ending in item["endings"]])
-        flat = [ids[len(contexts[i // 4]) :] for i, ids in enumerate(whole)]
-    return contexts, [flat[i : i + 4] for i in range(0, len(flat), 4)]
-
-
-def _fit(prefix, context, endings, block_size):
-    """Cut the left end of a context so that the longest ending fits -> (ids with the prefix, endings, whether cut)."""
-    room = block_size + 1 - len(prefix) - max(map(len, endings))  # the last id of a row is only predicted
-    if len(context) <= room:
-        return prefix + context, endings, False
-    if room < 1:  # a tiny block: one id of context, and what fits of the endings
-        return context[-1:], [ending[:block_size] for ending in endings], True
-    return prefix + context[-room:], endings, True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# models: Batch -> for each of its `rows`, the logits (R, E, V)
-
-
-def plain(logits_of, block_size, compile=False):
-    """Any callable idx (R, T) -> logits (R, T, V); each ending is a row with its whole context.
-
-    compile: compile the callable; T is then a multiple of 64, so that a handful of shapes is compiled.
-    """
-    multiple = 64 if compile else 1
-    if compile:
-        logits_of = torch.compile(logits_of, dynamic=False)
-
-    def logits(batch):
-        C = batch.contexts.shape[1]
-        for rows in batch.rows:
-            R, E = rows.ids.shape
-            start = batch.lengths[rows.owner][:, None]  # (R, 1)
-            T = min(block_size, -(-(int(start.max()) + E) // multiple) * multiple)
-            both = torch.cat([batch.contexts[rows.owner], rows.ids, rows.ids.new_zeros(R, T)], dim=1)
-            columns = torch.arange(T, device=both.device).expand(R, -1)
-            idx = both.gather(1, torch.where(columns < start, columns, C + columns - start))  # (R, T), no gap inside
-            out = logits_of(idx)  # (R, T, V)
-            at = (start + torch.arange(E, device=idx.device)).clamp(max=T - 1)  # (R, E); beyond T lies padding
-            yield out.gather(1, at[:, :, None].expand(-1, -1, out.shape[-1]))
-
-    return logits
-
-
-def shared_gpt(model):
-    """Our GPT; a context's keys and values are computed once, for all four endings."""
-
-    def logits(batch):
-        context = SharedContext(batch.lengths, batch.contexts.shape[1])
-        if batch.contexts.shape[1]:
-            model(batch.contexts, cache=context, return_logits=False)
-        for rows in batch.rows:
-            yield model(rows.ids, cache=EndingsAfter(context, rows.owner, model.config.block_size))[0]
-
-    return logits
-
-
-class SharedContext:
-    """A cache, as GPT takes it, for one pass over right-padded contexts (R, C): it keeps their keys and values."""
-
-    length = 0  # columns before the ones that come; GPT checks that all fit into block_size
-
-    def __init__(self, lengths, C):
-        self.lengths, self.layers = lengths, {}
-        self.known = torch.arange(C, device=lengths.device) < lengths[:, None]  # (R, C): False for padding
-
-    def positions(self, T):
-        return torch.arange(T, device=self.lengths.device)
-
-    def append(self, layer, k, v):
-        self.layers[layer] = k, v  # (R, nh, C, hs)
-        return k, v, torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()  # causal (C, C)
-
-
-class EndingsAfter:
-    """A cache for one pass over rows (R, E) of endings, each after its `owner` (R,) among the contexts."""
-
-    length = 0
-
-    def __init__(self, context, owner, block_size):
-        self.context, self.owner, self.block_size = context, owner, block_size
-
-    def positions(self, T):
-        start = self.context.lengths[self.owner][:, None]
-        return (start + torch.arange(T, device=start.device)).clamp(
-            max=self.block_size - 1
-        )  # (R, E); padding may exceed
-
-    def append(self, layer, k, v):
-        E = k.shape[2]
-        if layer in self.context.layers:
-            past = self.context.layers[layer]
-            k, v = (torch.cat([p[self.owner], t], dim=2) for p, t in zip(past, (k, v)))  # (R, nh, C + E, hs)
-        known = self.context.known[self.owner][:, None].expand(-1, E, -1)  # (R, E, C)
-        causal = torch.ones(E, E, dtype=torch.bool, device=k.device).tril().expand(len(known), -1, -1)
-        return k, v, torch.cat([known, causal], dim=2)[:, None]  # mask (R, 1, E, C + E)
-
-
-def shared_hf(model, block_size):
-    """Any Hugging Face causal LM with the usual key-value cache; contexts are shared likewise."""
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    def logits(batch):
-        lengths, C = batch.lengths, batch.contexts.shape[1]
-        known = (torch.arange(C, device=lengths.device) < lengths[:, None]).long()  # (R, C): 0 for padding
-        # The padding stands on the right, where it does no harm before the endings come.
-        past = model.base_model(batch.contexts, use_cache=True).past_key_values
-        for rows in batch.rows:
-            R, E = rows.ids.shape
-            cache = copy.deepcopy(past)
-            cache.batch_select_indices(rows.owner)
-            places = {"attention_mask": torch.cat([known[rows.owner], known.new_ones(R, E)], dim=1)}  # (R, C + E)
-            if takes_positions:
-                places["position_ids"] = lengths[rows.owner][:, None] + torch.arange(E, device=lengths.device)  # (R, E)
-                places["position_ids"].clamp_(max=block_size - 1)  # padding may lie beyond
-            yield model(rows.ids, past_key_values=cache, **places).logits
-
-    return logits
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # scores
 
 
-@torch.no_grad()
 def evaluate(logits_of, encoded, device="cpu", rank=0, world_size=1, autocast=nullcontext, progress=False):
-    """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
+    """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl. Arguments as for `score_endings`.
 
-    logits_of: Batch -> logits of each of its rows: `plain(f, block_size)`, `shared_gpt(model)` or
-    `shared_hf(model, block_size)`, the model in eval mode. autocast: makes the context of the forward pass.
     For the figures, sum `counts(rows)` over the ranks, then `figures`.
     A row: {"item", "ind", "label", "logprobs" (4), "tokens" (4), "chars" (4), "acc", "acc_norm", "acc_char"}, the last
     three being the choices.
     """
-    sums = {}  # (item, ending) -> summed log-probability
-    bar = tqdm(total=len(encoded.items), unit="item", desc="hellaswag", disable=None if progress and not rank else True)
-    for batch in encoded.batches(rank, world_size, device):
-        with autocast():
-            for rows, logits in zip(batch.rows, logits_of(batch)):
-                logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (R * E, V)
-                nats = F.cross_entropy(logits, rows.targets.flatten(), ignore_index=-1, reduction="none")
-                logprobs = -nats.view(rows.targets.shape).cpu().double().sum(-1)  # (R,)
-                sums.update(zip(rows.places, logprobs.tolist()))
-        bar.update(min(sum(len(rows.places) for rows in batch.rows) // 4 * world_size, bar.total - bar.n))
-    bar.close()
+    sums = dict(score_endings(logits_of, encoded, device, rank, world_size, autocast, progress))
+    scored = dict.fromkeys(i for i, _ in sums)
     return [
-        score(encoded.items[i], [sums[i, k] for k in range(4)], [len(e) for e in encoded.endings[i]])
-        for i in dict.fromkeys(i for i, _ in sums)
+        score(encoded.items[i], [sums[i, k] for k in range(4)], [len(e) for e in encoded.endings[i]]) for i in scored
     ]
 
 
@@ -389,18 +165,32 @@ def mcnemar(only_a, only_b):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the naive way, in its most readable form: the oracle
+# the naive ways, in their most readable form: the oracle, and what batching is measured against
 
 
 @torch.no_grad()
-def naive_logprobs(model, tokenizer, item, device="cpu"):
-    """Four summed log-probabilities of one item with a Hugging Face model, its four endings as one small batch."""
+def one_ending_at_a_time(model, tokenizer, item, device="cpu"):
+    """Four summed log-probabilities with a Hugging Face model: a forward pass for each context with its ending."""
+    context, sums = tokenizer(item["ctx"]).input_ids, []
+    for ending in item["endings"]:
+        idx = torch.tensor([tokenizer(item["ctx"] + " " + ending).input_ids], device=device)  # (1, T)
+        logprobs = model(idx).logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
+        sums.append(logprobs.gather(1, idx[0, 1:, None])[len(context) - 1 :].sum().item())
+    return sums
+
+
+@torch.no_grad()
+def one_item_at_a_time(model, tokenizer, item, device="cpu"):
+    """The same with the four rows of an item as one padded batch, as build-nanogpt's hellaswag.py does."""
     context = tokenizer(item["ctx"]).input_ids
     rows = [tokenizer(item["ctx"] + " " + ending).input_ids for ending in item["endings"]]
-    width = max(map(len, rows))
-    idx = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (4, T), padded on the right
-    logprobs = model(idx).logits.float().log_softmax(-1)  # (4, T, V)
-    return [sum(logprobs[k, t - 1, row[t]].item() for t in range(len(context), len(row))) for k, row in enumerate(rows)]
+    idx, mask = torch.zeros(2, 4, max(map(len, rows)), dtype=torch.long, device=device)  # (4, T) each
+    for k, row in enumerate(rows):
+        idx[k, : len(row)] = torch.tensor(row)
+        mask[k, len(context) : len(row)] = 1
+    logits = model(idx).logits[:, :-1].float()  # (4, T - 1, V)
+    nats = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none")
+    return (-nats.view(4, -1) * mask[:, 1:]).sum(1).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +216,7 @@ class Config:
     compare: Path | None = None
     """An earlier run of this script, compared item by item (McNemar's test)."""
     naive: int = 0
-    """Also score so many items one at a time with plain transformers: the largest difference, the ratio of speeds."""
+    """Also score so many items one at a time with plain transformers: the largest difference, the ratios of speeds."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: cuda, else mps, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -434,7 +224,7 @@ class Config:
     compile: bool = False
     """Compile the model; each ending then carries its context, in few shapes."""
     batch_size: int = 0
-    """Sequences at once; 0: 32 on a CPU, else 128."""
+    """Endings at once; 0: 32 on a CPU, else 128."""
 
 
 @dataclass
@@ -499,33 +289,47 @@ def shares(scorer, device):
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in logprobs)
 
 
-def check_naive(scorer, encoded, rows, cfg, device, log):
-    """Score the first --naive items one at a time as well -> the differences, and the ratio of the speeds.
+NAIVE = {"one ending at a time": one_ending_at_a_time, "one item at a time": one_item_at_a_time}
 
-    For the ratio both ways take turns over the same items in this process, so that both meet the same machine.
+
+def check_naive(scorer, encoded, rows, cfg, device, log):
+    """Score the first --naive items in the naive ways as well -> the differences, and the ratios of the speeds.
+
+    All ways take turns over the same items in this process, so that all meet the same machine; tokenizing counts.
     """
-    rows, worst, agree = {row["item"]: row for row in rows}, 0.0, 0
-    items, seconds = encoded.items[: cfg.naive], {"naive": 0.0, "batched": 0.0}
-    for first in range(0, len(items), 4 * encoded.batch_size):
-        part = items[first : first + 4 * encoded.batch_size]
-        started = time.perf_counter()
+    rows, items = {row["item"]: row for row in rows}, encoded.items[: cfg.naive]
+    seconds, agree, worst = dict.fromkeys(["batched", *NAIVE], 0.0), dict.fromkeys(NAIVE, 0), dict.fromkeys(NAIVE, 0.0)
+
+    def batched(part):
         again = Encoded(part, scorer.encode, scorer.block_size, scorer.prefix, encoded.batch_size)
         evaluate(scorer.logits_of, again, device)
-        seconds["batched"] += time.perf_counter() - started
+
+    size = 2 * POOL * encoded.batch_size
+    for part in (items[i : i + size] for i in range(0, len(items), size)):
         started = time.perf_counter()
-        for item in tqdm(part, unit="item", desc="one at a time", disable=None):
-            logprobs, row = naive_logprobs(scorer.model, scorer.tokenizer, item, device), rows[item["item"]]
-            worst = max(worst, *(abs(a - b) for a, b in zip(logprobs, row["logprobs"])))
-            chosen = score(item, logprobs, row["tokens"])
-            agree += all(chosen[kind] == row[kind] for kind in ACCURACIES)
-        seconds["naive"] += time.perf_counter() - started
-    naive, batched = (len(items) / seconds[way] for way in ("naive", "batched"))
-    log.print(f"one at a time: {agree} of {len(items)} items agree, log-probabilities to {worst:.1e}")
-    log.print(
-        f"in turns, one process: one at a time {naive:.1f} items/s, batched {batched:.1f}: {batched / naive:.2f}x"
-    )
-    figures = {"naive_items": len(items), "naive_agree": agree, "naive_max_diff": worst}
-    return figures | {"naive_items_per_sec": naive, "batched_items_per_sec": batched, "speedup": batched / naive}
+        batched(part)
+        seconds["batched"] += time.perf_counter() - started
+        for way, naive in NAIVE.items():
+            started = time.perf_counter()
+            sums = [naive(scorer.model, scorer.tokenizer, item, device) for item in tqdm(part, way, disable=None)]
+            seconds[way] += time.perf_counter() - started
+            for item, four in zip(part, sums):
+                row = rows[item["item"]]
+                worst[way] = max(worst[way], *(abs(a - b) for a, b in zip(four, row["logprobs"])))
+                chosen = score(item, four, row["tokens"])
+                agree[way] += all(chosen[kind] == row[kind] for kind in ACCURACIES)
+    speeds = {way: len(items) / s for way, s in seconds.items()}
+    log.print(f"in turns, one process of {torch.get_num_threads()} threads: batched {speeds['batched']:.1f} items/s")
+    result = {"naive_items": len(items), "batched_items_per_sec": speeds["batched"]}
+    for way in NAIVE:
+        ratio = speeds["batched"] / speeds[way]
+        log.print(
+            f"{way}: {speeds[way]:.1f} items/s, batched is {ratio:.2f}x as fast; {agree[way]} of {len(items)} items "
+            f"agree, log-probabilities to {worst[way]:.1e}"
+        )
+        facts = {"agree": agree[way], "max_diff": worst[way], "items_per_sec": speeds[way], "batched_ratio": ratio}
+        result[way.replace(" ", "_")] = facts
+    return result
 
 
 def compare(rows, run_dir):

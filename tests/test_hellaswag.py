@@ -12,44 +12,15 @@ from conftest import ROOT
 from bpe.tokenizer import Tokenizer
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import GPTConfig
-from gpt2.hellaswag import (
-    Encoded,
-    counts,
-    evaluate,
-    figures,
-    load_items,
-    mcnemar,
-    naive_logprobs,
-    plain,
-    shared_gpt,
-    shared_hf,
-    wilson,
-)  # fmt: skip
+from gpt2.endings import Encoded, plain, shared_gpt, shared_hf
+from gpt2.hellaswag import NAIVE, counts, evaluate, figures, load_items, mcnemar, wilson
 from gpt2.model import GPT
 from runlog import UserError, read_run
 
 WORDS = [
-    "the",
-    "man",
-    "then",
-    "sits",
-    "down",
-    "and",
-    "plays",
-    "a",
-    "piano",
-    "in",
-    "front",
-    "of",
-    "an",
-    "audience",
-    "while",
-    "two",
-    "dogs",
-    "run",
-    "past",
-    "him",
-]
+    "the", "man", "then", "sits", "down", "and", "plays", "a", "piano", "in",
+    "front", "of", "an", "audience", "while", "two", "dogs", "run", "past", "him",
+]  # fmt: skip
 
 
 def make_items(n=23, seed=0):
@@ -210,7 +181,8 @@ def test_the_first_200_items_against_one_at_a_time_with_transformers(stories, sh
         assert tokens == row["tokens"]
         assert np.allclose(logprobs, row["logprobs"], rtol=1e-4, atol=1e-3)
         assert (int(np.argmax(logprobs)), int(np.argmax(np.divide(logprobs, tokens)))) == (row["acc"], row["acc_norm"])
-        assert np.allclose(naive_logprobs(model, tokenizer, item), logprobs, rtol=1e-4, atol=1e-3)
+        for naive in NAIVE.values():
+            assert np.allclose(naive(model, tokenizer, item), logprobs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom"])
