@@ -142,11 +142,11 @@ class Replay(Trainer):
     def __init__(self, *args, start, until):
         self.start, self.until = start, until
         super().__init__(*args)
-        self.stop.reason = lambda: "replayed" if self.step >= self.until else None  # asked between the steps
+        asked = self.stop.reason  # between the steps; a person may still have reasons of their own
+        self.stop.reason = lambda: asked() or ("replayed" if self.step >= self.until else None)
 
     def resume(self):
         if self.start is not None:
-            self.log.ckpt_dir = self.start.parent
             self.load(checkpoint.load(self.start))
 
     def save(self):
@@ -162,6 +162,8 @@ def replay(run, report, cfg, meta, at, until, path):
         with Silent(folder, "gpt2", all_settings(cfg, meta)) as log:
             trainer = Replay(resolve(cfg, ranks.device), meta, ranks, log, start=path, until=until)
             trainer.evaluate() if cfg.eval_only else trainer.run()
+            if trainer.stop.why:
+                raise KeyboardInterrupt
             log.finish("success")
         again = {(row["step"], row["kind"]): row for row in read_metrics(folder)}
     recorded, computed = {}, {}

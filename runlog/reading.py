@@ -180,10 +180,11 @@ def learned(run_dir):
     return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_metrics(run_dir)]
 
 
-def metrics_sha256(rows):
-    """One sum over rows as `read_metrics` gives them: whoever changes a digit of one changes it."""
-    lines = (json.dumps(row, sort_keys=True) for row in rows)
-    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+def metrics_sha256(run_dir):
+    """One sum over the whole lines of metrics.jsonl: whoever changes a digit of one changes it. (CRLF counts as LF.)"""
+    path = Path(run_dir) / "metrics.jsonl"
+    data = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
+    return hashlib.sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
 
 
 def plot_loss(run_dir, reference=None, ylabel="loss (nats per token)"):

@@ -17,7 +17,7 @@ import filelock
 from tqdm import tqdm
 
 from runlog.manners import ROOT, UserError, plain, write_json
-from runlog.reading import metrics_sha256, plot_loss, read_metrics
+from runlog.reading import metrics_sha256, plot_loss
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -117,8 +117,8 @@ class RunLog:
         self.finished = True
         if self.enabled:
             seconds = round(time.time() - self.started, 3)
-            proof = metrics_sha256(read_metrics(self.run_dir))
-            self._write_result(status, {"seconds": seconds, **numbers, "metrics_sha256": proof})
+            proof = {"metrics_file_sha256": metrics_sha256(self.run_dir)}
+            self._write_result(status, {"seconds": seconds, **numbers, **proof})
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})

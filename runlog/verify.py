@@ -75,10 +75,10 @@ def verify(run_dir, steps=5, whole=False, data=None):
 
 def check_sum(run, report):
     """The rows of metrics.jsonl against the sum that the run left in result.json."""
-    recorded = run.result.get("metrics_sha256")
+    recorded = run.result.get("metrics_file_sha256")
     if recorded is None:
         report.open("no sum over metrics.jsonl is recorded: a changed digit is found only where it is computed again")
-    elif recorded == metrics_sha256(run.metrics):
+    elif recorded == metrics_sha256(run.run_dir):
         report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl have the sum that result.json holds")
     else:
         report.fail("metrics.jsonl was changed after the run: its sum is not the one in result.json")

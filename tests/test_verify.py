@@ -12,7 +12,7 @@ from test_train_gpt2 import TINY
 from bpe import train_bpe
 from gpt2 import train_gpt2
 from lora import train_lora
-from runlog import read_metrics, read_run, write_json
+from runlog import read_run, write_json
 from runlog.commands import main
 from runlog.reading import metrics_sha256
 
@@ -77,15 +77,23 @@ def edit(run_dir, step, kind, change, forge=False):
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     if forge:
         result = read_run(run_dir).result
-        write_json(run_dir / "result.json", {**result, "metrics_sha256": metrics_sha256(read_metrics(run_dir))})
+        write_json(run_dir / "result.json", {**result, "metrics_file_sha256": metrics_sha256(run_dir)})
 
 
-def last_digit(text):
-    return text[:-1] + str((int(text[-1]) + 1) % 10)
+def digit(text, place):
+    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+
+
+def last_digit(text):  # of a long number, the change may be too small for a float: the text has changed all the same
+    return digit(text, len(text) - 1)
+
+
+def seventh_digit(text):  # which every float has room for
+    return digit(text, 7)
 
 
 def third_digit(text):
-    return text[:4] + str((int(text[4]) + 1) % 10) + text[5:]
+    return digit(text, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,14 +118,14 @@ def test_one_digit_of_one_loss_is_found(run_dir, verify, step, kind):
 
 @pytest.mark.parametrize("step, kind, where", [(2, "train", "from the start"), (17, "train", "from step_000015.pt")])
 def test_a_digit_changed_together_with_the_sum_is_found_by_the_replay(run_dir, verify, step, kind, where):
-    edit(run_dir, step, kind, last_digit, forge=True)
+    edit(run_dir, step, kind, seventh_digit, forge=True)
     out = verify(run_dir, ok=False)
     line = next(line for line in out.splitlines() if line.startswith("FAIL"))
     assert where in line and f"train loss of step {step}" in line and "1 of the checks failed" in out
 
 
 def test_between_the_checkpoints_only_the_whole_replay_finds_it(run_dir, verify):
-    edit(run_dir, 9, "train", last_digit, forge=True)
+    edit(run_dir, 9, "train", seventh_digit, forge=True)
     assert "unproved" in verify(run_dir)
     out = verify(run_dir, "--whole", ok=False)
     assert "train loss of step 9" in out and "not computed again" not in out
@@ -168,7 +176,7 @@ def test_on_another_machine_it_allows_a_tolerance_and_says_why(run_dir, verify):
 
 def test_a_record_from_before_the_sums_and_without_its_corpus(verify, tmp_path, corpus, run_dir):
     result = read_run(run_dir).result
-    write_json(run_dir / "result.json", {k: v for k, v in result.items() if k != "metrics_sha256"})
+    write_json(run_dir / "result.json", {k: v for k, v in result.items() if k != "metrics_file_sha256"})
     assert "no sum over metrics.jsonl is recorded" in verify(run_dir, "--steps", "0")
 
 
