@@ -4,6 +4,10 @@ VENV := .venv
 READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
+ifneq ($(wildcard wheels/*.whl),)  # a bundle was loaded (bundle.py): no index is asked
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := wheels
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all notebooks lint format clean
