@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from gpt2.checkpoint import load_model
 from gpt2.distributed import Ranks
-from gpt2.endings import POOL, Encoded, plain, score_endings, shared_gpt, shared_hf
+from gpt2.endings import Encoded, plain, score_endings, shared_gpt, shared_hf
 from runlog import RunLog, UserError, atomic_open, cli, from_hub, open_text
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
@@ -289,6 +289,7 @@ def shares(scorer, device):
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in logprobs)
 
 
+TURNS = 2  # of each way, in alternation
 NAIVE = {"one ending at a time": one_ending_at_a_time, "one item at a time": one_item_at_a_time}
 
 
@@ -304,7 +305,7 @@ def check_naive(scorer, encoded, rows, cfg, device, log):
         again = Encoded(part, scorer.encode, scorer.block_size, scorer.prefix, encoded.batch_size)
         evaluate(scorer.logits_of, again, device)
 
-    size = 2 * POOL * encoded.batch_size
+    size = -(-len(items) // TURNS)
     for part in (items[i : i + size] for i in range(0, len(items), size)):
         started = time.perf_counter()
         batched(part)
