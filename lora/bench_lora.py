@@ -1,74 +1,94 @@
-"""Time k adapters at once against the Hugging Face Trainer and a plain loop, which train them one after another.
+"""k adapters trained at once, by the Trainer one after another, and by a plain loop: time and memory.
 
-    python lora/bench_lora.py --run-dir runs/bench_lora          about three minutes on two cores
+    python lora/bench_lora.py --run-dir runs/lora_bench            about three minutes on two cores
     python lora/bench_lora.py --device cuda --dtype bfloat16
 
-All contenders train the same adapters from the same initial weights on the same batches in the same order, and have to
-end with the same losses. Each runs in a process of its own, for its peak memory and a cold start alike; loading and
-set-up are not timed, and of several repeats, in alternation, the fastest counts. Gains are measured apart, because
-their product would be nobody's measurement:
+All contenders train the same adapters from the same initial weights on the same rows in the same order, and have to end
+with the same losses. Each runs in a process of its own, warmed up by a few steps; loading and set-up are not timed, and
+of several repeats, in alternation, the fastest counts. `small` is as long as the course notebook's rows are short (32
+tokens; `small-64` twice that), `busy` is where the base alone keeps the machine at work, so that there is little to
+gain. Gains are measured apart, because their product would be nobody's measurement:
 
     batching    all positions learned, the same activation: only how the adapters are batched differs
     fast gelu   the engine with torch's kernel for BLOOM's and GPT-2's activation, against itself without
     early stop  half of the adapters stopped at a quarter of the steps, half of the rest at the half, against none
     masked      a quarter of the positions learned, eight times the vocabulary, against all logits computed
 
-The size `busy`, where the base alone keeps the machine busy, shows where there is little to gain.
+Every measurement stands in metrics.jsonl as soon as it is taken; result.json has the rows with their ratios.
 """
 
-import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import NamedTuple
 
 import tyro
 
 from runlog import RunLog, UserError, cli
 
-# name -> layers, width, batch size, tokens of a row, optimizer steps
-SIZES = {"small": (2, 64, 1, 32, 100), "large": (4, 256, 1, 64, 30), "busy": (4, 256, 8, 128, 4)}
-PROCESSES = ("engine", "trainer", "loop", "variants")
-VARIANTS = ("plain", "gelu", "stops", "masked", "all_logits")  # of the engine, in one process; `plain` is the engine
+
+class Size(NamedTuple):
+    """What is trained: layers and width of the base, rows of a batch, tokens of a row, optimizer steps."""
+
+    layers: int
+    width: int
+    batch_size: int
+    tokens: int
+    steps: int
+
+
+SIZES = {
+    "small": Size(2, 64, 1, 32, 100),
+    "small-64": Size(2, 64, 1, 64, 100),
+    "large": Size(4, 256, 1, 32, 40),
+    "large-64": Size(4, 256, 1, 64, 25),
+    "busy": Size(4, 256, 8, 128, 3),
+}
+CONTENDERS = ("trainer", "loop", "engine", "fast gelu", "early stop", "masked", "all logits")
+WARM_UP = 3  # steps before the clock starts
+LIBRARIES = ["torch", "transformers.trainer", "peft", "lora.multi_lora", "runlog"]
 
 
 @dataclass
 class BenchConfig:
-    run_dir: str = "runs/bench_lora"  # where the records go
+    run_dir: str = "runs/lora_bench"  # where the records go
     family: str = "bloom"  # architecture of the random base: bloom, gpt2 or llama
     vocab_size: int = 1024  # tokens
     k: int = 8  # adapters
-    repeats: int = 1  # runs of each contender, in alternation
-    sizes: str = "small,large,busy"  # which of the sizes
+    repeats: int = 2  # runs of each contender, in alternation
+    sizes: str = "small,small-64,large,large-64,busy"  # which of the sizes
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "float32"  # of the base: float32 or bfloat16
-    contender: str = ""  # SIZE/NAME: run this one alone in this process and print its figures as JSON
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is trained
 
 
-def base_model(cfg, n_layer, width):
+def base_model(cfg, size):
     """A random base of the family, the same in every process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lora.generate import pick_device
 
-    sizes = {
-        "bloom": {"n_layer": n_layer, "hidden_size": width, "n_head": width // 32},
-        "gpt2": {"n_layer": n_layer, "n_embd": width, "n_head": width // 32, "resid_pdrop": 0, "embd_pdrop": 0}
-        | {"attn_pdrop": 0},
-        "llama": {"num_hidden_layers": n_layer, "hidden_size": width, "num_attention_heads": width // 32}
-        | {"intermediate_size": 4 * width},
-    }
-    if cfg.family not in sizes:
-        raise UserError(f"unknown family {cfg.family}; choose from {', '.join(sizes)}")
+    n_layer, width, n_head = size.layers, size.width, size.width // 32
+    shape = {
+        "bloom": {"n_layer": n_layer, "hidden_size": width, "n_head": n_head},
+        "gpt2": {
+            "n_layer": n_layer, "n_embd": width, "n_head": n_head, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0,
+        },
+        "llama": {
+            "num_hidden_layers": n_layer, "hidden_size": width, "num_attention_heads": n_head,
+            "intermediate_size": 4 * width,
+        },
+    }[cfg.family]  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(cfg.family, vocab_size=cfg.vocab_size, **sizes[cfg.family])
+    config = AutoConfig.for_model(cfg.family, vocab_size=cfg.vocab_size, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype))
     return model.to(pick_device(cfg.device)).eval()
 
@@ -104,19 +124,18 @@ def engine(cfg, size, contender):
     from lora.multi_lora import MultiLora
     from lora.tasks import batch_rows, collate
 
-    n_layer, width, b, T, steps = size
-    masked = contender in ("masked", "all_logits")
+    masked = contender in ("masked", "all logits")
     cfg = replace(cfg, vocab_size=cfg.vocab_size * 8) if masked else cfg
-    rows = random_rows(cfg, T, 0.25 if masked else 1.0)
-    trained = MultiLora(base_model(cfg, n_layer, width), adapters(cfg, steps), fast_gelu=contender == "gelu")
-    if contender == "all_logits":
+    rows = random_rows(cfg, size.tokens, 0.25 if masked else 1.0)
+    trained = MultiLora(base_model(cfg, size), adapters(cfg, size.steps), fast_gelu=contender == "fast gelu")
+    if contender == "all logits":
         trained.nll = lambda batch: all_logits_nll(trained, batch)
 
     def train():
-        for step in range(steps):
-            if contender == "stops" and step in (steps // 4, steps // 2):
+        for step in range(size.steps):
+            if contender == "early stop" and step in (size.steps // 4, size.steps // 2):
                 trained.keep(list(range(max(1, trained.k // 2))))
-            batch = collate([rows[i] for i in batch_rows(len(rows), b, step, 0)], 0)
+            batch = collate([rows[i] for i in batch_rows(len(rows), size.batch_size, step, 0)], 0)
             losses, _, _ = trained.step(trained.forward(batch))
         return losses
 
@@ -142,14 +161,11 @@ def in_peft(cfg, size):
     from lora.multi_lora import MultiLora
     from lora.train_lora import TrainConfig, add_adapter
 
-    n_layer, width, _, _, steps = size
-    configs = adapters(cfg, steps)
-    first = MultiLora(base_model(cfg, n_layer, width), configs)
+    configs = adapters(cfg, size.steps)
+    first = MultiLora(base_model(cfg, size), configs)
     for i, config in enumerate(configs):
-        settings = TrainConfig(
-            base="", run_dir="", r=config.r, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none"
-        )
-        model = add_adapter(settings, base_model(cfg, n_layer, width))
+        alike = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "bias": "none"}
+        model = add_adapter(TrainConfig(base="", run_dir="", **alike), base_model(cfg, size))
         own = dict(model.named_parameters())
         for name, tensor in first.tensors(i).items():
             own[name.replace(".weight", ".default.weight")].data.copy_(tensor)
@@ -160,15 +176,14 @@ def trainer(cfg, size, contender):
     """The stock Trainer, one adapter after another; only the order of the rows is given."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from lora.generate import pick_device
     from lora.tasks import collate, epoch_order
 
-    _, _, b, T, steps = size
-    rows, last = random_rows(cfg, T, 1.0), []
+    rows = random_rows(cfg, size.tokens, 1.0)
 
     class Ordered(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return [i for epoch in range(-(-steps * b // len(rows))) for i in epoch_order(len(rows), epoch, 0)]
+            epochs = -(-size.steps * size.batch_size // len(rows))
+            return [i for epoch in range(epochs) for i in epoch_order(len(rows), epoch, 0)]
 
         def training_step(self, *args, **kwargs):
             self.last = super().training_step(*args, **kwargs)
@@ -177,9 +192,10 @@ def trainer(cfg, size, contender):
     trainers = []
     for config, model in in_peft(cfg, size):
         args = TrainingArguments(
-            output_dir=tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=b, learning_rate=config.lr,
-            save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=steps, remove_unused_columns=False,
-            use_cpu=pick_device(cfg.device) == "cpu", bf16=cfg.dtype == "bfloat16", dataloader_pin_memory=False,
+            output_dir=tempfile.gettempdir(), max_steps=size.steps, per_device_train_batch_size=size.batch_size,
+            learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=size.steps,
+            remove_unused_columns=False, use_cpu=model.device.type == "cpu", bf16=cfg.dtype == "bfloat16",
+            dataloader_pin_memory=False,
         )  # fmt: skip
         one = Ordered(model=model, args=args, train_dataset=rows, data_collator=lambda rows: collate(rows, 0))
         one.remove_callback(PrinterCallback)
@@ -188,8 +204,7 @@ def trainer(cfg, size, contender):
     def train():
         for one in trainers:
             one.train()
-            last.append(one.last.item())
-        return last
+        return [one.last.item() for one in trainers]
 
     return train
 
@@ -201,136 +216,132 @@ def loop(cfg, size, contender):
 
     from lora.tasks import batch_rows, collate
 
-    _, _, b, T, steps = size
-    rows, models, last = random_rows(cfg, T, 1.0), list(in_peft(cfg, size)), []
+    rows, models = random_rows(cfg, size.tokens, 1.0), list(in_peft(cfg, size))
 
-    def train():
-        for config, model in models:
-            model.train()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
-            schedule = get_scheduler("linear", optimizer, 0, steps)
-            for step in range(steps):
-                batch = collate([rows[i] for i in batch_rows(len(rows), b, step, 0)], 0)
-                loss = model(**{name: x.to(model.device) for name, x in batch.items()}).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            last.append(loss.item())
-        return last
+    def train_one(config, model):
+        model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
+        schedule = get_scheduler("linear", optimizer, 0, size.steps)
+        for step in range(size.steps):
+            batch = collate([rows[i] for i in batch_rows(len(rows), size.batch_size, step, 0)], 0)
+            loss = model(**{name: x.to(model.device) for name, x in batch.items()}).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return loss.item()
 
-    return train
+    return lambda: [train_one(config, model) for config, model in models]
 
 
-def run_contender(cfg, size, contender):
-    """Set up, train, print one JSON line: {contender: seconds, CPU seconds, peak memory, last losses}."""
+# ---------------------------------------------------------------------------------------------------------------------
+# one measurement
+
+
+def measure(cfg, size, contender):
+    """Set up, warm up, train -> {seconds, cpu_seconds, peak_mb, losses}. peak_mb: beyond what the libraries take."""
+    import torch
+
     from lora.generate import quiet_libraries
 
     quiet_libraries()
     make = {"trainer": trainer, "loop": loop}.get(contender, engine)
-    names = VARIANTS if contender == "variants" else (contender,)
-    if contender == "variants":
-        engine(cfg, size, "plain")()  # not timed: the first run in a process pays for warming up
-    rows = {name: timed(make(cfg, size, name), cfg) for name in names}
-    print(json.dumps(rows))
-
-
-def timed(train, cfg):
-    """Call `train` -> its figures."""
-    import psutil
-    import torch
-
     cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-    before = time.perf_counter(), time.process_time()
+    before_all = peak_memory(cuda)
+    make(cfg, size._replace(steps=WARM_UP), contender)()
+    train = make(cfg, size, contender)
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
     losses = train()
+    wait()
+    figures = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return {**figures, "peak_mb": (peak_memory(cuda) - before_all) / 2**20, "losses": losses}
+
+
+def peak_memory(cuda):
+    """The most bytes that this process has held so far: of the GPU, or resident ones of the machine."""
     if cuda:
-        torch.cuda.synchronize()
-    seconds, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
-    memory = psutil.Process().memory_info()
-    peak = torch.cuda.max_memory_allocated() if cuda else getattr(memory, "peak_wset", 0) or peak_rss()
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak / 2**20, "losses": losses}
+        import torch
 
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # Linux counts in kB, macOS in bytes
+    except ImportError:  # Windows
+        import psutil
 
-def peak_rss():
-    """Peak resident memory of this process, in bytes (Linux counts in kB, macOS in bytes)."""
-    import resource
-
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def apart(function, *args):
+    """function(*args) in a process of its own -> its result; forked, where that can be, from one with libraries loaded."""
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    if "forkserver" in known:
+        context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # all of them
 
 
-def measure(cfg, name, contender):
-    """One run of one contender in a process of its own -> its figures."""
-    command = [sys.executable, __file__, "--contender", f"{name}/{contender}", "--family", cfg.family]
-    command += ["--vocab-size", str(cfg.vocab_size), "--k", str(cfg.k), "--device", cfg.device, "--dtype", cfg.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise RuntimeError(f"{name}/{contender} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_size(cfg, name, log):
     """All contenders at one size, in alternation -> {contender: figures of its fastest run}."""
-    best = {}
+    best, size = {}, SIZES[name]
+    wanted = [one for one in CONTENDERS if one != "fast gelu" or cfg.family in ("bloom", "gpt2")]
     for repeat in range(cfg.repeats):
-        for process in PROCESSES:
-            for contender, row in measure(cfg, name, process).items():
-                log.metric(repeat, f"{name}/{contender}", **{k: v for k, v in row.items() if k != "losses"})
-                if contender not in best or row["seconds"] < best[contender]["seconds"]:
-                    best[contender] = row
-    ours, theirs = best["engine"]["losses"], best["trainer"]["losses"] + best["loop"]["losses"]
-    apart = max(abs(a - b) for a, b in zip(ours * 2, theirs))
-    if cfg.dtype == "float32" and apart > 1e-3:
-        raise RuntimeError(f"{name}: the contenders' last losses differ by {apart:.2g}; they did not do the same work")
+        for contender in wanted:
+            row = apart(measure, cfg, size, contender)
+            log.metric(repeat, f"{name}/{contender}", **{k: v for k, v in row.items() if k != "losses"})
+            if contender not in best or row["seconds"] < best[contender]["seconds"]:
+                best[contender] = row
+    losses = [best[contender]["losses"] for contender in ("engine", "trainer", "loop")]
+    spread = max(max(same) - min(same) for same in zip(*losses))  # of the same adapter's last loss
+    if cfg.dtype == "float32" and not spread < 1e-3:
+        raise RuntimeError(f"{name}: the last losses differ by {spread:.2g}; the contenders did not do the same work")
     return best
 
 
 def rows_of(cfg, name, best):
     """The figures of one size as rows, each with its ratio and what it is a ratio to."""
-    n_layer, width, b, T, steps = SIZES[name]
-    about = {"size": name, "layers": n_layer, "width": width, "batch_size": b, "tokens": T, "steps": steps, "k": cfg.k}
+    gains = [("batching", one, "trainer") for one in ("engine", "loop", "trainer")]
+    gains += [(one, one, "engine") for one in ("fast gelu", "early stop")] + [("masked", "masked", "all logits")]
     peers = {"trainer": f"transformers {version('transformers')}", "loop": f"peft {version('peft')}"}
     rows = []
-    # what is gained, by whom, against whom
-    gains = [("batching", "engine", "trainer"), ("batching", "loop", "trainer"), ("batching", "trainer", "trainer")]
-    gains += [("fast gelu", "gelu", "plain")] if cfg.family in ("bloom", "gpt2") else []
-    gains += [("masked", "masked", "all_logits"), ("early stop", "stops", "plain")]
     for gain, contender, other in gains:
-        row = best[contender]
-        rows.append({
-            "name": f"{name}/{gain}/{contender}", "who": peers.get(contender, "ours"), **about, "gain": gain,
-            "vocab_size": cfg.vocab_size * (8 if gain == "masked" else 1),
-            "seconds": round(row["seconds"], 3), "cpu_seconds": round(row["cpu_seconds"], 3),
-            "peak_mb": round(row["peak_mb"], 1) if gain == "batching" else None,
-            "ratio": round(best[other]["seconds"] / row["seconds"], 3), "ratio_to": other,
-            "cpu_ratio": round(best[other]["cpu_seconds"] / row["cpu_seconds"], 3),
-        })  # fmt: skip
+        if contender in best:
+            row, base = best[contender], best[other]
+            rows.append({
+                "name": f"{name}/{gain}/{contender}", "who": peers.get(contender, "ours"), "size": name,
+                **SIZES[name]._asdict(), "k": cfg.k, "vocab_size": cfg.vocab_size * (8 if gain == "masked" else 1),
+                "gain": gain, "seconds": round(row["seconds"], 3), "cpu_seconds": round(row["cpu_seconds"], 3),
+                "peak_mb": round(row["peak_mb"], 1), "ratio": round(base["seconds"] / row["seconds"], 3),
+                "cpu_ratio": round(base["cpu_seconds"] / row["cpu_seconds"], 3), "ratio_to": other,
+            })  # fmt: skip
     return rows
 
 
 def main():
     cfg = tyro.cli(BenchConfig)
-    if cfg.contender:
-        name, contender = cfg.contender.split("/")
-        return run_contender(cfg, SIZES[name], contender)
     names = cfg.sizes.split(",")
-    if set(names) - set(SIZES):
-        raise UserError(f"unknown size in {cfg.sizes}; choose from {', '.join(SIZES)}")
+    for what, given, known in [("size", names, SIZES), ("family", [cfg.family], ("bloom", "gpt2", "llama"))]:
+        if set(given) - set(known):
+            raise UserError(f"unknown {what} in {','.join(given)}; choose from {', '.join(known)}")
     import torch  # noqa: F401  so that env.json knows its version and threads
 
-    with RunLog(cfg.run_dir, "bench_lora", cfg) as log:
+    with RunLog(cfg.run_dir, "lora_bench", cfg) as log:
         rows = []
         for name in names:
             new = rows_of(cfg, name, measure_size(cfg, name, log))
             rows += new
             for row in new:
-                figures = f"{row['seconds']:8.2f} s {row['cpu_seconds']:8.2f} s cpu {row['peak_mb'] or 0:8.0f} MB"
-                log.print(f"{row['name']:<28} {figures}   {row['ratio']:5.2f}x {row['ratio_to']}")
+                figures = f"{row['seconds']:8.2f} s {row['cpu_seconds']:8.2f} s cpu {row['peak_mb']:7.0f} MB"
+                log.print(f"{row['name']:<30} {figures}   {row['ratio']:5.2f}x {row['ratio_to']}")
         log.finish("success", rows=rows)
 
 

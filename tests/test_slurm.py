@@ -104,3 +104,27 @@ def test_the_command_is_one_that_torchrun_and_the_trainer_understand(job, tmp_pa
     assert re.fullmatch(r"node7:2\d{4}", args.rdzv_endpoint) and args.rdzv_id == "41234"
     cfg = parse(flags)
     assert cfg.run_dir == "run" and cfg.n_layer == n_layer and 228 <= cfg.stop_after_minutes <= 230
+
+
+@pytest.mark.parametrize("stop, code", [(False, 0), (False, 2), (True, 0)])
+def test_an_array_job_takes_its_shard_and_comes_back_when_its_time_is_up(tmp_path, stop, code):
+    """Success and mistakes end the job with the sweep's own exit status; a stop puts it back into the queue."""
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    wait = "touch waiting; for i in {1..600}; do sleep 0.05; done" if stop else f"exit {code}"
+    python.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" >arguments.txt\n{wait}\n", encoding="utf-8")
+    (tmp_path / "scontrol").write_text(SCONTROL, encoding="utf-8")
+    for file in (python, tmp_path / "scontrol"):
+        file.chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "41234"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    command = ["bash", str(ROOT / "slurm/sweep.sbatch"), "grid.json", "runs/s", "--halving"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    started = subprocess.Popen(command, env={**os.environ, **slurm, "PATH": path})
+    while stop and not (tmp_path / "waiting").exists():
+        time.sleep(0.02)
+    if stop:
+        started.send_signal(signal.SIGTERM)
+    assert started.wait(30) == code and requeued(tmp_path) == stop
+    wanted = ["lora/sweep.py", "grid.json", "--run-dir", "runs/s", "--shard", "3/16", "--halving"]
+    assert (tmp_path / "arguments.txt").read_text().split() == wanted
