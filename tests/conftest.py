@@ -78,6 +78,14 @@ def refuses(script):
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random GPT-2 of two layers as a Hugging Face folder: what the tests of lora/ put adapters on."""
+    from lora_models import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("base") / "gpt2")
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small real corpus: 200 kB of Python's documentation, a byte-pair vocabulary of 384, one shard a split."""
     from pydoc_data.topics import topics

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lora_models import save_tiny, tiny_model
+from lora_models import tiny_model
 
 from lora import train_lora
 from lora.train_lora import TrainConfig
@@ -14,11 +14,6 @@ from runlog import UserError, learned, read_run
 
 QUICK = ("--device", "cpu", "--max-steps", "6", "--eval-every", "3", "--log-every", "1", "--batch-size", "2")
 QUICK += ("--max-new-tokens", "8", "--metric-rows", "2", "--eval-rows", "4", "--held-out", "0.2", "--lr", "1e-2")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "gpt2")
 
 
 @pytest.fixture(scope="module")
