@@ -13,17 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runlog import UserError
-
-
-def pick_device(name, local_rank=0):
-    """auto | cuda | mps | cpu -> torch.device; a device that is not there is refused."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if has[d])
-    if not has[name]:
-        raise UserError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+from runlog import UserError, pick_device
 
 
 def pick_dtype(name, device):
@@ -51,7 +41,7 @@ class Ranks:
     def __init__(self, device="auto"):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = pick_device(device)
         self.main = self.rank == 0
         self.control = None
         if self.device.type == "cuda":

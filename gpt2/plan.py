@@ -9,10 +9,10 @@ import torch
 
 from data.shards import read_meta
 from gpt2.config import GPTConfig
-from gpt2.distributed import autocast, pick_device, pick_dtype
+from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers
-from runlog import UserError
+from runlog import UserError, pick_device
 
 # Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
 # reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.

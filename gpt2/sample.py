@@ -16,8 +16,7 @@ import tyro
 from torch.nn import functional as F
 
 from gpt2.checkpoint import load_model
-from gpt2.distributed import pick_device
-from runlog import UserError, cli
+from runlog import UserError, cli, pick_device
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python lora/generate.py --base gpt2 --prompt "I love this movie because"
     python lora/generate.py --base exported/ --adapter runs/lora/ --prompt "…"        (a run directory or PEFT folder)
+    python lora/generate.py --base smollm2 --chat --prompt "Name three colours."      (the model's chat template)
     python lora/generate.py --base exported/ --adapter runs/lora/ --merge merged/     (a Hugging Face folder)
 
 Greedy with repetition penalty 1.5, as the course notebook has it; `--temperature 0.8` samples instead. Generation
@@ -15,8 +16,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.tasks import pad_id, prompt_ids
-from runlog import UserError, cli
+from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
+from runlog import UserError, cli, pick_device
 
 
 @dataclass
@@ -24,6 +25,9 @@ class GenerateConfig:
     base: str  # hub name or Hugging Face folder; "smollm2" for the packaged one
     adapter: str = ""  # PEFT folder, or the run directory that holds it
     prompt: str = ""  # text to continue
+    chat: bool = (
+        False  # the prompt is a user's turn in the model's own chat template, and the answer ends with its turn
+    )
     max_new_tokens: int = 100  # tokens
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # sample from the most likely tokens that make up this probability
@@ -32,17 +36,6 @@ class GenerateConfig:
     dtype: str = "float32"  # of the base: float32 or bfloat16
     device: str = "auto"  # auto, cuda, mps or cpu
     merge: str = ""  # folder for the merged model; nothing is generated then unless a prompt is given
-
-
-def pick_device(device="auto"):
-    """ "auto" -> cuda, mps or cpu, whichever is there first."""
-    import torch
-
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def quiet_libraries():
@@ -128,7 +121,7 @@ def _loaded(base, load, *args, **kwargs):
 
 
 def _four_bit(device, dtype):
-    if importlib.util.find_spec("bitsandbytes") is None or not device.startswith("cuda"):
+    if importlib.util.find_spec("bitsandbytes") is None or device.type != "cuda":
         raise UserError("--load-in-4bit needs a CUDA GPU and the package bitsandbytes; leave it out here")
     import torch
     from transformers import BitsAndBytesConfig
@@ -242,8 +235,6 @@ def main():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter_folder(cfg.adapter))
-    prompt = prompt_ids(tokenizer, cfg.prompt)
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if cfg.merge:
         ids = torch.arange(min(64, block_size(model.config), len(tokenizer)), device=model.device)[None]
         model, difference = merge(model, ids)
@@ -251,11 +242,19 @@ def main():
         save_merged(model, tokenizer, cfg.merge, cfg.dtype)
         print(f"wrote {cfg.merge} ({cfg.dtype})")
     if cfg.prompt:
+        ids, stops = asked(tokenizer, cfg.prompt, cfg.chat)
         text = generate(
-            model, tokenizer, prompt, stop_ids=stops, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+            model, tokenizer, ids, stop_ids=stops, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
             top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
         )  # fmt: skip
-        print(cfg.prompt + text)
+        print(text if cfg.chat else cfg.prompt + text)
+
+
+def asked(tokenizer, prompt, chat=False):
+    """What the model reads, and where its answer ends -> (ids, stop ids), as in training."""
+    row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}]}
+    example = to_example("chat", row, tokenizer, "corrected") if chat else Example(((prompt, True),), prompt)
+    return prompt_ids(tokenizer, example.prompt, example.bos), stop_ids(tokenizer, example)
 
 
 if __name__ == "__main__":

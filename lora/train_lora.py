@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lora.generate import block_size, check_base, generate, load_base, load_tokenizer, pick_device, quiet_libraries
+from lora.generate import block_size, check_base, generate, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import (
     SENTIMENT,
     SENTIMENTS,
@@ -37,7 +37,7 @@ from lora.tasks import (
     show_batch,
     token_f1,
 )
-from runlog import RunLog, UserError, cli, file_sha256, read_json, read_run
+from runlog import RunLog, UserError, cli, file_sha256, pick_device, read_json, read_run
 
 
 @dataclass
@@ -269,11 +269,13 @@ def trainer_class(data, pad, held_out, seed, on_eval):
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm(grads)).sum()
-            if not torch.isfinite(loss + norms):  # before the optimizer's step, so the weights are the last good ones
-                what = "loss" if not torch.isfinite(loss) else "gradient"
-                raise Diverged(f"the {what} is not finite at step {self.state.global_step + 1}")
+            if self.accelerator.sync_gradients:  # the last micro-step; the optimizer's comes after, so weights are good
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                norms = torch.stack(torch._foreach_norm(grads)).sum()
+                sums = self.accelerator.reduce(loss.detach() + norms)  # so that all processes stop at the same step
+                if not torch.isfinite(sums):
+                    what = "gradient" if torch.isfinite(loss) else "loss"
+                    raise Diverged(f"the {what} is not finite at step {self.state.global_step + 1}")
             return loss
 
         def evaluate(self, *args, **kwargs):
@@ -315,7 +317,7 @@ def make_trainer(cfg, model, data, pad, log, max_steps, eval_every, on_eval):
     """The Trainer of one run, its checkpoints in the run directory."""
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
 
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device).type
     args = TrainingArguments(
         output_dir=str(log.ckpt_dir), per_device_train_batch_size=cfg.batch_size, max_steps=max_steps,
         gradient_accumulation_steps=cfg.grad_accum_steps, learning_rate=cfg.lr, lr_scheduler_type=cfg.lr_scheduler,
@@ -411,10 +413,14 @@ def last_checkpoint(ckpt_dir):
 # one run
 
 
-def write_experiment(run_dir, task, parameters, text, metrics):
-    """Append to lora_experiments_TASK.log: time stamp, PARAMETERS as JSON, RESULTS with text and training metrics."""
+def write_experiment(run_dir, task, parameters, text, metrics, when=None):
+    """Append to lora_experiments_TASK.log: time stamp, PARAMETERS as JSON, RESULTS with text and training metrics.
+
+    when: seconds since the epoch; now, if not given.
+    """
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
     with open(Path(run_dir) / f"lora_experiments_{task}.log", "a", encoding="utf-8", newline="\n") as f:
-        f.write(f"{'=' * 20} {time.strftime('%Y-%m-%d %H:%M:%S')} {'=' * 20}\n")
+        f.write(f"{'=' * 20} {stamp} {'=' * 20}\n")
         f.write(f"PARAMETERS:\n{json.dumps(parameters, indent=2)}\n")
         f.write(f"RESULTS:\nGenerated text:\n{text}\n\nTraining metrics:\n{json.dumps(metrics, indent=2)}\n\n")
 

@@ -3,10 +3,10 @@
 from dataclasses import fields
 from pathlib import Path
 
-from lora.generate import adapter_folder, block_size, load_base, load_tokenizer, pick_device, quiet_libraries
+from lora.generate import adapter_folder, block_size, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import load_task, pad_id
 from lora.train_lora import TrainConfig, fingerprint, held_out_loss
-from runlog import ROOT, UserError
+from runlog import ROOT, UserError, pick_device
 from runlog.verify import find, judge
 
 # Relative. Other threads or kernels add up in another order; so does the engine that trains many adapters at once.

@@ -121,6 +121,18 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({e}); it may be damaged") from None
 
 
+def pick_device(name="auto"):
+    """auto | cuda | mps | cpu -> torch.device (under torchrun this process's GPU); one that is not there is refused."""
+    import torch
+
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if has[d])
+    if not has.get(name):
+        raise UserError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
 def file_sha256(path):
     """The sha256 of a file's bytes, as hex."""
     with open(path, "rb") as f:

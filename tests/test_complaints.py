@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2 import plan
 from gpt2.config import GPTConfig
-from gpt2.distributed import pick_device, pick_dtype
+from gpt2.distributed import pick_dtype
 from gpt2.model import GPT
+from runlog import pick_device
 
 # complaint: (what it is, file and test that names it)
 COMPLAINTS = {

@@ -44,6 +44,21 @@ def test_complaint_generation_that_does_not_stop_llama_factory_5593_6020():
     assert text == tokenizer.decode(whole[: whole.index(whole[3])])
 
 
+def test_a_chat_prompt_is_what_training_learned_to_answer():
+    """--chat: the user's turn in the template, with the assistant's begun, and its end of turn among the stops."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ids, stops = generate.asked(tokenizer, "the cat", chat=True)
+    assert tokenizer.decode(ids) == "user: the cat<|end|>assistant: "
+    assert stops == sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")])
+    plain = generate.asked(tokenizer, "the cat")
+    assert tokenizer.decode(plain[0]) == "the cat" and plain[1] == [tokenizer.eos_token_id]
+
+
 def test_a_prompt_longer_than_the_block_keeps_its_end():
     model, tokenizer = tiny_model("gpt2", block=32), tiny_tokenizer()
     ids = torch.randint(1, 290, (100,)).tolist()
