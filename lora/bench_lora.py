@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import tyro
 
-from runlog import RunLog, UserError, cli
+from runlog import RunLog, UserError, cli, pick_device
 
 
 class Size(NamedTuple):
@@ -42,11 +42,11 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2, 64, 1, 32, 100),
-    "small-64": Size(2, 64, 1, 64, 100),
-    "large": Size(4, 256, 1, 32, 40),
-    "large-64": Size(4, 256, 1, 64, 25),
-    "busy": Size(4, 256, 8, 128, 3),
+    "small": Size(2, 64, 1, 32, 60),
+    "small-64": Size(2, 64, 1, 64, 60),
+    "large": Size(4, 256, 1, 32, 24),
+    "large-64": Size(4, 256, 1, 64, 16),
+    "busy": Size(4, 256, 8, 64, 4),
 }
 CONTENDERS = ("trainer", "loop", "engine", "fast gelu", "early stop", "masked", "all logits")
 WARM_UP = 3  # steps before the clock starts
@@ -73,8 +73,6 @@ def base_model(cfg, size):
     """A random base of the family, the same in every process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lora.generate import pick_device
 
     n_layer, width, n_head = size.layers, size.width, size.width // 32
     shape = {
@@ -277,7 +275,7 @@ def peak_memory(cuda):
 
 
 def apart(function, *args):
-    """function(*args) in a process of its own -> its result; forked, where that can be, from one with libraries loaded."""
+    """function(*args) in a process of its own -> its result; forked, where possible, from one with libraries loaded."""
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if "forkserver" in known:
@@ -319,7 +317,7 @@ def rows_of(cfg, name, best):
             rows.append({
                 "name": f"{name}/{gain}/{contender}", "who": peers.get(contender, "ours"), "size": name,
                 **SIZES[name]._asdict(), "k": cfg.k, "vocab_size": cfg.vocab_size * (8 if gain == "masked" else 1),
-                "gain": gain, "seconds": round(row["seconds"], 3), "cpu_seconds": round(row["cpu_seconds"], 3),
+                "gain": gain, "seconds": round(row["seconds"], 4), "cpu_seconds": round(row["cpu_seconds"], 4),
                 "peak_mb": round(row["peak_mb"], 1), "ratio": round(base["seconds"] / row["seconds"], 3),
                 "cpu_ratio": round(base["cpu_seconds"] / row["cpu_seconds"], 3), "ratio_to": other,
             })  # fmt: skip
