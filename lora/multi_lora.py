@@ -110,9 +110,8 @@ class AdaptedLinear(nn.Module):
         if engine.only is not None:  # one adapter alone, for evaluation
             A, B, bias, scaling = (None if x is None else x[engine.only] for x in (A, B, bias, scaling))
         y = self.base(x)  # (k*b, T, out)
-        z = x.reshape(k, -1, self.n_in).to(A.dtype)  # (k, b*T, in)
-        z = engine.dropout(z, self.index)
-        h = (z @ A.mT) * scaling  # (k, b*T, r_max)
+        z = engine.dropout(x.reshape(k, -1, *x.shape[-2:]).to(A.dtype), self.index)  # (k, b, T, in)
+        h = (z.reshape(k, -1, self.n_in) @ A.mT) * scaling  # (k, b*T, r_max)
         if y.dtype == A.dtype:
             y = torch.baddbmm(y.reshape(k, -1, self.n_out), h, B.mT)  # (k, b*T, out)
         else:  # float32 adapters on a half-precision base, as PEFT has them
@@ -251,7 +250,10 @@ class MultiLora:
     # -- forward
 
     def dropout(self, z, layer):
-        """Drop inputs of each adapter's update with its own probability. z: (k, n, in)"""
+        """Drop inputs of each adapter's update with its own probability. z: (k, b, T, in)
+
+        Drawn position by position, so that the padding of longer neighbours' rows comes last and shifts nothing.
+        """
         if not self.training or not any(c.lora_dropout for c in self.configs):
             return z
         mask = torch.ones_like(z)
@@ -259,7 +261,9 @@ class MultiLora:
             if config.lora_dropout:
                 seed = zlib.crc32(f"{config.seed}/{self.steps[i]}/{layer}".encode())
                 keep = 1 - config.lora_dropout
-                mask[i].bernoulli_(keep, generator=self.generator.manual_seed(seed)).div_(keep)
+                kept = torch.empty_like(z[i].transpose(0, 1), memory_format=torch.contiguous_format)  # (T, b, in)
+                kept.bernoulli_(keep, generator=self.generator.manual_seed(seed))
+                mask[i] = kept.div_(keep).transpose(0, 1)
         return z * mask
 
     @contextmanager
