@@ -6,13 +6,14 @@ weights are kept, and the others do not notice. A checkpoint after every held-ou
 depends on, so a group that was killed at any moment goes on and ends as if nothing had happened.
 """
 
+import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from lora.train_lora import NOT_LEARNED, mirrors
-from runlog import RunLog, atomic_open, file_sha256, read_run
+from lora.train_lora import NOT_LEARNED, mirrors, task_metric
+from runlog import RunLog, atomic_open, file_sha256, pick_device, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
 ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "lr", "use_rslora", "bias", "init_lora_weights", "lr_scheduler")
@@ -55,7 +56,7 @@ class Group:
     """Trains a list of configurations on one base, `at_once` at a time; a freed slot takes the next."""
 
     def __init__(self, sweep, configs, log):
-        from lora.generate import block_size, load_base, load_tokenizer, pick_device
+        from lora.generate import block_size, load_base, load_tokenizer
         from lora.tasks import default_prompt, load_task, pad_id
 
         self.sweep, self.configs, self.log, self.first = sweep, configs, log, configs[0]
@@ -126,11 +127,13 @@ class Group:
             return
         plan = self.plan()
         k = self.sweep.adapters_at_once or plan.at_once(len(self.queue))
-        self.log.print(f"{len(self.configs)} adapters, {k} at a time | {plan}")
+        self.log.print(f"{len(self.configs)} adapters, {k} at a time | {plan} | {json.dumps(self.data.report)}")
         self.trained = 0
         first, self.queue = self.queue[:k], self.queue[k:]
         self.engine = self.build([self.configs[i] for i in first])
         self.slots = [Slot(self.configs[i]) for i in first]
+        with self.engine.evaluating(0) as model:  # B is zero still: this is the base
+            self.log.metric(0, "task", **task_metric(model, self.tokenizer, self.data, self.first.metric_rows))
         self.evaluate(range(len(self.slots)))
         self.save()
 
@@ -264,8 +267,6 @@ class Group:
 
     def finish(self, i, why):
         """Save slot i's best adapter and its result."""
-        from lora.train_lora import task_metric
-
         slot, step = self.slots[i], self.engine.steps[i]
         if slot.best_theta is not None:
             self.engine.theta[i] = slot.best_theta

@@ -1,9 +1,9 @@
 """A grid of LoRA configurations -> one run each, all adapters of a group trained at once.
 
-    python lora/sweep.py lora/sweeps/quickstart.json --base runs/quickstart/hf --run-dir runs/lora_sweep
-    python lora/sweep.py lora/sweeps/imdb.json --data-file imdb_review_3000.csv.gz --run-dir runs/lora_imdb
-    torchrun --nproc-per-node 8 lora/sweep.py GRID.json --run-dir DIR        one group of adapters a GPU
-    python lora/sweep.py GRID.json --run-dir DIR --shard 3/16                fourth of sixteen jobs on a shared folder
+    python lora/sweep.py lora/sweeps/quickstart.json               four adapters on `make quickstart`'s model, a minute
+    python lora/sweep.py lora/sweeps/imdb.json --base smollm2 --data-file imdb_review_3000.csv.gz --seeds 0 1 2
+    torchrun --nproc-per-node 8 lora/sweep.py GRID.json            one group of adapters a GPU
+    python lora/sweep.py GRID.json --shard 3/16                    fourth of sixteen jobs on a shared folder
 
 A grid file names the task and holds `settings` (fields of train_lora's TrainConfig, the same for all), `grid` (lists,
 all combinations), `configs` (single ones) and `seeds`. In a group (`--engine concurrent`) adapters share the base's
@@ -42,7 +42,7 @@ SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs"
 @dataclass
 class SweepConfig:
     grid: tyro.conf.Positional[str]  # JSON file: task, settings, grid, configs, seeds
-    run_dir: str  # where the records and adapters go
+    run_dir: str = ""  # where the records and adapters go; empty: runs/lora-NAME, as the grid file is called
     base: str = ""  # hub name or Hugging Face folder; empty: as the file says
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
     engine: str = "auto"  # concurrent, trainer, or auto: concurrent wherever it can
@@ -270,6 +270,7 @@ def show_plan(cfg, configs, n):
 
 def main():
     cfg = tyro.cli(SweepConfig)
+    cfg.run_dir = cfg.run_dir or f"runs/lora-{Path(cfg.grid).stem}"
     quiet_libraries()
     run_sweep(cfg)
 

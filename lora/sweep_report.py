@@ -212,7 +212,7 @@ def write_log(folder, configs, runs):
         numbers = {k: v for k, v in run.result.items() if k not in ("text", "prompt", "kind")}
         losses = run.curve("train")[1]
         numbers["train_loss"] = mean(losses) if losses else None
-        write_experiment(folder, task, hyper_parameters(cfg), text, numbers)
+        write_experiment(folder, task, hyper_parameters(cfg), text, numbers, run.metrics[-1]["time"])
 
 
 def replay_halving(runs, rungs):

@@ -6,7 +6,6 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from lora_models import save_tiny
 
 from lora import group, sweep
 from lora.group import Slot
@@ -19,11 +18,6 @@ SETTINGS = {
     "max_steps": 12, "eval_every": 4, "log_every": 1, "batch_size": 2, "metric_rows": 2, "eval_rows": 4,
     "held_out": 0.2, "prompt": "the cat", "lora_dropout": 0.1, "max_length": 48,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,8 @@ def finished(base, rows, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_sweep_leaves_its_records(finished):
+def test_complaint_comparing_runs_llama_factory_7100_7094_6292(finished):
+    """A sweep leaves a run directory an adapter, one table, one figure of all curves, and a log for people."""
     runs = {name: read_run(folder) for name, folder in adapters(finished).items()}
     assert list(runs) == [
         "000_r2_lr0.001", "001_r2_lr0.01", "002_r4_lr0.001", "003_r4_lr0.01", "004_r3_lr1e+30_max_grad_norm0.0",
@@ -77,6 +72,8 @@ def test_a_sweep_leaves_its_records(finished):
             assert run.result["held_out_loss"] == min(run.curve("val")[1])
             assert set(run.result["after"]) == {"exact_match", "token_f1"}
             assert (run.run_dir / "samples.txt").read_text().count("--- step") == 4
+    before = read_run(finished / "groups/000").rows("task")
+    assert len(before) == 1 and set(before[0]) >= {"exact_match", "token_f1"}  # of the base
     result = read_run(finished).result
     assert result["status"] == "success" and result["diverged"] == ["004_r3_lr1e+30_max_grad_norm0.0"]
     assert result["best_held_out_loss"] == min(run.result["held_out_loss"] for run in runs.values())
