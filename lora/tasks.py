@@ -19,7 +19,6 @@ Labels follow Hugging Face: the id where the token is learned, -100 elsewhere; t
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from runlog import UserError
+from runlog import UserError, from_hub, open_text
 
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
@@ -82,25 +81,15 @@ def load_rows(task, data_file=None):
         raise UserError(f"task {task} needs --data-file")
     from datasets import load_dataset
 
-    try:
+    with from_hub(HUB[task], "give a local copy with --data-file"):
         return [dict(row) for row in load_dataset(HUB[task], split="train")]
-    except Exception as e:  # the hub's clients raise many kinds; all mean that there is no data
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{HUB[task]} could not be loaded ({reason}); give a local copy with --data-file") from None
 
 
 def read_rows(path):
     """Rows of a .csv, .json, .jsonl or .txt file, gzipped or not -> list of dicts."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; check --data-file")
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 (byte {e.start}); convert it first") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise UserError(f"{path} is not a whole gzip file") from None
+    with open_text(path, newline="") as f:  # as it stands: a field of a csv may hold line ends
+        text = f.read()
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
@@ -108,7 +97,7 @@ def read_rows(path):
         return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
     try:
         if kind == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif kind == ".json":
             rows = json.loads(text)
         else:

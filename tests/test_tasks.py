@@ -134,10 +134,10 @@ def test_a_base_without_chat_template_says_so(tokenizer):
 
 
 def test_files_of_every_kind_give_the_same_rows(tmp_path):
-    rows = [{"review": "good, “fine”", "sentiment": "positive"}, {"review": "bad", "sentiment": "negative"}]
+    rows = [{"review": "good, “fine”", "sentiment": "positive"}, {"review": "b\u2028d", "sentiment": "negative"}]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (tmp_path / "a.csv").write_text('review,sentiment\n"good, “fine”",positive\nbad,negative\n', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    (tmp_path / "a.csv").write_text('review,sentiment\n"good, “fine”",positive\nb\u2028d,negative\n', encoding="utf-8")
     for name in ("a.json", "a.jsonl", "a.csv"):
         packed = tmp_path / (name + ".gz")
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
