@@ -134,7 +134,9 @@ def print_plan(cfg):
         print(f"{name:<11} {text}", flush=True)
     speed, how = cfg.plan_tok_per_sec, "assumed"
     if not speed and (best or not memory):
-        rows = min(best, cfg.micro_batch_size) if device.type == "cuda" else 1
+        rows = min(best or 1, cfg.micro_batch_size)
+        if device.type != "cuda":  # seconds, not minutes
+            rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
         speed = measure_speed(GPT(config), cfg, device, rows) * world_size
         how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
     hours = (
@@ -146,4 +148,4 @@ def print_plan(cfg):
 
 
 def _gb(n):
-    return f"{n / 2**30:,.2f} GB"
+    return f"{n / 2**30:,.2f} GB" if n >= 2**29 else f"{n / 2**20:,.2f} MB"
