@@ -28,6 +28,8 @@ def save(ckpt_dir, step, state, keep=2):
     An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
     """
     path, summed = Path(ckpt_dir) / f"step_{step:06d}.pt", _Summed()
+    for part in path.parent.glob(".step_*.part"):  # gigabytes that a kill in the middle of a save has left
+        part.unlink(missing_ok=True)
     try:
         with atomic_open(path, "wb") as summed.file:
             torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, summed)

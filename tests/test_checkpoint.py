@@ -55,6 +55,13 @@ def test_the_newest_are_kept(tmp_path):
     ]
 
 
+def test_what_a_kill_while_saving_left_is_swept_up(tmp_path):
+    (tmp_path / ".step_000001.pt.4711.part").write_bytes(b"half of a checkpoint")
+    assert checkpoint.load_newest(tmp_path) is None
+    checkpoint.save(tmp_path, 2, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002.pt", "step_000002.pt.sha256"]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_damaged_later_one_does_not_count_among_those_kept(tmp_path, keep):
     for step in (1, 2, 9):
