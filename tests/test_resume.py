@@ -53,7 +53,7 @@ def kill(process):
     process.communicate()
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=900):
     out, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, out[-4000:]
     return out
@@ -64,7 +64,7 @@ def last_step(run_dir):
     return max((row["step"] for row in read_metrics(run_dir) if row["kind"] == "train"), default=-1)
 
 
-def wait_for(condition, process, what, timeout=120):
+def wait_for(condition, process, what, timeout=600):
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended before {what}:\n{process.communicate()[0][-4000:]}"
