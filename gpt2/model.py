@@ -108,19 +108,7 @@ class GPT(nn.Module):
 
         Returns (logits (B, T, vocab_size) or None, loss in nats or None).
         """
-        B, T = idx.shape
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.block_size:
-            raise UserError(f"{past + T} tokens do not fit into block_size {self.config.block_size}; shorten the text")
-        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
-        if cache is not None:
-            pos = cache.positions(T)  # (B, T): prompts of a batch begin at their own place
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, cache)
-        x = self.transformer.ln_f(x)
-
+        x = self.hidden(idx, cache)  # (B, T, C)
         V = self.config.vocab_size
         logits = self.lm_head(x)[..., :V] if return_logits else None  # (B, T, V): the padding is cut off
         if targets is None:
@@ -131,11 +119,26 @@ class GPT(nn.Module):
                 logits.reshape(-1, V).to(wide), targets.reshape(-1), ignore_index=-1, reduction="sum"
             )
         else:
-            x, compiling = x.reshape(B * T, -1), torch.compiler.is_compiling()
+            x, compiling = x.flatten(0, 1), torch.compiler.is_compiling()  # (B * T, C)
             loss = chunked_cross_entropy(x, self.lm_head.weight, targets.reshape(-1), V, compiling)
         if reduction == "mean":
             loss = loss / (targets >= 0).sum()
         return logits, loss
+
+    def hidden(self, idx, cache=None):
+        """What the last norm gives for idx (B, T), before the output projection: (B, T, C)."""
+        T = idx.shape[1]
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.block_size:
+            raise UserError(f"{past + T} tokens do not fit into block_size {self.config.block_size}; shorten the text")
+        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if cache is not None:
+            pos = cache.positions(T)  # (B, T): prompts of a batch begin at their own place
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
 
     def num_params(self):
         """Parameters, shared ones once, the padding of the vocabulary left out."""
@@ -255,8 +258,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx.mul_(grad), dw.mul_(grad), None, None, None
 
 
-# Logits in a chunk: on a CPU as many as stay in its last cache, elsewhere enough to fill the device.
-CHUNK_LOGITS = {"cpu": 2**23}
+# Logits in a chunk: fewer chunks read the weights less often, on a CPU 64 MB are enough of that.
+CHUNK_LOGITS = {"cpu": 2**24}
 
 
 def _exp(logits, vocab_size):

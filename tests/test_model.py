@@ -132,7 +132,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows):
 
 
 def test_chunked_cross_entropy_cuts_its_rows():
-    """More rows than fit into one chunk: 2**23 logits at a vocabulary of 65,536 are 128 rows."""
+    """More rows than fit into one chunk: 2**24 logits at a vocabulary of 65,536 are 256 rows."""
     torch.manual_seed(0)
     x, w = torch.randn(300, 4, dtype=torch.float64), torch.randn(65536, 4, dtype=torch.float64)
     targets = torch.randint(65536, (300,))
