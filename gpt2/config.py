@@ -127,6 +127,8 @@ class TrainConfig:
     """torch.compile the model; eager, saying so, where no compiler is found."""
     deterministic: bool = False
     """Deterministic kernels: with --compile, too, a resumed run then ends bit-identical."""
+    cpu_memory_settings: bool = False
+    """On Linux CPUs: restart with settings of the C library that keep large buffers, for fewer page faults."""
 
     # --- how this start behaves
     eval_only: bool = False
@@ -168,7 +170,7 @@ class TrainConfig:
 
 # A resumed run may differ in these; all other settings decide what is learned.
 FREE_ON_RESUME = {
-    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic"),
+    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "cpu_memory_settings"),
     *("val_every", "val_tokens", "sample_every", "sample_prompt"),
     *("hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),

@@ -36,11 +36,12 @@ from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
 from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
 from gpt2.loader import Loader, Prefetcher
+from gpt2.machine import advice, restart_with_memory_settings, sdpa_backend
 from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
 from gpt2.plan import peak_flops, print_plan
 from gpt2.sample import generate
-from runlog import RunLog, UserError, cli, portable, read_run
+from runlog import ROOT, RunLog, UserError, cli, portable, read_run
 
 # Published losses on the same validation data, for the reference line of the picture.
 GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
@@ -107,6 +108,8 @@ def compiled(model, cfg, device, say):
     """
     if not cfg.compile:
         return model
+    # What is compiled once is read back at the next start, also after a reboot has emptied /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "data/cache/torch-compile"))
     try:
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
     except Exception as e:  # torch raises several kinds, by platform and version
@@ -336,7 +339,8 @@ class Trainer:
             self.pending.append((self.step, loss_sum, norm, lr))
             self.step += 1
             bar.update()
-            if len(self.pending) >= cfg.log_every:
+            first = self.model is not self.raw_model and bar.n == 1  # compiling shows by itself, in the first line
+            if len(self.pending) >= cfg.log_every or first:
                 self.flush()
 
     def evaluate(self):
@@ -446,7 +450,7 @@ class Trainer:
                 self.say(f"  sample | {' '.join(text.split())[:160]}")
 
     def announce(self):
-        """What is about to happen, in two lines."""
+        """What is about to happen, in three lines."""
         cfg, ranks = self.cfg, self.ranks
         self.say(
             f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
@@ -454,6 +458,9 @@ class Trainer:
             f"{ranks.world_size} process(es) x {self.grad_accum_steps} x {cfg.micro_batch_size} sequences of "
             f"{cfg.block_size}"
         )
+        heads = torch.empty(1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head, device=self.device)
+        kernel = sdpa_backend(heads.to(getattr(torch, cfg.dtype)))
+        self.say(f"attention: {kernel} | {torch.get_num_threads()} threads" + advice(self.device, cfg))
         self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: what knowing the frequencies alone would reach")
 
     def preempted(self, reason):
@@ -520,6 +527,8 @@ def main():
     if cfg.plan:
         return print_plan(cfg)
     meta = check_folder(cfg.data_dir)
+    if cfg.cpu_memory_settings:
+        restart_with_memory_settings()
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks.device)
     start = how_to_start(cfg, meta)
