@@ -10,7 +10,7 @@ export PIP_FIND_LINKS := wheels
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all notebooks lint format clean
+.PHONY: help quickstart test test-all bench bench-gpu notebooks lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,22 @@ test: $(READY) ## all tests of everyday length, without network, under ten minut
 
 test-all: $(READY) ## the full matrix as well
 	python -m pytest -n auto --maxprocesses 4 -m "slow or not slow"
+
+bench: $(READY) ## speed of every station against its peers on this CPU; some fifteen minutes, records in runs/
+	python bpe/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --run-dir runs/bench_bpe
+	python bpe/train_bpe.py --input report.md --vocab-size 1024 --out data/cache/bench-1024
+	python data/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --run-dir runs/bench_data
+	python gpt2/bench_gpt2.py ladder --device cpu
+	python gpt2/bench_gpt2.py peers --device cpu --size vocab-50304 --run-dir runs/gpt2_peers_50304
+	python gpt2/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/gpt2_peers_1024
+	python gpt2/bench_gpt2.py start --device cpu
+	python lora/bench_lora.py --sizes small --run-dir runs/bench_lora
+
+bench-gpu: $(READY) ## GPT-2 124M on this GPU: ladder, peers, resume, profile; under ten minutes on an H100
+	python gpt2/bench_gpt2.py ladder --run-dir runs/gpu_ladder
+	python gpt2/bench_gpt2.py peers --run-dir runs/gpu_peers
+	python gpt2/bench_gpt2.py resume --run-dir runs/gpu_resume
+	python gpt2/bench_gpt2.py profile --run-dir runs/gpu_profile
 
 notebooks: $(READY) ## execute the notebooks again, from the records in runs/ alone
 	python notebooks/execute.py
