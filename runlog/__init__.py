@@ -10,7 +10,8 @@
               ckpt/          checkpoints or adapters
 
 BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (record.py); notebooks, reports and tests
-read it back through `read_run` (reading.py); `python -m runlog` shows it to people (commands.py).
+read it back through `read_run` (reading.py); `python -m runlog` lists, shows, compares, watches, explains and verifies
+runs (commands.py, and a file for each that is long). manners.py holds what every script shares.
 """
 
 from runlog.manners import (

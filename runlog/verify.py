@@ -61,8 +61,7 @@ def verify(run_dir, steps=5, whole=False, data=None):
         except UserError as e:
             report.open(str(e))
     elif run.kind == "lora_sweep":
-        for adapter in find_runs(run.run_dir / "adapters"):
-            report.failed += not verify(adapter, steps, whole, data)
+        check_adapters(run, report, steps, whole, data)
     else:
         report.open(f"a run of kind {run.kind} measures: there is nothing to compute again with the same outcome")
     print(f"          {report.verdict()}")
@@ -100,6 +99,19 @@ def check_result(run, report):
             report.fail(f"result.json says {run.result['tokens']:,} tokens, which is not {run.result['step']} steps'")
     if compared and report.failed == failed:
         report.ok(f"result.json agrees with the rows ({', '.join(compared)})")
+
+
+def check_adapters(run, report, steps, whole, data):
+    """A sweep stands or falls with its adapters, each a run of its own."""
+    adapters = find_runs(run.run_dir / "adapters")
+    losses = {folder.name: read_run(folder).result.get("held_out_loss") for folder in adapters}
+    best, said = run.result.get("best"), run.result.get("best_held_out_loss")
+    if best is not None and losses.get(best) != said:
+        report.fail(f"result.json says held-out loss {said} of {best}, its own record {losses.get(best)}")
+    for folder in adapters:
+        print()
+        report.failed += not verify(folder, steps, whole, data)
+    print()
 
 
 def code_reasons(run):

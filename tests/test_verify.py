@@ -268,6 +268,24 @@ def test_another_base_or_other_rows_are_found(adapter, verify, tmp_path):
     assert "rows.json is not what the run read: its sum is not the recorded data_file_sha256" in out
 
 
+def test_a_sweep_is_verified_adapter_by_adapter(adapter, verify, tmp_path):
+    from lora.sweep import SweepConfig, run_sweep
+
+    settings = {"max_steps": 4, "eval_every": 2, "log_every": 1, "batch_size": 2, "metric_rows": 0, "eval_rows": 4}
+    settings |= {"held_out": 0.2, "prompt": "the cat"}
+    grid = {"task": "instruction", "settings": settings, "grid": {"r": [2, 4]}}
+    (tmp_path / "grid.json").write_text(json.dumps(grid), encoding="utf-8")
+    where = {"base": str(adapter / "base"), "data_file": str(adapter / "rows.json"), "run_dir": str(tmp_path / "sweep")}
+    run_sweep(SweepConfig(grid=str(tmp_path / "grid.json"), device="cpu", sample_tokens=0, **where))
+    out = verify(tmp_path / "sweep")
+    assert out.count("ok        the kept adapter on the held-out rows: 2 figures") == 2
+    first = next((tmp_path / "sweep/adapters").iterdir())
+    result = read_run(first).result
+    write_json(first / "result.json", {**result, "held_out_loss": result["held_out_loss"] * 1.001})
+    out = verify(tmp_path / "sweep", ok=False)
+    assert "FAIL      the kept adapter on the held-out rows: held_out_loss" in out
+
+
 def test_hellaswags_accuracies_follow_from_its_items(verify, tmp_path):
     out = verify(ROOT / "runs/hellaswag_stories260K_turns")
     assert "accuracies of 512 items from hellaswag.jsonl: 10 figures, the same to the last bit" in out
