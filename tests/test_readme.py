@@ -50,6 +50,7 @@ def commands(text):
 
 COMMANDS = commands(README)
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+QUICKSTART = re.findall(r"^\t(python .*)", MAKEFILE.split("\nquickstart:")[1].split("\n\n")[0], re.M)
 RECIPES = [line.strip() for line in MAKEFILE.splitlines() if line.startswith("\tpython ") and "-m pytest" not in line]
 
 
@@ -151,7 +152,7 @@ def test_the_laptop_size_commands_run_in_their_order(tmp_path):
     # The clone's modules come before those of the editable installation; threads as a person has them.
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     env |= {"PYTHONPATH": str(clone), "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    prelude = [re.sub(r"(train_gpt2.py quickstart)", r"\1 --max-steps 20", c) for c in RECIPES if "notebooks" not in c]
+    prelude = [re.sub(r"(train_gpt2.py quickstart)", r"\1 --max-steps 20", command) for command in QUICKSTART]
     laptop = [c for full, c in COMMANDS if not full and c.startswith(("python ", "torchrun "))]
     for command in prelude + [c for c in laptop if "hellaswag" not in c or SHARED.exists()]:
         done = subprocess.run(command, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=900)
