@@ -95,7 +95,7 @@ def numbers(path):
     """Every number in a record, or in the source of a test."""
     if path.suffix in (".py", ".txt", ".md"):
         return tuple(in_text(path.read_text(encoding="utf-8").replace("_", "")))
-    found = []
+    found = in_value(read_json(path)) if path.suffix == ".json" else []
     for file in sorted(path.rglob("*.json")):
         if file.name in ("result.json", "config.json", "env.json"):
             found += in_value(read_json(file))
@@ -118,7 +118,8 @@ def entry_numbers(path, row):
 
 @cache
 def result(path):
-    return read_json(path / "result.json") if (path / "result.json").exists() else {}
+    path = path if path.suffix == ".json" else path / "result.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def over_seeds(cited):

@@ -77,6 +77,7 @@ CITING = "| what | original | here |\n|---|---|---|\n| GPT-2, {what} | 38.9 s | 
         ("2.20 ± 0.11 (`runs/a-seed*`)", ["0.11"]),
         ("5,000 cases to 1e-5 (`tests/test_it.py`)", []),
         ("5,001 cases to 1e-6 (`tests/test_it.py`)", ["5,001", "1e-6"]),
+        ("4.786 and 9 (`runs/mine/result.json`)", ["9"]),
         ("4.786", ["4.786"]),
     ],
 )
