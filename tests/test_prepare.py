@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import tiktoken
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
+from data.prepare import blocks
 from data.shards import open_split, read_meta, read_shard, verify, write_shard
 from data.sources import documents, is_validation
 
@@ -56,14 +58,13 @@ def command(source, corpus, out, *args):
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus, tmp_path_factory):
-    """The folder that one process makes, {source: (folder, seconds)}."""
+    """The folder that one process makes, {source: folder}."""
     made = {}
     for source in ("jsonl", "fineweb-edu"):
         out = tmp_path_factory.mktemp("undisturbed") / "mine"
-        started = time.time()
         argv = command(source, corpus, out, "--workers", 1)
         subprocess.run([sys.executable, ROOT / argv[0], *map(str, argv[1:])], check=True, capture_output=True)
-        made[source] = out, time.time() - started
+        made[source] = out
     return made
 
 
@@ -71,7 +72,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 def test_hash_split_against_encoding_by_hand(undisturbed, corpus):
-    out, _ = undisturbed["jsonl"]
+    out = undisturbed["jsonl"]
     tokenizer = Tokenizer.load(corpus.with_name("own.model"))
     expected, texts = {"train": [], "val": []}, {"train": [], "val": []}
     for text in documents("jsonl", [corpus]):
@@ -95,7 +96,7 @@ def test_hash_split_against_encoding_by_hand(undisturbed, corpus):
 
 
 def test_fineweb_edu_holds_out_its_first_shard(undisturbed, corpus):
-    out, _ = undisturbed["fineweb-edu"]
+    out = undisturbed["fineweb-edu"]
     encode = Tokenizer.load(corpus.with_name("own.model")).encode_ordinary
     stream = [i for text in documents("fineweb-edu", [corpus]) for i in (300, *encode(text))]
     val, train = open_split(out, "val"), open_split(out, "train")
@@ -124,7 +125,7 @@ def test_gpt2s_tokenizer_against_tiktoken(script, tmp_path, shared_data):
 
 
 def test_bytes_are_counted_where_a_shard_ends_inside_a_document(undisturbed):
-    out, _ = undisturbed["fineweb-edu"]
+    out = undisturbed["fineweb-edu"]
     tokenizer = Tokenizer.load(out / "tokenizer.model")
     for row in read_meta(out)["shards"]:
         ids = [i for i in read_shard(out / row["file"]).tolist() if i != 300]
@@ -138,7 +139,7 @@ def test_bytes_are_counted_where_a_shard_ends_inside_a_document(undisturbed):
 def test_processes_and_block_size_leave_no_mark(undisturbed, corpus, script, tmp_path, source):
     out = tmp_path / "mine"
     script(*command(source, corpus, out, "--workers", 3, "--block-chars", 70_000))
-    assert files_of(out) == files_of(undisturbed[source][0])
+    assert files_of(out) == files_of(undisturbed[source])
 
 
 @pytest.mark.parametrize("source", ["jsonl", "fineweb-edu"])
@@ -149,38 +150,45 @@ def test_two_machines_parts_merge_into_the_same_bytes(undisturbed, corpus, scrip
     refuses("data/prepare.py", "merge", out, says="run the parts --shard i/n again")
     script(*command(source, corpus, out, "--shard", "0/2", "--workers", 2))
     script("data/prepare.py", "merge", out)
-    assert files_of(out) == files_of(undisturbed[source][0])
+    assert files_of(out) == files_of(undisturbed[source])
 
 
-def start_and_kill(argv, seconds):
-    """Start a script and SIGKILL it after some time -> whether it was still running."""
+def count_blocks(out):
+    try:
+        return sum(name.endswith(".npz") for name in os.listdir(out / "blocks"))
+    except FileNotFoundError:
+        return 0
+
+
+def start_and_kill(argv, out, n_blocks, delay):
+    """Start a script and SIGKILL it `delay` seconds after so many blocks are there -> whether it was still running."""
     process = subprocess.Popen(
         [sys.executable, ROOT / argv[0], *map(str, argv[1:])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    while process.poll() is None and count_blocks(out) < n_blocks:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
     return process.wait() == -signal.SIGKILL
 
 
-def kill_and_compare(undisturbed, corpus, script, tmp_path, source, shares, *args):
-    reference, seconds = undisturbed[source]
+def kill_and_compare(undisturbed, corpus, script, tmp_path, source, rng, kills, *args):
+    """Each start is killed at a later moment, between the first block and the end of the join; the last one is not."""
     out = tmp_path / "mine"
     argv = command(source, corpus, out, *args)
-    killed = [start_and_kill(argv, share * seconds) for share in shares]
-    assert any(killed)
-    print("killed" if killed[-1] else "done", "with", len(list(out.glob("blocks/*.npz"))), "blocks")
+    total = sum(1 for _ in blocks(documents(source, [corpus]), SMALL[1]))
+    moments = [rng.randrange(total // 2), *(rng.randrange(total + 1) for _ in range(kills - 1))]
+    killed = [start_and_kill(argv, out, n, rng.uniform(0, 0.2)) for n in sorted(moments)]
+    assert killed[0]
+    print(killed, moments, "and now there are", count_blocks(out), "of", total)
     script(*argv)
-    assert files_of(out) == files_of(reference)
+    assert files_of(out) == files_of(undisturbed[source])
 
 
 def test_killed_and_started_again_it_writes_the_same_bytes(undisturbed, corpus, script, tmp_path):
-    """Each start is killed at a random share of the undisturbed time, and goes on where the one before was."""
-    rng = random.Random(time.time_ns())  # other moments each time
-    shares = [rng.uniform(0.4, 0.9) for _ in range(4)]
-    print("killed at", shares)
-    kill_and_compare(undisturbed, corpus, script, tmp_path, "jsonl", shares, "--workers", 1)
+    seed = time.time_ns()  # other moments each time
+    print("seed", seed)
+    kill_and_compare(undisturbed, corpus, script, tmp_path, "jsonl", random.Random(seed), 3, "--workers", 1)
 
 
 @pytest.mark.slow
@@ -189,8 +197,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(undisturbed, corpus, 
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_many_moments(undisturbed, corpus, script, tmp_path, source, workers, seed):
     rng = random.Random(seed)
-    shares = [rng.uniform(0.2, 1.2) for _ in range(5)]
-    kill_and_compare(undisturbed, corpus, script, tmp_path, source, shares, "--workers", workers)
+    kill_and_compare(undisturbed, corpus, script, tmp_path, source, rng, 5, "--workers", workers)
 
 
 @pytest.mark.parametrize("moment", ["a block", "the join", "the manifest", "the cleaning up"])
@@ -221,7 +228,7 @@ data.prepare.main()
     again = script(*command("jsonl", corpus, out, "--workers", 1))
     if moment == "the cleaning up":
         assert "nothing to do" in again.stdout
-    assert files_of(out) == files_of(undisturbed["jsonl"][0])
+    assert files_of(out) == files_of(undisturbed["jsonl"])
 
 
 def test_workers_do_not_outlive_a_killed_parent(corpus, tmp_path):
@@ -251,7 +258,7 @@ def _alive(pid):
 
 @pytest.fixture
 def finished(undisturbed, tmp_path):
-    shutil.copytree(undisturbed["jsonl"][0], tmp_path / "mine")
+    shutil.copytree(undisturbed["jsonl"], tmp_path / "mine")
     return tmp_path / "mine"
 
 
@@ -269,7 +276,7 @@ def test_a_damaged_folder_is_named_and_replaced_only_on_demand(finished, corpus,
     refuses(*command("jsonl", corpus, finished), says="mine_train_000002.bin is corrupt")
     assert shard.read_bytes() == raw
     script(*command("jsonl", corpus, finished, "--overwrite", "--workers", 1))
-    assert files_of(finished) == files_of(undisturbed["jsonl"][0])
+    assert files_of(finished) == files_of(undisturbed["jsonl"])
 
 
 def test_another_corpus_is_not_overwritten(finished, corpus, refuses, tmp_path):
@@ -325,7 +332,7 @@ def test_mistakes_are_one_line(refuses, tmp_path, args, says):
 @pytest.fixture
 def foreign(undisturbed, tmp_path):
     """Shards as modded-nanogpt publishes them: no manifest, its names."""
-    source = undisturbed["fineweb-edu"][0]
+    source = undisturbed["fineweb-edu"]
     (tmp_path / "fw").mkdir()
     for i, row in enumerate(read_meta(source)["shards"][:4]):
         shutil.copy(source / row["file"], tmp_path / "fw" / f"finewebedu_{row['split']}_{i:06d}.bin")
@@ -334,9 +341,9 @@ def foreign(undisturbed, tmp_path):
 
 def test_foreign_shards_are_adopted(foreign, undisturbed, script, refuses):
     refuses("data/shards.py", "verify", foreign, says="adopt")
-    script("data/prepare.py", "adopt", foreign, "--tokenizer", undisturbed["jsonl"][0] / "tokenizer.model")
+    script("data/prepare.py", "adopt", foreign, "--tokenizer", undisturbed["jsonl"] / "tokenizer.model")
     meta = verify(foreign)
-    ours = read_meta(undisturbed["fineweb-edu"][0])["shards"][:4]
+    ours = read_meta(undisturbed["fineweb-edu"])["shards"][:4]
     assert [{**row, "file": 0} for row in meta["shards"]] == [{**row, "file": 0} for row in ours]
     assert meta["name"] == "finewebedu" and meta["eot"] == 300
 
