@@ -257,7 +257,8 @@ def load(args):
     print(f"{len(todo)} files put in place, {len(names) - len(todo)} were there")
     for folder in sorted({where(name) for name in names}):
         print(f"  {folder}")
-    print("next: HF_HUB_OFFLINE=1 make quickstart   (without make: pip install --no-index --find-links wheels -r …)")
+    print("next: HF_HUB_OFFLINE=1 make quickstart; without make, in a virtual environment:")
+    print("  pip install --no-index --find-links wheels -r requirements.txt")
 
 
 def read_manifest(folder):
