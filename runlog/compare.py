@@ -246,6 +246,8 @@ def compare(runs, x="step", kind=None, y="loss", out=None):
     if len(runs) < 2:
         raise UserError("name at least two runs to compare")
     print(settings_table(runs))
+    if {"shards_sha256", "tokenizer_sha256"} & differences(runs).keys() and y == "loss":
+        print("\nother shards or tokenizers: losses a token are not comparable (--y bits_per_byte: of the same text)")
     kind, having = choose_kind(runs, kind, y)
     if len(having) < len(runs):
         missing = ", ".join(run.name for run in runs if run not in having)

@@ -158,6 +158,15 @@ def test_compare_of_runs_without_curves_shows_the_figures_that_differ(runs, tmp_
     assert "ratio" not in out
 
 
+def test_losses_on_other_shards_are_not_compared_in_silence(tmp_path, runlog):
+    folders = [gpt2_run(tmp_path / name) for name in "ab"]
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["settings"]["shards_sha256"] = "0" * 64
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    assert "not comparable" in runlog("compare", *folders, "--out", tmp_path / "c.png")
+    assert "not comparable" not in runlog("compare", folders[0], folders[0], "--out", tmp_path / "c.png")
+
+
 def test_compare_names_mistakes(runs, in_process):
     for args, says in [
         ((runs / "gpt",), "at least two"),
