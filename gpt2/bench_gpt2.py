@@ -13,7 +13,7 @@ batches; the median turn counts, and the losses at the end stand beside the figu
 bfloat16 peak, on a CPU the share of the speed of one large matmul, measured in the same run.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from gpt2.distributed import Ranks, pick_device
 from gpt2.machine import CPU_MEMORY_SETTINGS, can_keep_memory, half_type, matmul_peak, sdpa_backend
 from gpt2.peers import SIZES, Levers, contestants, first_weights, ours
 from gpt2.plan import peak_flops
-from runlog import ROOT, RunLog, cli, read_metrics
+from runlog import ROOT, RunLog, cli, portable, read_metrics
 
 
 def beside(file):
@@ -202,7 +202,7 @@ class Scaling(Bench):
             ranks.any(False)  # the others wait here
         flops = first_weights(self.shape).flops_per_token()
         for i, (n, took, facts) in enumerate(rows):
-            facts |= {"seconds": took, "spread": 0.0, "last_loss": facts["first_loss"]}
+            facts |= {"seconds": took, "spread": 0.0, "turns": self.rounds, "last_loss": facts["first_loss"]}
             ratio = rows[0][1] / took  # of the time with one rank: 1.0 is perfect
             row = contest.row(
                 "scaling", f"ours, {n} rank(s)", facts, self.shape, flops, self.peak, ratio, "one rank's speed a rank"
@@ -331,7 +331,8 @@ def main():
     bench = tyro.cli(Ladder | Peers | Scaling | Start | Race | Profile | Resume, description=__doc__)
     bench.ranks = Ranks(bench.device) if isinstance(bench, Scaling) else None
     enabled, resume = bench.ranks is None or bench.ranks.main, bool(getattr(bench, "only", ""))
-    with RunLog(bench.run_dir, "bench_gpt2", bench, resume=resume, enabled=enabled) as log:
+    settings = {f.name: portable(getattr(bench, f.name)) for f in fields(bench)}
+    with RunLog(bench.run_dir, "bench_gpt2", settings, resume=resume, enabled=enabled) as log:
         bench.run(log)
     if bench.ranks:
         bench.ranks.close()
