@@ -115,7 +115,7 @@ def in_few_colors(png):
 
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     small = io.BytesIO()
-    picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
         small, "PNG", optimize=True, dpi=picture.info.get("dpi", (160, 160))
     )
     return base64.b64encode(small.getvalue()).decode("ascii")
