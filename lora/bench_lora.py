@@ -1,13 +1,13 @@
 """k adapters trained at once, by the Trainer one after another, and by a plain loop: time and memory.
 
-    python lora/bench_lora.py --run-dir runs/lora_bench            about three minutes on two cores
+    python lora/bench_lora.py --run-dir runs/lora_bench            about four minutes on two cores
     python lora/bench_lora.py --device cuda --dtype bfloat16
 
 All contenders train the same adapters from the same initial weights on the same rows in the same order, and have to end
 with the same losses. Each runs in a process of its own, warmed up by a few steps; loading and set-up are not timed, and
-of several repeats, in alternation, the fastest counts. `small` is as long as the course notebook's rows are short (32
-tokens; `small-64` twice that), `busy` is where the base alone keeps the machine at work, so that there is little to
-gain. Gains are measured apart, because their product would be nobody's measurement:
+of several repeats, in alternation, the fastest counts. `small` and `large` read rows of 32 tokens, their -64 twins of
+64; in `busy` the base alone keeps the machine at work, so that there is little to gain. Gains are measured apart,
+because their product would be nobody's measurement:
 
     batching    all positions learned, the same activation: only how the adapters are batched differs
     fast gelu   the engine with torch's kernel for BLOOM's and GPT-2's activation, against itself without
@@ -42,10 +42,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2, 64, 1, 32, 60),
-    "small-64": Size(2, 64, 1, 64, 60),
-    "large": Size(4, 256, 1, 32, 24),
-    "large-64": Size(4, 256, 1, 64, 16),
+    "small": Size(2, 64, 1, 32, 40),
+    "small-64": Size(2, 64, 1, 64, 40),
+    "large": Size(4, 256, 1, 32, 16),
+    "large-64": Size(4, 256, 1, 64, 12),
     "busy": Size(4, 256, 8, 64, 4),
 }
 CONTENDERS = ("trainer", "loop", "engine", "fast gelu", "early stop", "masked", "all logits")
