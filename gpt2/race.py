@@ -50,7 +50,8 @@ def race_ours(race, flags):
 
 def _train(race, run_dir, steps, flags):
     command = [sys.executable, str(ROOT / "gpt2" / "train_gpt2.py"), "quickstart", "--max-steps", str(steps), *flags]
-    command += ["--data-dir", race.data_dir, "--run-dir", str(run_dir), "--val-every", "0", "--sample-every", "0"]
+    command += ["--data-dir", race.data_dir, "--run-dir", str(run_dir), "--sample-every", "0"]
+    command += ["--val-every", str(steps)]  # at the end, and once before the first step
     command += ["--checkpoint-every", "0", "--val-tokens", str(race.val_tokens), "--log-every", "3"]
     command += ["--warmup-steps", str(max(1, min(20, steps // 4))), "--device", race.device]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
