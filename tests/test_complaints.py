@@ -130,7 +130,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_holds_all_logits_of_a_micro_batch():
     """nanochat#443: the logits of a micro-batch do not fit into memory."""
-    B, T, V = 16, 128, 16384
+    B, T, V = 32, 128, 16384
     model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
     idx = torch.randint(V, (B, T))
     with Largest() as largest:
