@@ -142,17 +142,23 @@ def ours(size, device, levers=None, group=None):
     optimizers = make_optimizers(model, cfg)
     for params in optimizers[0].param_groups:
         params["fused"] = levers.fused_adamw
-    source = batches(size, device)
 
-    def forward():
-        idx, targets = next(source)
+    def loss(idx, targets):
         if levers.loss == "library":
             return library_loss(fast, model, idx, targets)
         return fast(idx, targets, return_logits=levers.loss == "plain")[1]
 
+    return _plain_loop(model, optimizers, size, device, levers.dtype, loss)
+
+
+def _plain_loop(model, optimizers, size, device, dtype, loss_of):
+    """The step that all but the Trainer take; loss_of(idx, targets) is what they differ in."""
+    source = batches(size, device)
+
     def step():
-        with autocast(torch.device(device), levers.dtype):
-            loss = forward()
+        idx, targets = next(source)
+        with autocast(torch.device(device), dtype):
+            loss = loss_of(idx, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for optimizer in optimizers:
@@ -189,19 +195,9 @@ def transformers(size, device, dtype="float32", compile=False, fused=False):
     model = hf_model(size).to(device)
     fast = torch.compile(model) if compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused)
-    source = batches(size, device)
-
-    def step():
-        idx, _ = next(source)
-        with autocast(torch.device(device), dtype):
-            loss = fast(input_ids=idx, labels=idx).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return Contestant(step, model)
+    return _plain_loop(
+        model, [optimizer], size, device, dtype, lambda idx, targets: fast(input_ids=idx, labels=idx).loss
+    )
 
 
 def hf_trainer(size, device, dtype="float32", compile=False):
@@ -306,18 +302,7 @@ def build_nanogpt(size, device, folder, dtype="float32", compile=False):
 
 def _karpathy_step(model, optimizer, size, device, dtype, compile):
     fast = torch.compile(model) if compile else model
-    source = batches(size, device)
-
-    def step():
-        with autocast(torch.device(device), dtype):
-            _, loss = fast(*next(source))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return Contestant(step, model)
+    return _plain_loop(model, [optimizer], size, device, dtype, lambda idx, targets: fast(idx, targets)[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,16 +154,17 @@ def _end_with_newline(path):
                 f.truncate(data.rfind(b"\n") + 1)
 
 
+def git(*args, seconds=10):
+    """What git says in the repository within so many seconds, or None."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def provenance():
     """{argv, git_commit, git_dirty}: which code was run, and how. Untracked files do not make a tree dirty."""
-
-    def git(*args):
-        try:
-            out = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return out.stdout.strip() if out.returncode == 0 else None
-
     changes = git("status", "--porcelain", "--untracked-files=no")
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT):

@@ -6,12 +6,11 @@ lies with its station (`prove` in gpt2/verify.py, bpe/verify.py, lora/verify.py)
 
 import importlib
 import json
-import subprocess
 from pathlib import Path
 
 from runlog.manners import ROOT, UserError
 from runlog.reading import find_runs, metrics_sha256, read_run
-from runlog.record import environment
+from runlog.record import environment, git
 
 PROVERS = {"gpt2": "gpt2.verify", "hellaswag": "gpt2.verify", "bpe": "bpe.verify", "lora": "lora.verify"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
@@ -119,9 +118,9 @@ def code_reasons(run):
     commit = run.config.get("git_commit")
     if run.config.get("git_dirty") is not False:
         return ["the run's code was not committed" if run.config.get("git_dirty") else "the run's code is not known"]
-    if commit is None or _git("cat-file", "-e", f"{commit}^{{commit}}") is None:
+    if commit is None or git("cat-file", "-e", f"{commit}^{{commit}}", seconds=30) is None:
         return [f"the run's commit {str(commit)[:9]} is not in this repository"]
-    changed = _git("diff", "--name-only", commit, "--", *(f"{name}/*.py" for name in PACKAGES))
+    changed = git("diff", "--name-only", commit, "--", *(f"{name}/*.py" for name in PACKAGES), seconds=30)
     if changed:
         return [f"{len(changed.split())} of the code's files have changed since commit {commit[:9]}"]
     return []
@@ -142,15 +141,6 @@ def machine_reasons(run):
 
 def _brief(value):
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _git(*args):
-    """What git says in the repository, or None."""
-    try:
-        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

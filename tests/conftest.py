@@ -1,6 +1,7 @@
 """What every test shares: no network, one thread a process (so that bits repeat), scripts run as a person runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,15 @@ def in_process(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def signal_handlers():
+    """Training in this process takes over SIGTERM and SIGINT; give them back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
 
 
 @pytest.fixture

@@ -24,15 +24,7 @@ TINY = [
     *("--val-every", "10", "--sample-every", "0", "--checkpoint-every", "5", "--log-every", "1"),
     *("--optimizer", "adamw"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Training in this process takes over SIGTERM and SIGINT; give them back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture

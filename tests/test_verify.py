@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 from conftest import ROOT
@@ -16,14 +15,7 @@ from runlog import read_run, write_json
 from runlog.commands import main
 from runlog.reading import metrics_sha256
 
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Training in this process takes over SIGTERM and SIGINT; give them back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture(scope="module")
