@@ -36,7 +36,7 @@ from bpe import reference
 from bpe.splitting import PATTERNS, Splitter
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from runlog import ROOT, RunLog, UserError, atomic_open, cli
+from runlog import ROOT, RunLog, UserError, atomic_open, cli, peak_memory_mb
 
 MEASURED_PART = 4  # the last quarter of the text is encoded; the rest warms the caches
 
@@ -232,14 +232,7 @@ def peak_memory(reset=False):
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     except OSError:
-        pass
-    try:
-        import resource
-
-        unit = 1024 if sys.platform == "darwin" else 1
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    except ImportError:  # Windows
-        return 0.0
+        return peak_memory_mb() or 0.0
 
 
 def _child(pipe, function, args):

@@ -41,7 +41,7 @@ from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
 from gpt2.plan import peak_flops, print_plan
 from gpt2.sample import generate
-from runlog import ROOT, RunLog, UserError, cli, portable, read_run
+from runlog import ROOT, RunLog, UserError, cli, peak_memory_mb, portable, read_run
 
 # Published losses on the same validation data, for the reference line of the picture.
 GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
@@ -489,15 +489,9 @@ def _hms(seconds):
 
 
 def _peak_mb(device):
-    """Largest memory so far in MB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+    """Largest memory so far in MB: of the GPU, or of this process; None where that is not known."""
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory_mb()
+    return None if peak is None else round(peak)
 
 
 def how_to_start(cfg, meta):

@@ -18,7 +18,6 @@ Every measurement stands in metrics.jsonl as soon as it is taken; result.json ha
 """
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import tyro
 
-from runlog import RunLog, UserError, cli, pick_device
+from runlog import RunLog, UserError, cli, peak_memory_mb, pick_device
 
 
 class Size(NamedTuple):
@@ -256,22 +255,21 @@ def measure(cfg, size, contender):
     losses = train()
     wait()
     figures = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    return {**figures, "peak_mb": (peak_memory(cuda) - before_all) / 2**20, "losses": losses}
+    return {**figures, "peak_mb": peak_memory(cuda) - before_all, "losses": losses}
 
 
 def peak_memory(cuda):
-    """The most bytes that this process has held so far: of the GPU, or resident ones of the machine."""
+    """The most MB that this process has held so far: of the GPU, or resident ones of the machine."""
     if cuda:
         import torch
 
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # Linux counts in kB, macOS in bytes
-    except ImportError:  # Windows
+        return torch.cuda.max_memory_allocated() / 2**20
+    resident = peak_memory_mb()
+    if resident is None:  # Windows
         import psutil
 
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return psutil.Process().memory_info().peak_wset / 2**20
+    return resident
 
 
 def apart(function, *args):

@@ -121,6 +121,16 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({e}); it may be damaged") from None
 
 
+def peak_memory_mb():
+    """The most memory in MB that this process has had resident so far; None where Python cannot tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def pick_device(name="auto"):
     """auto | cuda | mps | cpu -> torch.device (under torchrun this process's GPU); one that is not there is refused."""
     import torch
