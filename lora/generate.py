@@ -171,10 +171,13 @@ def generate_rows(
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
     model.train(training)
-    texts = []
-    for new in out[:, ids.shape[1] :].tolist():
-        ends = [i for i, token in enumerate(new) if token in stop_ids]
-        texts.append(tokenizer.decode(new[: ends[0]] if ends else new))
+    texts, before = [], tokenizer.decode(ids[0].tolist())
+    for row in out.tolist():
+        new = row[ids.shape[1] :]
+        new = new[: next((i for i, token in enumerate(new) if token in stop_ids), None)]
+        # SentencePiece drops the space of what comes first in a text, so a continuation is read behind its prompt.
+        text = tokenizer.decode([*row[: ids.shape[1]], *new])
+        texts.append(text.removeprefix(before) if text.startswith(before) else tokenizer.decode(new))
     return texts
 
 
@@ -247,7 +250,7 @@ def main():
             model, tokenizer, ids, stop_ids=stops, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
             top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
         )  # fmt: skip
-        print(text if cfg.chat else cfg.prompt + text)
+        print(text.lstrip() if cfg.chat else cfg.prompt + text)
 
 
 def asked(tokenizer, prompt, chat=False):

@@ -32,7 +32,8 @@ def summarize(folder, configs):
     if all(run.result.get("stopped") in ("end", "diverged") for run in runs):
         rungs = [float(part) for part in sweep["settings"]["rungs"].split(",")]
         numbers["halving_replayed"] = replay_halving(runs, rungs)
-    table = f"{held_out_table(configs, runs)}\n{effects_table(configs, runs)}"
+    tables = held_out_table(configs, runs), contrasts_table(configs, runs), effects_table(configs, runs)
+    table = "\n".join(filter(None, tables))
     with RunLog(folder, "lora_sweep", sweep, resume=True) as log:
         log.print(table)
         with atomic_open(Path(folder) / "table.md") as f:
@@ -121,7 +122,8 @@ def effects_table(configs, runs):
             means[value] = mean(losses)
         spread = max(means.values()) - min(means.values())
         rows.append((spread, [name, ", ".join(f"{v}: {m:.4f}" for v, m in means.items()), f"{spread:.4f}"]))
-    return markdown(["hyper-parameter", "mean held-out loss", "range"], [row for _, row in sorted(rows, reverse=True)])
+    head = ["hyper-parameter", "mean held-out loss, whatever the others were", "range"]
+    return markdown(head, [row for _, row in sorted(rows, reverse=True)])
 
 
 def contrasts(configs, runs, loss=final_loss):
@@ -139,6 +141,19 @@ def contrasts(configs, runs, loss=final_loss):
         others = names[:i] + names[i + 1 :]
         found[name] = [(dict(zip(others, rest)), dict(sorted(g.items()))) for rest, g in groups.items() if len(g) > 1]
     return found
+
+
+def contrasts_table(configs, runs):
+    """Markdown: `contrasts`, the widest first; empty where no two configurations differ in one setting alone."""
+    rows = []
+    for name, groups in contrasts(configs, runs).items():
+        for others, losses in groups:
+            spread = max(losses.values()) - min(losses.values())
+            beside = ", ".join(f"{k} {v}" for k, v in others.items()) or "-"
+            means = ", ".join(f"{v}: {loss:.4f}" for v, loss in losses.items())
+            rows.append((spread, [name, beside, means, f"{spread:.4f}"]))
+    rows.sort(key=lambda row: row[0], reverse=True)
+    return markdown(["what differs", "all else", "held-out loss", "range"], [row for _, row in rows]) if rows else ""
 
 
 def markdown(head, rows):

@@ -5,7 +5,16 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from lora.sweep_report import contrasts, draw_curves, final_loss, held_out_table, mean_curve, read_sweep, smoothed
+from lora.sweep_report import (
+    contrasts,
+    contrasts_table,
+    draw_curves,
+    final_loss,
+    held_out_table,
+    mean_curve,
+    read_sweep,
+    smoothed,
+)
 from runlog import RunLog
 
 SETTINGS = {
@@ -60,6 +69,13 @@ def test_contrasts_compare_only_what_differs_in_one_thing(sweep):
     assert found["lr"] == [({"r": 4, "lora_dropout": 0.05}, {3e-4: pytest.approx(2.2), 3e-2: pytest.approx(2.8)})]
     assert found["r"] == [({"lr": 3e-2, "lora_dropout": 0.05}, {4: pytest.approx(2.8), 8: 4.0})]
     assert found["lora_dropout"] == [({"lr": 3e-4, "r": 4}, {0.05: pytest.approx(2.2), 0.1: 2.3})]
+
+
+def test_the_widest_contrast_stands_first(sweep):
+    lines = contrasts_table(*read_sweep(sweep)).splitlines()
+    assert lines[2] == "| r | lr 0.03, lora_dropout 0.05 | 4: 2.8000, 8: 4.0000 | 1.2000 |"
+    assert lines[-1] == "| lora_dropout | lr 0.0003, r 4 | 0.05: 2.2000, 0.1: 2.3000 | 0.1000 |"
+    assert contrasts_table([], []) == ""
 
 
 def test_curves_are_means_over_seeds_as_far_as_each_came(sweep):
