@@ -67,9 +67,9 @@ def check_identity(run, report, cfg, meta):
     now, failed = all_settings(cfg, meta), report.failed
     for name, what in (("shards_sha256", "the shards"), ("tokenizer_sha256", "the tokenizer of the shards")):
         if run.settings.get(name) == now[name]:
-            report.ok(f"{what} in {cfg.data_dir} are those of the run: every sum is right")
+            report.ok(f"{what} in {cfg.data_dir}: as the run read them, every sum is right")
         else:
-            report.fail(f"{what} in {cfg.data_dir} are not those of the run: another {name}")
+            report.fail(f"{what} in {cfg.data_dir}: not as the run read them, {name} is another")
     own = run.run_dir / "tokenizer.model"
     if own.exists() and checkpoint.Tokenizer.load(own).sha256 != run.settings.get("tokenizer_sha256"):
         report.fail(f"{own} is not the tokenizer of the run")

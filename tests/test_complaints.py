@@ -1,7 +1,8 @@
-"""What users of the well-known trainers complain of, and the test here that each complaint would fail.
+"""What users of the well-known tokenizers and trainers complain of, and the test here that each complaint would fail.
 
-Numbers are issues and pull requests of karpathy's repositories on GitHub. `COMPLAINTS` names the test of each, and the
-test names its complaints; tests of what belongs to no single module are in this file.
+Numbers are issues and pull requests on GitHub: of karpathy's repositories, openai/tiktoken, huggingface/tokenizers and
+gautierdag/bpeasy. `COMPLAINTS` names the test of each, and the test names its complaints; tests of what belongs to no
+single module are in this file.
 """
 
 import ast
@@ -50,6 +51,17 @@ COMPLAINTS = {
     "nanoGPT#87": ("float16 where there is no bfloat16", "test_train_gpt2.py::test_sixteen_bits_train"),
     "nanochat#502": ("no toolchain for torch.compile", "test_train_gpt2.py::test_without_a_compiler"),
     "nanochat#604": ("no toolchain for torch.compile", "test_train_gpt2.py::test_without_a_compiler"),
+    "nanoGPT#202": ("no ready-made shards", "test_prepare.py::test_ready_made_shards"),
+    "nanochat#7": ("comparing runs by step, tokens, seconds", "test_runlog_commands.py::test_the_axes"),
+    "tiktoken#212": ("GPT-2's vocabulary without network", "test_exchange.py::test_each_place_is_asked"),
+    "tiktoken#369": ("GPT-2's vocabulary without network", "test_exchange.py::test_each_place_is_asked"),
+    "tokenizers#2058": ("32-bit counts overflow", "test_trainer.py::test_counts_beyond"),
+    "tokenizers#1313": ("unsplit DNA takes hours", "test_tokenizer.py::test_a_million_characters"),
+    "tokenizers#472": ("special tokens lost on save", "test_tokenizer.py::test_a_saved_tokenizer"),
+    "minbpe#90": ("merges depend on the order of the text", "test_trainer.py::test_the_order_of_the_text"),
+    "tiktoken#195": ("one long chunk is slow", "test_tokenizer.py::test_a_million_characters"),
+    "tiktoken#15": ("one long chunk panics", "test_tokenizer.py::test_a_million_characters"),
+    "bpeasy#2": ("broken exports", "test_exchange.py::test_huggingface_gives"),
     "UTF-8": ("text on Windows", "test_runlog.py::test_what_is_printed_into_a_pipe_is_utf8"),
 }
 

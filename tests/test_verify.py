@@ -95,7 +95,7 @@ def third_digit(text):
 def test_a_run_as_it_was_computed_passes_to_the_last_bit(run_dir, verify):
     out = verify(run_dir)
     assert "the 23 rows of metrics.jsonl have the sum" in out and "result.json agrees with the rows" in out
-    assert "the shards in" in out and "those of the run" in out
+    assert "the shards in" in out and "as the run read them" in out
     for part in ("step 0 to 5, from the start", "step 15 to 20, from step_000015.pt", "step 20 to 20, from step_"):
         line = next(line for line in out.splitlines() if part in line)
         assert line.startswith("ok ") and "the same to the last bit" in line
@@ -152,7 +152,7 @@ def test_other_shards_are_found_and_moved_ones_are_named_by_hand(run_dir, verify
     assert "to the last bit" in verify(run_dir, "--data", moved, "--steps", "1")
     config["settings"]["shards_sha256"] = "0" * 64
     write_json(run_dir / "config.json", config)
-    assert "are not those of the run: another shards_sha256" in verify(run_dir, "--data", moved, ok=False)
+    assert "not as the run read them, shards_sha256 is another" in verify(run_dir, "--data", moved, ok=False)
 
 
 def test_on_another_machine_it_allows_a_tolerance_and_says_why(run_dir, verify):
