@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from gpt2 import contest, race, starting
+from gpt2.config import PRESETS
 from gpt2.distributed import Ranks, pick_device
 from gpt2.machine import CPU_MEMORY_SETTINGS, can_keep_memory, half_type, matmul_peak, sdpa_backend
 from gpt2.peers import SIZES, Levers, contestants, first_weights, ours
@@ -252,11 +253,11 @@ class Race(Bench):
     """Race those alone whose names contain this, and keep the others' figures that the run directory has."""
     adamw_lr: float = 3e-3
     """Learning rate of our AdamW run."""
-    muon_adamw_lr: float = 3e-3
+    muon_adamw_lr: float = PRESETS["quickstart"].max_lr
     """AdamW's learning rate in our Muon run."""
-    muon_lr: float = 0.01
+    muon_lr: float = PRESETS["quickstart"].muon_lr
     """Muon's learning rate in our Muon run."""
-    nanogpt_lr: tuple[float, ...] = (1e-3,)
+    nanogpt_lr: tuple[float, ...] = (1e-3, 3e-3)
     """Learning rates of nanoGPT; the best one counts."""
     val_tokens: int = 65536
     """Validation tokens: the first so many."""

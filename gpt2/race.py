@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def _train(race, run_dir, steps, flags):
     command += ["--data-dir", race.data_dir, "--run-dir", str(run_dir), "--sample-every", "0"]
     command += ["--val-every", str(steps)]  # at the end, and once before the first step
     command += ["--checkpoint-every", "0", "--val-tokens", str(race.val_tokens), "--log-every", "3"]
-    command += ["--warmup-steps", str(max(1, min(20, steps // 4))), "--device", race.device]
+    warmup = max(1, min(PRESETS["quickstart"].warmup_steps, steps // 4))
+    command += ["--warmup-steps", str(warmup), "--device", race.device]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -65,21 +67,13 @@ def _train(race, run_dir, steps, flags):
 
 def race_nanogpt(race, lr):
     """nanoGPT's loop in a process of its own -> figures."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
     started = time.perf_counter()
-    process = spawn.Process(target=_nanogpt_loop, args=(there, race, lr, time.time()))
-    process.start()
-    there.close()
-    try:
-        figures = here.recv()
-    except EOFError:
-        raise RuntimeError("nanoGPT's loop failed; its own message is above") from None
-    process.join()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        figures = pool.submit(_nanogpt_loop, race, lr, time.time()).result()
     return {**figures, "seconds": time.perf_counter() - started}
 
 
-def _nanogpt_loop(pipe, race, lr, started):
+def _nanogpt_loop(race, lr, started):
     """train.py of nanoGPT: random places of the text, warmup and cosine to a tenth, AdamW, clipping at 1.
 
     Eager float32, as its README advises for CPUs; warmup and beta2 as in its config for small models on Shakespeare,
@@ -125,7 +119,7 @@ def _nanogpt_loop(pipe, race, lr, started):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         i += 1
-    pipe.send({"val_loss": _validate(model, race, T, B), "steps": i, "tokens": i * size.tokens})
+    return {"val_loss": _validate(model, race, T, B), "steps": i, "tokens": i * size.tokens}
 
 
 @torch.no_grad()
