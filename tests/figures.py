@@ -110,7 +110,7 @@ def numbers(path):
 
 def entry_numbers(path, row):
     """The numbers of those entries of a benchmark's `rows` that have the row's words; none where no word is theirs."""
-    entries = result(path).get("rows") or []
+    entries = [entry for entry in result(path).get("rows") or [] if isinstance(entry, dict)]
     words = {value for entry in entries for value in entry.values() if isinstance(value, str)} & {*row.cells.values()}
     same = [entry for entry in entries if words <= {v for v in entry.values() if isinstance(v, str)}]
     return [n for entry in same for n in in_value(entry)] if words else []
