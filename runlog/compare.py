@@ -225,7 +225,8 @@ def draw(groups, kind, y, x, out):
         mean = [(place, value) for place, value in mean if value is not None]
         label = g.label + (f" (n = {len(curves)})" if len(curves) > 1 else "")
         ax.plot(*zip(*mean), lw=1.8 if kind == "val" else 1.0, label=label, **style)
-    ax.set(xlabel=AXES[x], ylabel=f"{kind} {y}")
+    names = {"val": "validation", "train": "training"}
+    ax.set(xlabel=AXES[x], ylabel=f"{names.get(kind, kind)} {y}" + (" (nats per token)" if y == "loss" else ""))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=8 if len(groups) <= 10 else 5.5)
     with atomic_open(out, "wb") as f:
