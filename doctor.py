@@ -7,6 +7,12 @@ Needs nothing but Python, so it also tells what is missing where nothing is inst
 MISSING; a note slows a run down or leaves something out, and breaks nothing.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parent / "runlog/venv.py"), run_name="doctor")
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -19,7 +25,6 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)

@@ -17,6 +17,12 @@ needed beyond its imports and the text.
 --growth MB… trains on that much Python source and documentation as installed on this machine, to show how time grows.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import multiprocessing
 import os
 import platform
@@ -27,7 +33,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import tyro
 from tqdm import tqdm

@@ -10,13 +10,18 @@ A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tikt
 of a Chinese character, say) is shown as �.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import html
 import os
 import shutil
 import sys
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro

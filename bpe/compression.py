@@ -9,9 +9,14 @@ encodes the same text for comparison. A table on the terminal; `result.json` and
 directory.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import tyro
 from tqdm import tqdm

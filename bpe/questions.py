@@ -6,10 +6,15 @@ Each function computes the numbers of one answer, with GPT-2's vocabulary unless
 stand in report.md, and notebooks/01_bpe.ipynb shows the numbers.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 

@@ -10,11 +10,16 @@ One process does a megabyte in a fraction of a second; --num-workers splits larg
 result. Started again with the same input and settings, it finds its files and leaves at once.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import hashlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 

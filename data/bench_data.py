@@ -10,6 +10,12 @@ them. The contestants take turns; the median of the rounds counts, and the ratio
 ways. A start costs prepare about two seconds whatever the corpus.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import json
 import shutil
 import statistics
@@ -19,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
-from pathlib import Path
 
 import tyro
 

@@ -21,6 +21,12 @@ the block that it was at, and the number of processes, machines and interruption
 join is done the blocks take as much disk again as the shards.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import itertools
 import os
 import re
@@ -33,7 +39,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
 

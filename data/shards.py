@@ -14,8 +14,13 @@ every document starts with the end-of-text token, and a shard may end in the mid
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
-from dataclasses import dataclass
+import runpy
 from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np

@@ -19,6 +19,12 @@ A validation part is held out by document hash, so that it never changes and no 
 fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `--part train` leaves that part out.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import ast
 import hashlib
 import importlib.metadata
@@ -30,7 +36,6 @@ import platform
 import sysconfig
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro

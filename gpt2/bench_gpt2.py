@@ -13,8 +13,13 @@ batches; the median turn counts, and the losses at the end stand beside the figu
 bfloat16 peak, on a CPU the share of the speed of one large matmul, measured in the same run.
 """
 
-from dataclasses import dataclass, field, fields, replace
+import runpy
 from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch

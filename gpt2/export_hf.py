@@ -8,9 +8,14 @@ them again with transformers and compares the logits before the folder gets its 
 a hub name) into a checkpoint that train_gpt2.py's companions read.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro

@@ -14,6 +14,12 @@ The run directory gets hellaswag.jsonl, a line per item. A context is computed o
 are the same for any number of processes.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import json
 import math
 import re
@@ -22,7 +28,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 import numpy as np

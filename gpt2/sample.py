@@ -7,8 +7,13 @@
 Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
 """
 
-from dataclasses import dataclass, field
+import runpy
 from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch

@@ -13,6 +13,12 @@ No preset means gpt2-124M, and PRESET --help lists every setting with its unit. 
 metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog/.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import contextlib
 import hashlib
 import math
@@ -22,7 +28,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch

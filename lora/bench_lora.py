@@ -17,6 +17,12 @@ because their product would be nobody's measurement:
 Every measurement stands in metrics.jsonl as soon as it is taken; result.json has the rows with their ratios.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import multiprocessing
 import tempfile
 import time

@@ -10,11 +10,16 @@ ends at end-of-text. The base is a hub name, a Hugging Face folder, or `smollm2`
 Merging adds the adapter into a float32 copy of the weights and compares the logits before anything is written.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
 from runlog import UserError, cli, pick_device

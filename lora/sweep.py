@@ -18,13 +18,18 @@ format), table.md (held-out losses with confidence intervals over seeds, and wha
 (all curves), lora_experiments_TASK.log and result.json.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import itertools
 import json
 import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import filelock
 import tyro

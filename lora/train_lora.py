@@ -11,6 +11,12 @@ lora_experiments_TASK.log for people, and the adapter with the best held-out los
 Called again it resumes from the last whole checkpoint; a finished run says so and does nothing.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import hashlib
 import json
 import math
@@ -19,7 +25,6 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from lora.generate import block_size, check_base, generate, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import (

@@ -7,12 +7,17 @@
 else text. What is written holds no times of execution, so the same records give the same file.
 """
 
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":  # outside of .venv: go on inside
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
+
 import ast
 import base64
 import io
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 

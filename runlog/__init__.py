@@ -14,6 +14,11 @@ read it back through `read_run` (reading.py); `python -m runlog` lists, shows, c
 runs (commands.py, and a file for each that is long). manners.py holds what every script shares.
 """
 
+import sys
+
+if sys.argv[0] == "-m":  # python -m runlog, outside of .venv: go on inside
+    import runlog.venv  # noqa: F401
+
 from runlog.manners import (
     ROOT,
     UserError,
