@@ -149,7 +149,7 @@ def test_a_record_whose_weights_are_gone_is_trained_again(reference, train, tmp_
 def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, mistake, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
     record = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
-    mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.003 -> 0.1")
+    mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
     mistake(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
     assert record == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
