@@ -39,7 +39,8 @@ class Report:
     def verdict(self):
         if self.failed:
             return f"{self.failed} of the checks failed: this record is not what the run computed"
-        return f"nothing contradicts the record{f'; {self.unproved} things are not proved' if self.unproved else ''}"
+        open_ends = f"; not proved: {self.unproved}" if self.unproved else ""
+        return f"nothing contradicts the record{open_ends}"
 
 
 def verify(run_dir, steps=5, whole=False, data=None):
