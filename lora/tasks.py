@@ -3,7 +3,7 @@
     imdb         reviews (noob123/imdb_review_3000, or a local csv with columns review, sentiment)
     alpaca       instructions (tatsu-lab/alpaca, or a local json/jsonl of instruction, input, output)
     pydocs       "what does this function do" -> its summary, from the docstrings on this machine
-    text         your own .txt (documents between blank lines) or .jsonl with a field `text`
+    text         your own .txt or .md (documents between blank lines) or .jsonl with a field `text`
     instruction  your own rows in Alpaca's fields, or `prompt` and `response`
     chat         `messages` (role, content) or ShareGPT `conversations` (from, value), in the model's own chat template
 
@@ -86,14 +86,14 @@ def load_rows(task, data_file=None):
 
 
 def read_rows(path):
-    """Rows of a .csv, .json, .jsonl or .txt file, gzipped or not -> list of dicts."""
+    """Rows of a .csv, .json, .jsonl, .txt or .md file, gzipped or not -> list of dicts."""
     path = Path(path)
     with open_text(path, newline="") as f:  # as it stands: a field of a csv may hold line ends
         text = f.read()
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
-    if kind == ".txt":
+    if kind in (".txt", ".md"):
         return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
     try:
         if kind == ".jsonl":
@@ -101,7 +101,7 @@ def read_rows(path):
         elif kind == ".json":
             rows = json.loads(text)
         else:
-            raise UserError(f"{path}: unknown kind of file; use .csv, .json, .jsonl or .txt (each also .gz)")
+            raise UserError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not valid JSON ({e})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
