@@ -89,6 +89,7 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     model = _loaded(base, AutoModelForCausalLM.from_pretrained, folder, **options)
     if extra.get("gguf_file"):  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
         model.config.name_or_path = model.name_or_path = base
     return (model if load_in_4bit else model.to(device)).eval()
 
