@@ -291,6 +291,7 @@ def contest(cfg, log, name, contestants, size, call):
 
 
 def threads_of(who, cfg):
+    """Threads that a contestant may use; ours, tiktoken and minbpe have one."""
     several = who in ("rustbpe", "tokenizers")
     return (cfg.threads or os.cpu_count()) if several else 1
 

@@ -53,12 +53,14 @@ class Splitter:
         return Splitter, (self.pattern,)
 
     def __call__(self, text):
+        """Text -> list of chunks, in order; joined they are the text."""
         chunks = []
         for block in self.blocks(text):
             chunks += self.split_block(block)
         return chunks
 
     def split_block(self, block):
+        """One of `blocks` -> its chunks: by the standard re where the block is ASCII, else by regex."""
         if self.pattern == "none":
             return [block] if block else []
         if self._ascii is not None:

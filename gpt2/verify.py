@@ -103,6 +103,7 @@ def training_reasons(run, cfg):
 
 
 def changed_on_resume(run):
+    """Whether settings were changed under way (--allow-config-change): its steps then had several."""
     return "changed on resume:" in log_of(run)
 
 

@@ -61,6 +61,7 @@ def block_size(config):
 
 
 def load_tokenizer(base):
+    """The tokenizer of a base: hub name, Hugging Face folder or "smollm2"; UserError where there is none."""
     from transformers import AutoTokenizer
 
     folder, extra = _where(base)

@@ -73,6 +73,7 @@ class Group:
         self.slots, self.queue = [], list(range(len(configs)))
 
     def max_steps(self, cfg):
+        """Optimizer steps of an adapter: as set, or as many as its epochs take."""
         return cfg.max_steps or math.ceil(cfg.epochs * math.ceil(len(self.data.train) / cfg.batch_size))
 
     def eval_steps(self, cfg):
@@ -82,9 +83,11 @@ class Group:
         return {*range(0, last, every), last, *(self.rung_steps(cfg) if self.sweep.halving else ())}
 
     def rung_steps(self, cfg):
+        """Steps at which halving compares: the rungs are shares of all steps."""
         return [max(1, round(float(part) * self.max_steps(cfg))) for part in self.sweep.rungs.split(",")]
 
     def adapter_config(self, cfg):
+        """What the engine needs to know of one configuration."""
         from lora.multi_lora import AdapterConfig
 
         values = {name: getattr(cfg, name) for name in ADAPTER_FIELDS if name != "epochs"}

@@ -67,6 +67,7 @@ class AdapterConfig:
 
     @property
     def scaling(self):
+        """What the product of the two low-rank matrices is multiplied by: alpha / r; rsLoRA: alpha / sqrt(r)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def lr_at(self, step):

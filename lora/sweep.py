@@ -235,6 +235,7 @@ def is_done(folder):
 
 
 def run_group(cfg, kind, configs, log):
+    """Train a group's configurations: together by the engine, or one after another by the Trainer."""
     if kind == "concurrent":
         Group(cfg, configs, log).train()
         return

@@ -157,6 +157,7 @@ def contrasts_table(configs, runs):
 
 
 def markdown(head, rows):
+    """Head and rows, lists of strings -> a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

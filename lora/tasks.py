@@ -152,6 +152,7 @@ def imdb_example(row, tokenizer, mode):
 
 
 def instruction_example(row, tokenizer, mode, preamble=True):
+    """A row with instruction, input and output (or the usual other names) -> Example that learns the answer."""
     if "instruction" in row:
         prompt = instruction_prompt(field_of(row, "instruction"), str(row.get("input") or ""), preamble)
     else:
@@ -162,6 +163,7 @@ def instruction_example(row, tokenizer, mode, preamble=True):
 
 
 def text_example(row, tokenizer, mode):
+    """A row with text -> Example that learns all of it."""
     return Example(((field_of(row, "text", "content"), True),))
 
 

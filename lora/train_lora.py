@@ -118,6 +118,7 @@ def target_modules(cfg_value, model):
 
 
 def is_conv1d(model):
+    """Whether the model keeps its weights as (in, out), as GPT-2 does: PEFT wants to be told (fan_in_fan_out)."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())

@@ -35,6 +35,7 @@ class Group:
         return self._curves[kind, y, x]
 
     def finals(self, kind, y):
+        """The last value of each run of the group."""
         return [ys[-1] for _, ys in self.curves(kind, y, "step")]
 
     def at(self, kind, y, x, place):

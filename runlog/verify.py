@@ -25,9 +25,11 @@ class Report:
         self.failed, self.unproved, self.reasons = 0, 0, []
 
     def ok(self, text):
+        """A check that held."""
         print(f"ok        {text}", flush=True)
 
     def fail(self, text):
+        """A check that shows the record to be wrong."""
         self.failed += 1
         print(f"FAIL      {text}", flush=True)
 
@@ -37,6 +39,7 @@ class Report:
         print(f"unproved  {text}", flush=True)
 
     def verdict(self):
+        """The last line: what all checks together say."""
         if self.failed:
             return f"{self.failed} of the checks failed: this record is not what the run computed"
         open_ends = f"; not proved: {self.unproved}" if self.unproved else ""
