@@ -221,7 +221,7 @@ class Config:
     compare: Path | None = None
     """An earlier run of this script, compared item by item (McNemar's test)."""
     naive: int = 0
-    """Also score so many items one at a time with plain transformers: the largest difference, the ratios of speeds."""
+    """Also score so many items one at a time with plain transformers, in one process: differences, ratios of speeds."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: cuda, else mps, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -298,35 +298,48 @@ TURNS = 2  # of each way, in alternation
 NAIVE = {"one ending at a time": one_ending_at_a_time, "one item at a time": one_item_at_a_time}
 
 
-def check_naive(scorer, encoded, rows, cfg, device, log):
+def check_naive(scorer, encoded, rows, cfg, ranks, log):
     """Score the first --naive items in the naive ways as well -> the differences, and the ratios of the speeds.
 
-    All ways take turns over the same items in this process, so that all meet the same machine; tokenizing counts.
+    All ways take turns over the same items, so that all meet the same machine; tokenizing counts. Batched, each process
+    has its share; the naive ways run in one, which on a CPU gets the threads of all. Collective.
     """
     rows, items = {row["item"]: row for row in rows}, encoded.items[: cfg.naive]
     seconds, agree, worst = dict.fromkeys(["batched", *NAIVE], 0.0), dict.fromkeys(NAIVE, 0), dict.fromkeys(NAIVE, 0.0)
+    threads = torch.get_num_threads()
 
     def batched(part):
+        ranks.wait()
+        started = time.perf_counter()
         again = Encoded(part, scorer.encode, scorer.block_size, scorer.prefix, encoded.batch_size)
-        evaluate(scorer.logits_of, again, device)
+        evaluate(scorer.logits_of, again, ranks.device, ranks.rank, ranks.world_size)
+        ranks.wait()
+        seconds["batched"] += time.perf_counter() - started
+
+    def one_by_one(way, part):
+        torch.set_num_threads(threads * ranks.world_size)
+        started = time.perf_counter()
+        sums = []
+        for item in tqdm(part, way, disable=None if ranks.main else True):
+            if ranks.main:
+                sums.append(NAIVE[way](scorer.model, scorer.tokenizer, item, ranks.device))
+            ranks.wait()  # after each item: waiting for all of them would look like a process that hangs
+        seconds[way] += time.perf_counter() - started
+        torch.set_num_threads(threads)
+        for item, four in zip(part, sums):
+            row = rows[item["item"]]
+            worst[way] = max(worst[way], *(abs(a - b) for a, b in zip(four, row["logprobs"])))
+            chosen = score(item, four, row["tokens"])
+            agree[way] += all(chosen[kind] == row[kind] for kind in ACCURACIES)
 
     size = -(-len(items) // TURNS)
     for part in (items[i : i + size] for i in range(0, len(items), size)):
-        started = time.perf_counter()
         batched(part)
-        seconds["batched"] += time.perf_counter() - started
-        for way, naive in NAIVE.items():
-            started = time.perf_counter()
-            sums = [naive(scorer.model, scorer.tokenizer, item, device) for item in tqdm(part, way, disable=None)]
-            seconds[way] += time.perf_counter() - started
-            for item, four in zip(part, sums):
-                row = rows[item["item"]]
-                worst[way] = max(worst[way], *(abs(a - b) for a, b in zip(four, row["logprobs"])))
-                chosen = score(item, four, row["tokens"])
-                agree[way] += all(chosen[kind] == row[kind] for kind in ACCURACIES)
+        for way in NAIVE:
+            one_by_one(way, part)
     speeds = {way: len(items) / s for way, s in seconds.items()}
-    log.print(f"in turns, one process of {torch.get_num_threads()} threads: batched {speeds['batched']:.1f} items/s")
-    result = {"naive_items": len(items), "batched_items_per_sec": speeds["batched"]}
+    result = {"naive_items": len(items), "batched_items_per_sec": speeds["batched"], "processes": ranks.world_size}
+    log.print(f"in turns, {ranks.world_size} x {threads} threads: batched {speeds['batched']:.1f} items/s")
     for way in NAIVE:
         ratio = speeds["batched"] / speeds[way]
         log.print(
@@ -354,7 +367,8 @@ def compare(rows, run_dir):
     return result
 
 
-def report(cfg, log, scorer, encoded, rows, counted, seconds, device):  # on one rank
+def report(cfg, log, encoded, rows, counted, seconds):
+    """Write and print what was found -> the figures for result.json. On one rank."""
     with atomic_open(log.run_dir / "hellaswag.jsonl") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     result, speed = figures(counted), len(rows) / seconds
@@ -368,9 +382,7 @@ def report(cfg, log, scorer, encoded, rows, counted, seconds, device):  # on one
         for kind in ACCURACIES:
             c = result["compare"][kind]
             log.print(f"{kind:<8} right here alone {c['only_this']}, there alone {c['only_other']}, p = {c['p']:.3g}")
-    if cfg.naive:
-        result |= check_naive(scorer, encoded, rows, cfg, device, log)
-    log.finish("success", **result, cut=encoded.cut, items_per_sec=speed)
+    return result | {"cut": encoded.cut, "items_per_sec": speed}
 
 
 def check(cfg):
@@ -401,8 +413,10 @@ def main():
         counted = ranks.sum(counts(rows))
         rows = sorted(chain.from_iterable(ranks.gather(rows)), key=lambda row: row["item"])
         seconds = time.perf_counter() - started
-        if ranks.main:
-            report(cfg, log, scorer, encoded, rows, counted, seconds, device)
+        result = report(cfg, log, encoded, rows, counted, seconds) if ranks.main else {}
+        if cfg.naive:
+            result |= check_naive(scorer, encoded, rows, cfg, ranks, log)
+        log.finish("success", **result)
     ranks.close()
 
 

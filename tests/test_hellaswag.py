@@ -344,6 +344,29 @@ def test_two_processes_write_the_same(trained, items_file, tmp_path, script):
     assert one["acc"] == two["acc"] and read_run(tmp_path / "two").env["world_size"] == 2
 
 
+def test_naive_scoring_takes_turns_with_two_processes(shared_data, items_file, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = [
+        "gpt2/hellaswag.py",
+        "--model",
+        shared_data / "stories260K",
+        "--input",
+        items_file,
+        "--device",
+        "cpu",
+        "--naive",
+        9,
+    ]
+    done = subprocess.run(
+        [*torchrun, *map(str, args), "--run-dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = read_run(tmp_path / "run").result
+    assert result["processes"] == 2 and result["items"] == 50
+    for way in ("one_ending_at_a_time", "one_item_at_a_time"):
+        assert result[way]["agree"] == 9 and result[way]["max_diff"] < 1e-3
+
+
 def test_mistakes_are_one_line(trained, items_file, refuses, tmp_path, monkeypatch):
     run = ["--run-dir", str(tmp_path / "x")]
     ours = [*run, "--checkpoint", str(trained)]
