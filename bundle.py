@@ -11,7 +11,8 @@
         corpora/         token shards of the presets                                             -> data/corpora/
         hub/             HellaSwag and base models under their names on the hub                  -> the hub's cache
 
-`load` needs nothing but Python. The Makefile installs from wheels/ alone where that folder is there.
+`make` runs where the requirements are installed, `load` needs nothing but Python. The Makefile installs from wheels/
+alone where that folder is there.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -370,6 +372,8 @@ def parse(argv=None):
 
 def main():
     args = parse()
+    if args.command == "make":  # asks the stations what they need, so it wants their packages; load does not
+        runpy.run_path(str(ROOT / "runlog/venv.py"))
     try:
         make(args) if args.command == "make" else load(args)
     except Mistake as e:

@@ -64,6 +64,14 @@ def test_the_doctor_goes_on_and_tells_what_is_missing(bare, tmp_path):
     assert done.returncode == 1 and "MISSING" in done.stdout and "Traceback" not in done.stderr
 
 
+def test_a_bundle_is_made_where_the_requirements_are(bare, tmp_path):
+    shutil.copy(ROOT / "bundle.py", tmp_path / "bpe/script.py")
+    (tmp_path / "bpe/runlog").symlink_to(tmp_path / "runlog")
+    done = bare("make", tmp_path / "bundle")
+    assert done.returncode == 2 and done.stderr.startswith("error: torch is not installed") and not done.stdout
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_where_all_is_installed_nothing_happens(tmp_path, bare):
     script = tmp_path / "bpe/script.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, encoding="utf-8")
