@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lora_models import save_tiny, tiny_model, tiny_tokenizer
@@ -137,3 +139,31 @@ def test_a_base_that_is_none_is_named(base, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
         load_base(base)
+
+
+def test_a_base_read_from_gguf_can_be_trained(base, tmp_path, monkeypatch):
+    """SmolLM2 is dequantized when it is read, yet keeps marks of quantization, for which the Trainer refuses models."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    def without_gguf(load, **marks):
+        def read(folder, gguf_file=None, **options):
+            loaded = load(folder, **options)
+            for name, value in marks.items():
+                setattr(loaded, name, value)
+            return loaded
+
+        return read
+
+    gguf = SimpleNamespace(quant_method="gguf")
+    quantizer = SimpleNamespace(is_trainable=False, is_qat_trainable=False, quantization_config=gguf)
+    marked = without_gguf(AutoModelForCausalLM.from_pretrained, is_quantized=True, hf_quantizer=quantizer)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", marked)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", without_gguf(AutoConfig.from_pretrained))
+    monkeypatch.setattr(generate, "_where", lambda name: (str(base), {"gguf_file": "model.gguf"}))
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    adapter = LoraConfig(target_modules="all-linear")
+    with pytest.raises(ValueError, match="quantized"):
+        Trainer(get_peft_model(marked(base, "model.gguf"), adapter), arguments)
+    model = get_peft_model(generate.load_base("smollm2"), adapter)
+    assert Trainer(model, arguments).model is model and model.base_model.model.name_or_path == "smollm2"
