@@ -206,7 +206,8 @@ def draw(rows, title, file):
     ax.set_yticks(range(len(rows)), labels, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.22)
-    ax.set_xlabel(f"tokens a second (in brackets: ratio to {rows[0]['ratio_to']})", fontsize=8)
+    grey = "" if all(r.get("kept", True) for r in rows) else "; grey: measured, not kept"
+    ax.set_xlabel(f"tokens a second (in brackets: ratio to {rows[0]['ratio_to']}{grey})", fontsize=8)
     ax.set_title(title, fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     with atomic_open(file, "wb") as f:
