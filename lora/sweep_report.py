@@ -175,24 +175,28 @@ def plot_curves(folder, runs):
 def draw_curves(fig, configs, runs):
     """Draw a line a configuration, the mean over its seeds: left the training loss, right the held-out loss."""
     left, right = fig.subplots(1, 2, sharey=True)
-    names, highest = varied(configs), []
+    names, trained, before, shown = varied(configs), [], [], []  # shown: losses that must lie inside the frame
     for i, (values, same) in enumerate(by_configuration(configs, runs).items()):
         style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":")[i // len(COLORS) % 3]}
         steps, losses = mean_curve(same, "train")
-        left.plot(steps, smoothed(losses), lw=1.2, **style)
+        smooth = smoothed(losses)
+        left.plot(steps, smooth, lw=1.2, **style)
+        trained += [smooth] if smooth else []
         label = ", ".join(f"{SHORT.get(name, name)} {value:g}" if isinstance(value, int | float) else str(value)
                           for name, value in zip(names, values)) or same[0].name  # fmt: skip
         diverged = sum(run.result.get("status") == "diverged" for run in same)
         steps, losses = mean_curve(same, "val")
         label += f" (diverged: {diverged} of {len(same)})" if diverged else ""
         right.plot(steps, losses, lw=1.4, marker="o", ms=2.5, label=label, **style)
-        highest += [losses[0], min(losses)] if losses else []
-    if highest:
-        right.axhline(highest[0], color="black", ls="--", lw=1, label="before training")
-        low, high = min(highest), max(highest)
-        right.set(
-            ylim=(low - 0.1 * (high - low) - 0.02, high + 0.5 * (high - low) + 0.02)
-        )  # a blow-up leaves the frame
+        before += losses[:1]
+        shown += [losses[0], min(losses)] if losses else []
+    if before:
+        right.axhline(before[0], color="black", ls="--", lw=1, label="before training")
+        best = min(trained, key=min, default=before)
+        shown = [loss for loss in (*shown, best[0], min(best)) if math.isfinite(loss)]  # a blow-up leaves the frame
+        low, high = min(shown), max(shown)
+        margin = high - low
+        right.set(ylim=(low - 0.1 * margin - 0.02, high + 0.3 * margin + 0.02))
     left.set(xlabel="step", ylabel="loss (nats per learned token)", title="training, smoothed")
     right.set(xlabel="step", title="held out")
     for ax in (left, right):
