@@ -379,6 +379,7 @@ def test_mistakes_are_one_line(trained, items_file, refuses, tmp_path, monkeypat
         "it needs --model": [*ours, "--naive", "5"],
         "no causal LM": [*run, "--model", "nowhere", "--input", str(items_file)],
     }
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # one's own may hold the items
     for says, args in mistakes.items():
         monkeypatch.setattr(sys, "argv", ["gpt2/hellaswag.py", *args])
         with pytest.raises(UserError, match=says):
