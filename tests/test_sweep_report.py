@@ -5,6 +5,7 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
+from lora import sweep_report
 from lora.sweep_report import (
     contrasts,
     contrasts_table,
@@ -88,6 +89,19 @@ def test_curves_are_means_over_seeds_as_far_as_each_came(sweep):
     labels = [text.get_text() for text in fig.legends[0].texts]
     assert labels[0] == "lr 0.0003, r 4, dropout 0.05" and labels[-1] == "before training"
     assert "lr 0.03, r 8, dropout 0.05 (diverged: 1 of 1)" in labels
+
+
+def test_training_far_above_the_held_out_loss_stays_inside_the_frame(sweep, monkeypatch):
+    def higher(runs, kind):
+        steps, losses = mean_curve(runs, kind)
+        return steps, [loss + 30 * (kind == "train") for loss in losses]
+
+    monkeypatch.setattr(sweep_report, "mean_curve", higher)
+    fig = Figure()
+    draw_curves(fig, *read_sweep(sweep))
+    low, high = fig.axes[0].get_ylim()
+    best = min((line.get_ydata() for line in fig.axes[0].lines), key=min)
+    assert low < min(best) and best[0] < high and low < 2.0  # the best held-out loss
 
 
 def test_a_sweep_that_has_not_begun_draws_nothing():
