@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gpt2.checkpoint import load_model
-from gpt2.distributed import Ranks
+from gpt2.distributed import Ranks, threads
 from gpt2.endings import Encoded, plain, score_endings, shared_gpt, shared_hf
 from runlog import RunLog, UserError, atomic_open, cli, from_hub, open_text
 
@@ -298,55 +298,53 @@ TURNS = 2  # of each way, in alternation
 NAIVE = {"one ending at a time": one_ending_at_a_time, "one item at a time": one_item_at_a_time}
 
 
-def check_naive(scorer, encoded, rows, cfg, ranks, log):
-    """Score the first --naive items in the naive ways as well -> the differences, and the ratios of the speeds.
+def take_turns(scorer, encoded, items, ranks):
+    """Score items batched and in the naive ways -> {way: seconds}, {naive way: four sums of each item, on rank 0}.
 
     All ways take turns over the same items, so that all meet the same machine; tokenizing counts. Batched, each process
     has its share; the naive ways run in one, which on a CPU gets the threads of all. Collective.
     """
-    rows, items = {row["item"]: row for row in rows}, encoded.items[: cfg.naive]
-    seconds, agree, worst = dict.fromkeys(["batched", *NAIVE], 0.0), dict.fromkeys(NAIVE, 0), dict.fromkeys(NAIVE, 0.0)
-    threads = torch.get_num_threads()
-
-    def batched(part):
+    seconds, sums = dict.fromkeys(["batched", *NAIVE], 0.0), {way: [] for way in NAIVE}
+    size = -(-len(items) // TURNS)
+    for part in (items[i : i + size] for i in range(0, len(items), size)):
         ranks.wait()
         started = time.perf_counter()
         again = Encoded(part, scorer.encode, scorer.block_size, scorer.prefix, encoded.batch_size)
         evaluate(scorer.logits_of, again, ranks.device, ranks.rank, ranks.world_size)
         ranks.wait()
         seconds["batched"] += time.perf_counter() - started
+        with threads(torch.get_num_threads() * ranks.world_size):
+            for way, naive in NAIVE.items():
+                started = time.perf_counter()
+                for item in tqdm(part, way, disable=None if ranks.main else True):
+                    if ranks.main:
+                        sums[way].append(naive(scorer.model, scorer.tokenizer, item, ranks.device))
+                    ranks.wait()  # after each item: waiting for all of them would look like a process that hangs
+                seconds[way] += time.perf_counter() - started
+    return seconds, sums
 
-    def one_by_one(way, part):
-        torch.set_num_threads(threads * ranks.world_size)
-        started = time.perf_counter()
-        sums = []
-        for item in tqdm(part, way, disable=None if ranks.main else True):
-            if ranks.main:
-                sums.append(NAIVE[way](scorer.model, scorer.tokenizer, item, ranks.device))
-            ranks.wait()  # after each item: waiting for all of them would look like a process that hangs
-        seconds[way] += time.perf_counter() - started
-        torch.set_num_threads(threads)
-        for item, four in zip(part, sums):
-            row = rows[item["item"]]
-            worst[way] = max(worst[way], *(abs(a - b) for a, b in zip(four, row["logprobs"])))
-            chosen = score(item, four, row["tokens"])
-            agree[way] += all(chosen[kind] == row[kind] for kind in ACCURACIES)
 
-    size = -(-len(items) // TURNS)
-    for part in (items[i : i + size] for i in range(0, len(items), size)):
-        batched(part)
-        for way in NAIVE:
-            one_by_one(way, part)
+def check_naive(scorer, encoded, rows, cfg, ranks, log):
+    """Score the first --naive items in the naive ways as well -> the differences, and the ratios of the speeds."""
+    items, by_item = encoded.items[: cfg.naive], {row["item"]: row for row in rows}
+    rows = [by_item[item["item"]] for item in items]
+    seconds, sums = take_turns(scorer, encoded, items, ranks)
+    if not ranks.main:
+        return {}
     speeds = {way: len(items) / s for way, s in seconds.items()}
+    count = torch.get_num_threads()
+    log.print(f"in turns, {ranks.world_size} x {count} threads: batched {speeds['batched']:.1f} items/s")
     result = {"naive_items": len(items), "batched_items_per_sec": speeds["batched"], "processes": ranks.world_size}
-    log.print(f"in turns, {ranks.world_size} x {threads} threads: batched {speeds['batched']:.1f} items/s")
     for way in NAIVE:
+        chosen = [score(item, four, row["tokens"]) for item, four, row in zip(items, sums[way], rows)]
+        agree = sum(all(a[kind] == b[kind] for kind in ACCURACIES) for a, b in zip(chosen, rows))
+        worst = max(abs(a - b) for four, row in zip(sums[way], rows) for a, b in zip(four, row["logprobs"]))
         ratio = speeds["batched"] / speeds[way]
         log.print(
-            f"{way}: {speeds[way]:.1f} items/s, batched is {ratio:.2f}x as fast; {agree[way]} of {len(items)} items "
-            f"agree, log-probabilities to {worst[way]:.1e}"
+            f"{way}: {speeds[way]:.1f} items/s, batched is {ratio:.2f}x as fast; {agree} of {len(items)} items "
+            f"agree, log-probabilities to {worst:.1e}"
         )
-        facts = {"agree": agree[way], "max_diff": worst[way], "items_per_sec": speeds[way], "batched_ratio": ratio}
+        facts = {"agree": agree, "max_diff": worst, "items_per_sec": speeds[way], "batched_ratio": ratio}
         result[way.replace(" ", "_")] = facts
     return result
 

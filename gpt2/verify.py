@@ -9,16 +9,13 @@ import gzip
 import json
 import re
 import tempfile
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-
-import torch
 
 from data.shards import verify as verify_shards
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import TrainConfig
-from gpt2.distributed import Ranks
+from gpt2.distributed import Ranks, threads
 from gpt2.train_gpt2 import Trainer, all_settings, resolve
 from runlog import MACHINE_FIELDS, RunLog, UserError, read_metrics
 from runlog.verify import find, judge
@@ -110,17 +107,6 @@ def changed_on_resume(run):
 def log_of(run):
     path = run.run_dir / "log.txt"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-@contextmanager
-def threads(count):
-    """Compute with so many threads: another count adds up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

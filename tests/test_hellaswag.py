@@ -331,36 +331,24 @@ def test_a_run_directory_comes_out(trained, items_file, script, tmp_path):
     assert compared["items"] == 20 and compared["acc"] == {"only_this": 0, "only_other": 0, "p": 1.0}
 
 
+def two_processes(*args):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_write_the_same(trained, items_file, tmp_path, script):
     args = ["gpt2/hellaswag.py", "--checkpoint", trained, "--input", items_file, "--device", "cpu", "--batch-size", "4"]
     script(*args, "--run-dir", tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, *map(str, args), "--run-dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(*args, "--run-dir", tmp_path / "two")
     assert (tmp_path / "one/hellaswag.jsonl").read_bytes() == (tmp_path / "two/hellaswag.jsonl").read_bytes()
     one, two = (read_run(tmp_path / name).rows("hellaswag")[-1] for name in ("one", "two"))
     assert one["acc"] == two["acc"] and read_run(tmp_path / "two").env["world_size"] == 2
 
 
 def test_naive_scoring_takes_turns_with_two_processes(shared_data, items_file, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = [
-        "gpt2/hellaswag.py",
-        "--model",
-        shared_data / "stories260K",
-        "--input",
-        items_file,
-        "--device",
-        "cpu",
-        "--naive",
-        9,
-    ]
-    done = subprocess.run(
-        [*torchrun, *map(str, args), "--run-dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    args = ["--model", shared_data / "stories260K", "--input", items_file, "--device", "cpu", "--naive", 9]
+    two_processes("gpt2/hellaswag.py", *args, "--run-dir", tmp_path / "run")
     result = read_run(tmp_path / "run").result
     assert result["processes"] == 2 and result["items"] == 50
     for way in ("one_ending_at_a_time", "one_item_at_a_time"):
