@@ -264,6 +264,7 @@ def load(args):
 
 
 def read_manifest(folder):
+    """The manifest of a whole bundle; Mistake for anything else."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise Mistake(f"{folder} is not a whole bundle: it has no manifest.json")
@@ -347,6 +348,7 @@ def where(name):
 
 
 def parse(argv=None):
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog=__doc__.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -371,6 +373,7 @@ def parse(argv=None):
 
 
 def main():
+    """make or load; a mistake is one line."""
     args = parse()
     if args.command == "make":  # asks the stations what they need, so it wants their packages; load does not
         runpy.run_path(str(ROOT / "runlog/venv.py"))

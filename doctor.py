@@ -86,6 +86,7 @@ def check_packages(args):
 
 
 def check_torch(args):
+    """Its version against the pin, and whether it is a release that works here."""
     pinned, found = pins()["torch"], installed("torch")
     if found is None:
         return Finding("MISSING", "torch", "not installed", INSTALL)
@@ -141,6 +142,7 @@ def check_gpu(args):
 
 
 def check_bf16(args):
+    """Whether 16-bit matmuls are in hardware, or emulated and slow."""
     import torch
 
     if torch.cuda.is_available():
@@ -189,6 +191,7 @@ def missing_for_compile(on_gpu):
 
 
 def check_threads(args):
+    """Threads against the cores that this process may use."""
     import torch
 
     cores, threads = usable_cores(), torch.get_num_threads()
@@ -416,6 +419,7 @@ def unknown_preset(name):
 
 
 def main():
+    """All checks in order, a line each; exit status 1 if something is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="quickstart", help="of gpt2/train_gpt2.py, for disk and memory")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

@@ -71,6 +71,7 @@ class Config:
 
 
 def main():
+    """Training, encoding and growth, as the flags ask; table, metrics.jsonl and result.json."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     text = read_text(cfg.input)
     if cfg.minbpe and not (cfg.minbpe / "minbpe" / "__init__.py").is_file():
@@ -98,6 +99,7 @@ def read_text(file):
 
 
 def train_ours(text, vocab_size, pattern):
+    """As every train_*: text -> merges, or None from those that keep them to themselves."""
     tok = Tokenizer(pattern)
     tok.train(text, vocab_size)
     return list(tok.merges)
@@ -108,6 +110,7 @@ def train_naive(text, vocab_size, pattern):
 
 
 def train_tokenizers(text, vocab_size, pattern):
+    """Hugging Face's BPE trainer on bytes, split by the same pattern."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE())
@@ -153,6 +156,7 @@ TRAINERS = {
 
 
 def encoder_ours(tok):
+    """As every encoder_*: our Tokenizer -> a function text -> ids of the contestant, with the same merges."""
     return tok.encode_ordinary
 
 
@@ -161,6 +165,7 @@ def encoder_tiktoken(tok):
 
 
 def encoder_tokenizers(tok):
+    """Through the tokenizer.json that we export."""
     import tempfile
 
     from tokenizers import Tokenizer
@@ -207,6 +212,7 @@ def peers(cfg, log):
 
 
 def timed_training(who, text, vocab_size, pattern, minbpe):
+    """Train once in a fresh process -> the measurement; peak memory is what training adds."""
     train = partial(TRAINERS[who], folder=minbpe) if who == "minbpe" else TRAINERS[who]
     train("warm up", 260, pattern)  # imports and compiled patterns; nothing of the text
     before = peak_memory(reset=True)
@@ -216,6 +222,7 @@ def timed_training(who, text, vocab_size, pattern, minbpe):
 
 
 def timed_encoding(who, text, warm, merges, pattern, minbpe):
+    """Encode once in a fresh process -> the measurement; warm: with what came before in the cache."""
     tok = Tokenizer(pattern)
     tok.__setstate__({**tok.__getstate__(), "merges": merges})
     encode = ENCODERS[who](tok, minbpe) if who == "minbpe" else ENCODERS[who](tok)
@@ -373,6 +380,7 @@ def python_source(size):
 
 
 def table(rows):
+    """The rows as text, a line each."""
     lines = [f"{'what':<13} {'who':<26} {'seconds':>9} {'MB/s':>9} {'peak MB':>8} {'thr':>3} {'× ours':>9}"]
     for r in rows:
         left = f"{r['name']:<13} {r['who']:<26}"

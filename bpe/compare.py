@@ -66,6 +66,7 @@ class Result:
 
 
 def main():
+    """Print each text as each tokenizer cuts it; with --html and --run-dir write it, too."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     texts = {name: text for file in cfg.texts for name, text in read_texts(file)}
     tokenizers = [load_any(name) for name in cfg.tokenizers]

@@ -45,6 +45,7 @@ class Config:
 
 
 def main():
+    """Train at each size on one part of each text, measure on the other; table, picture, result.json."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if not cfg.input or not cfg.vocab_sizes:
         raise UserError("--input and --vocab-sizes each need a value")

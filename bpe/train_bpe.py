@@ -50,6 +50,7 @@ class Config:
 
 
 def main():
+    """Train, write the files in all formats; leave at once where they are there already."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     sources = {"input": fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
     if _is_done(cfg, sources):

@@ -165,6 +165,7 @@ class _PairIndex:
         return True
 
     def add(self, p, q, where, count, push=True):
+        """Index a pair: its positions, and its place in the heap (push=False: the caller heapifies)."""
         if not isinstance(where, list) and len(where) <= FEW:
             where = where.tolist()
         self.where[p, q] = where

@@ -92,6 +92,7 @@ def contestants(cfg, texts, folder, pool):
 
 
 def main():
+    """Let prepare.py and tiktoken alone take turns; table and result.json."""
     cfg = tyro.cli(Config)
     texts = corpus(cfg)
     megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6

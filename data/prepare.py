@@ -446,6 +446,7 @@ def shard_row(path, split, tokenizer):
 
 
 def report(out, shards):
+    """Print documents, tokens and bytes of each split."""
     for split in SPLITS:
         rows = [s for s in shards if s["split"] == split]
         documents, tokens, size = (sum(s[k] for s in rows) for k in ("documents", "tokens", "bytes"))
@@ -503,6 +504,7 @@ def download(cfg):
 
 
 def fetch(repo, name, cfg):
+    """One ready-made shard, from the hub or the local folder --input, whole or not at all."""
     if cfg.input is not None:
         if not (cfg.input / name).is_file():
             raise UserError(f"{cfg.input / name} does not exist")
@@ -520,6 +522,7 @@ def fetch(repo, name, cfg):
 
 
 def main():
+    """merge, adopt and download by their names; else the name is a source."""
     command, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if command == "merge":
         merge(tyro.cli(Merge, args=rest, prog="data/prepare.py merge").out)

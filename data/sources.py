@@ -451,6 +451,7 @@ def text_bytes(path):
 
 
 def main():
+    """Write a source's documents as jsonl, and print what they are."""
     cfg = tyro.cli(Config)
     options = {"inputs": cfg.input, "subset": cfg.subset, "text_field": cfg.text_field}
     files = [] if cfg.source == "pydocs" else locate(cfg.source, cfg.input, cfg.subset)[0]

@@ -334,6 +334,7 @@ class Resume(Bench):
 
 
 def main():
+    """Run the benchmark that the command line names, in a run directory of its own."""
     bench = tyro.cli(Ladder | Peers | Scaling | Start | Race | Profile | Resume, description=__doc__)
     bench.ranks = Ranks(bench.device) if isinstance(bench, Scaling) else None
     enabled, resume = bench.ranks is None or bench.ranks.main, bool(getattr(bench, "only", ""))

@@ -96,6 +96,7 @@ def import_hf(name_or_folder, out):
 
 
 def main():
+    """Export a checkpoint, or import a Hugging Face GPT-2 (--from-hf)."""
     cfg = tyro.cli(ExportConfig, description=__doc__)
     if bool(cfg.model) == bool(cfg.from_hf):
         raise UserError("give either --model (to export) or --from-hf (to import)")

@@ -394,6 +394,7 @@ def check(cfg):
 
 
 def main():
+    """Score, report, and compare with the naive ways where --naive asks."""
     cfg = tyro.cli(Config)
     check(cfg)
     items = load_items(cfg.input, cfg.limit, cfg.prompt)

@@ -227,6 +227,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, targets, vocab_size, compile=False):
+        """Sum of the losses; the gradients are made on the way and kept in ctx."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)  # sums of exponentials need the range

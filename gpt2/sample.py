@@ -147,6 +147,7 @@ def generate(
 
 
 def main():
+    """Generate from --model after each prompt, streaming a single one."""
     cfg = tyro.cli(SampleConfig, description=__doc__)
     prompts = cfg.prompt
     if cfg.prompts_file:

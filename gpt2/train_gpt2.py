@@ -522,6 +522,7 @@ def how_to_start(cfg, meta):
 
 
 def main():
+    """Plan, evaluate or train, as the command line says."""
     cfg = parse(sys.argv[1:])
     if cfg.plan:
         return print_plan(cfg)

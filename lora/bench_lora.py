@@ -329,6 +329,7 @@ def rows_of(cfg, name, best):
 
 
 def main():
+    """Let all contenders train the same adapters, size by size; table and result.json."""
     cfg = tyro.cli(BenchConfig)
     names = cfg.sizes.split(",")
     for what, given, known in [("size", names, SIZES), ("family", [cfg.family], ("bloom", "gpt2", "llama"))]:

@@ -228,6 +228,7 @@ def save_merged(model, tokenizer, folder, dtype):
 
 
 def main():
+    """Continue --prompt, or merge the adapter into --merge FOLDER."""
     import tyro
 
     cfg = tyro.cli(GenerateConfig)

@@ -106,6 +106,7 @@ class AdaptedLinear(nn.Module):
         self.A = self.B = self.bias = None
 
     def forward(self, x):
+        """x (k*b, T, in), the k adapters' rows one after another -> (k*b, T, out)."""
         engine = self._engine[0]
         A, B, bias, scaling, k = self.A, self.B, self.bias, engine.scaling, engine.n_active
         if engine.only is not None:  # one adapter alone, for evaluation

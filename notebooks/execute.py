@@ -37,6 +37,7 @@ class Config:
 
 
 def main():
+    """Execute the named notebooks, or all, in place or into --out."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     files = cfg.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
     if cfg.out and len(files) != 1:

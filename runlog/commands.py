@@ -207,6 +207,7 @@ def parse(argv=None):
 
 
 def main():
+    """The command that follows `python -m runlog`; a failed verify exits with 1."""
     if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what a Windows console cannot spell
         sys.stdout.reconfigure(errors="replace")
     args = parse()
