@@ -24,6 +24,7 @@ def test_mistakes_are_one_line(tmp_path, refuses):
     args = ("--input", tmp_path / "t.txt", "--run-dir", tmp_path / "run")
     refuses("bpe/bench_bpe.py", *args, "--minbpe", tmp_path, says="not a checkout of minbpe")
     refuses("bpe/bench_bpe.py", *args, "--pattern", "[", says="regular expression")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_ten_answers_hold():

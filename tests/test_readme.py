@@ -135,6 +135,7 @@ def test_the_python_snippets_run(tmp_path, monkeypatch):
     snippets = ["\n".join(lines) for _, language, lines in blocks(README) if language == "python"]
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
+    assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
 

@@ -193,6 +193,7 @@ def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp
 
 def test_a_mistake_is_one_line(refuses, tmp_path):
     refuses("lora/train_lora.py", "--base", "./no", "--run-dir", tmp_path / "run", says="./no does not exist")
+    assert not (tmp_path / "run").exists()
 
 
 def test_on_a_real_llama(shared_data, tmp_path):
