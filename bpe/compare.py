@@ -68,9 +68,9 @@ class Result:
 def main():
     """Print each text as each tokenizer cuts it; with --html and --run-dir write it, too."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    texts = {name: text for file in cfg.texts for name, text in read_texts(file)}
+    texts = [named for file in cfg.texts for named in read_texts(file)]
     tokenizers = [load_any(name) for name in cfg.tokenizers]
-    results = [compare(name, text, *tokenizer) for name, text in texts.items() for tokenizer in tokenizers]
+    results = [compare(name, text, *tokenizer) for name, text in texts for tokenizer in tokenizers]
     color = cfg.color == "always" or (cfg.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     with RunLog(cfg.run_dir or ".", kind="compare", config=cfg, enabled=cfg.run_dir is not None) as log:
         print(table(results, cfg.max_tokens, color))

@@ -73,6 +73,9 @@ def to_tiktoken(tok):
     """-> tiktoken.Encoding with the same ids."""
     import tiktoken
 
+    names = sorted(tok.special_tokens)
+    if clash := next(((a, b) for a, b in pairwise(names) if b.startswith(a)), None):
+        raise UserError(f"tiktoken cannot tell the special tokens {' and '.join(clash)} apart: one begins the other")
     source = PATTERNS.get(tok.pattern, tok.pattern)
     return tiktoken.Encoding(
         tok.name, pat_str=lossless_pattern(source), mergeable_ranks=_ranks(tok), special_tokens=tok.special_tokens
@@ -288,6 +291,9 @@ def save_huggingface(tok, folder):
     vocab = {_spell(data, table): token for token, data in tok.vocab.items() if token not in special}
     if len(vocab) != len(tok.vocab) - len(special):
         raise UserError("two tokens have the same bytes, which a tokenizer.json cannot express")
+    if tok.special_tokens.keys() & vocab.keys():
+        raise UserError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
+    vocab |= tok.special_tokens  # named in the vocabulary, they keep their ids; else the library numbers them itself
     merges = [(_spell(tok.vocab[p], table), _spell(tok.vocab[q], table)) for p, q in tok.merges]
     hf = Tokenizer(models.BPE(vocab, merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tok.pattern == "gpt2")
@@ -299,12 +305,8 @@ def save_huggingface(tok, folder):
     hf.decoder = decoders.ByteLevel()
     by_id = sorted(tok.special_tokens, key=tok.special_tokens.get)
     hf.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in by_id])
-    moved = [text for text in by_id if hf.token_to_id(text) != tok.special_tokens[text]]
-    data = json.loads(hf.to_str())
-    for added in data["added_tokens"] if moved else ():  # the library numbers them itself, without gaps
-        added["id"] = tok.special_tokens[added["content"]]
     with atomic_open(Path(folder) / "tokenizer.json") as f:
-        json.dump(data, f, ensure_ascii=False, indent=1)
+        json.dump(json.loads(hf.to_str()), f, ensure_ascii=False, indent=1)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # else a gpt2 config.json beside it would choose GPT2Tokenizer
         "clean_up_tokenization_spaces": False,

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from bpe.splitting import valid
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
 from runlog import RunLog, UserError, cli, open_text
 
@@ -149,9 +150,12 @@ def read_documents(files):
 
 def _text_of(line, file, number):
     try:
-        return json.loads(line)["text"]
+        text = json.loads(line)["text"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f'{file}, line {number} is not a JSON object with a "text"') from None
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{file}, line {number} is not a JSON object with a "text"')
+    return valid(text) if "\\u" in line else text  # JSON can spell a lone surrogate
 
 
 def fingerprint(files):

@@ -84,6 +84,32 @@ def test_huggingface_gives_the_same_ids_even_beside_a_gpt2_config(tok, tmp_path)
 # real vocabularies and real text
 
 
+def test_special_tokens_with_any_numbers_keep_them(tmp_path):
+    """The library numbers added tokens by itself, right after the vocabulary, unless it is told."""
+    tok = Tokenizer("gpt2")
+    tok.train("the cat sat on the mat " * 9, 270)
+    last = tok.n_vocab
+    tok.register_special_tokens({"<|b|>": last + 30, "<|a|>": last + 7, "<|endoftext|>": last + 8})
+    from transformers import AutoTokenizer
+
+    text = "the cat<|a|>the mat<|b|><|endoftext|>"
+    ids = tok.encode(text, "all")
+    assert last + 30 in ids
+    tok.save_huggingface(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == ids
+    assert tok.to_tiktoken().encode(text, allowed_special="all") == ids
+    assert Tokenizer.from_huggingface(tmp_path / "tokenizer.json").encode(text, "all") == ids
+
+
+def test_special_tokens_that_begin_each_other_are_refused_by_tiktoken():
+    tok = Tokenizer("gpt2")
+    tok.train("the cat sat", 260)
+    tok.register_special_tokens({"<|a|>": 300, "<|a|>x": 301})
+    assert tok.encode("<|a|>x", "all") == [301]
+    with pytest.raises(UserError, match="one begins the other"):
+        tok.to_tiktoken()
+
+
 def test_whole_corpora_give_the_ids_of_true_gpt2(gpt2, true_gpt2, shared_data):
     for name in ("tinyshakespeare.txt", "pku_manual.txt", "fineweb_edu_sample.txt"):
         text = (shared_data / name).read_bytes().decode("utf-8")
