@@ -1,7 +1,7 @@
 """A corpus and a tokenizer -> shards, over all cores, resumably.
 
     python data/prepare.py pydocs --tokenizer tokenizer.model --out data/corpora/pydocs
-    python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu            # 10B tokens, 20 GB
+    python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu            # 10B tokens
     python data/prepare.py fineweb-edu --input sample.parquet --tokenizer gpt2 --out data/corpora/sample
 
 On n machines over a shared file system, each runs `--shard i/n` with i from 0; then one joins the parts. A machine of
@@ -12,7 +12,7 @@ more than some ten cores, too, is kept busy by several parts at once, because in
 
 Ready-made GPT-2 shards of llm.c and modded-nanogpt, fetched, or lying there already:
 
-    python data/prepare.py download fineweb-edu --shards 10 --out data/corpora/fineweb-edu
+    python data/prepare.py download fineweb-edu --shards 10 --out data/corpora/fineweb-edu-1B
     python data/prepare.py adopt data/corpora/fineweb10B --tokenizer gpt2
 
 Documents are taken in blocks of about 2M characters. A process turns a block into ids and puts them, whole or not at
@@ -468,6 +468,8 @@ READY_MADE = {  # the hub's datasets of modded-nanogpt: (repository, file prefix
 
 def adopt(out, tokenizer_name, source=None):
     """Write tokenizer.model and meta.json beside shards that have none."""
+    source = source or {"source": "adopted"}
+    refuse_another_corpus(out, source)
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
     if not paths:
         raise UserError(f"{out} holds no *.bin")
@@ -482,11 +484,20 @@ def adopt(out, tokenizer_name, source=None):
     tokenizer.save(out / "tokenizer")
     described = {"name": tokenizer_name if tokenizer_name.isidentifier() else Path(tokenizer_name).name}
     write_meta(
-        out, name=paths[0].name.partition("_")[0], source=source or {"source": "adopted"},
+        out, name=paths[0].name.partition("_")[0], source=source,
         tokenizer={**described, "sha256": tokenizer.sha256}, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot_token,
         shards=rows,
     )  # fmt: skip
     report(out, rows)
+
+
+def refuse_another_corpus(out, source):
+    """A folder holds the shards of one corpus: those of two in one manifest would be trained on as if they were one."""
+    if (out / "plan.json").exists():
+        raise UserError(f"{out} is being prepared from a source; name another folder, or join that one with merge")
+    if (out / "meta.json").exists() and (there := read_json(out / "meta.json").get("source")) != source:
+        kind = there.get("source") if isinstance(there, dict) else there
+        raise UserError(f"{out} already holds a corpus from another source ({kind}); name another folder")
 
 
 def download(cfg):
@@ -495,12 +506,14 @@ def download(cfg):
     if not 1 <= cfg.shards <= available:
         raise UserError(f"{repo} has {available} training shards; --shards {cfg.shards} is not among them")
     names = [f"{prefix}_val_000000.bin", *(f"{prefix}_train_{i:06d}.bin" for i in range(1, cfg.shards + 1))]
+    source = {"source": "download", "hub": repo}
+    refuse_another_corpus(cfg.out, source)
     for name in tqdm(names, desc="fetching", unit="shard", disable=None):
         try:
             read_shard(cfg.out / name)
         except UserError:
             fetch(repo, name, cfg)
-    adopt(cfg.out, "gpt2", {"source": "download", "hub": repo})
+    adopt(cfg.out, "gpt2", source)
 
 
 def fetch(repo, name, cfg):

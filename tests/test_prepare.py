@@ -348,6 +348,16 @@ def test_foreign_shards_are_adopted(foreign, undisturbed, script, refuses):
     assert meta["name"] == "finewebedu" and meta["eot"] == 300
 
 
+def test_two_corpora_do_not_share_a_folder(undisturbed, foreign, refuses):
+    ours = undisturbed["jsonl"]
+    before = (ours / "meta.json").read_bytes()
+    args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 1, "--input", foreign)
+    refuses(*args, "--out", ours, says="another source (jsonl)")
+    assert (ours / "meta.json").read_bytes() == before and not list(ours.glob("finewebedu_*"))
+    (foreign / "plan.json").write_text("{}")
+    refuses(*args, "--out", foreign, says="being prepared")
+
+
 def test_shards_of_another_tokenizer_are_not_adopted(foreign, refuses):
     write_shard(foreign / "finewebedu_train_000009.bin", [50256, 60000])
     refuses("data/prepare.py", "adopt", foreign, says="id 60000")
@@ -364,5 +374,6 @@ def test_ready_made_shards_are_fetched(foreign, script, refuses, tmp_path, monke
     verify(tmp_path / "got")
     shutil.rmtree(foreign)  # what is there is not fetched again: neither from the folder nor from the hub
     script(*args)
+    refuses("data/prepare.py", "adopt", tmp_path / "got", says="already holds a corpus from another source (download)")
     refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
     refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="cannot be had from the hub")
