@@ -40,7 +40,7 @@ class Config:
     """how text is cut before merging: none, gpt2, gpt4 or a regular expression"""
     peer: str | None = "gpt2"
     """a tokenizer to compare with: a tiktoken name or a rank file"""
-    run_dir: Path = ROOT / "runs" / "bpe_compression"
+    run_dir: Path = ROOT / "runs" / "compression"
     """where result.json, log.txt and compression.png go"""
 
 
@@ -49,7 +49,11 @@ def main():
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if not cfg.input or not cfg.vocab_sizes:
         raise UserError("--input and --vocab-sizes each need a value")
+    if min(cfg.vocab_sizes) < 256:
+        raise UserError(f"a vocabulary has the 256 bytes at least; leave out --vocab-sizes {min(cfg.vocab_sizes)}")
     texts = {file.name.split(".")[0]: halves(file) for file in cfg.input}
+    if len(texts) < len(cfg.input):
+        raise UserError("two files of --input have the same name up to its first dot; rename one")
     peer = Tokenizer.from_tiktoken(cfg.peer) if cfg.peer else None
     with RunLog(cfg.run_dir, kind="bpe_compression", config=cfg) as log:
         log.print(f"{'text':<24} {'vocab':>7} {'bytes/tok':>9} {'chars/tok':>9} {'used':>7}")

@@ -1,6 +1,6 @@
 """Ten questions about tokenizers, each with a small example that is computed here.
 
-    python bpe/questions.py --run-dir runs/bpe_questions
+    python bpe/questions.py --run-dir runs/questions
 
 Each function computes the numbers of one answer, with GPT-2's vocabulary unless it says otherwise; the answers in prose
 stand in report.md, and notebooks/01_bpe.ipynb shows the numbers.
@@ -36,7 +36,7 @@ SENTENCES = {
 
 @dataclass
 class Config:
-    run_dir: Path = ROOT / "runs" / "bpe_questions"
+    run_dir: Path = ROOT / "runs" / "questions"
     """where result.json goes"""
 
 

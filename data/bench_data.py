@@ -1,7 +1,7 @@
 """How much of tiktoken's own speed data/prepare.py keeps, measured in one run.
 
-    python data/bench_data.py --run-dir runs/data_prepare_bench
-    python data/bench_data.py --input fineweb_edu_sample.txt --megabytes 200 --run-dir runs/data_prepare_bench
+    python data/bench_data.py --run-dir runs/bench_data
+    python data/bench_data.py --input fineweb_edu_sample.txt --megabytes 200 --run-dir runs/bench_data
 
 tiktoken alone encodes documents that lie in memory, on all cores, and throws the ids away: with encode_ordinary_batch,
 as its users do on threads, and with encode_ordinary in processes, as build-nanogpt does. prepare reads the same

@@ -1,6 +1,6 @@
 """k adapters trained at once, by the Trainer one after another, and by a plain loop: time and memory.
 
-    python lora/bench_lora.py --run-dir runs/lora_bench            about four minutes on two cores
+    python lora/bench_lora.py                                     about four minutes on two cores
     python lora/bench_lora.py --device cuda --dtype bfloat16
 
 All contenders train the same adapters from the same initial weights on the same rows in the same order, and have to end
@@ -60,7 +60,7 @@ LIBRARIES = ["torch", "transformers.trainer", "peft", "lora.multi_lora", "runlog
 
 @dataclass
 class BenchConfig:
-    run_dir: str = "runs/lora_bench"  # where the records go
+    run_dir: str = "runs/bench_lora"  # where the records go
     family: str = "bloom"  # architecture of the random base: bloom, gpt2 or llama
     vocab_size: int = 1024  # tokens
     k: int = 8  # adapters
@@ -200,6 +200,7 @@ def trainer(cfg, size, contender):
             remove_unused_columns=False, use_cpu=model.device.type == "cpu", bf16=cfg.dtype == "bfloat16",
             dataloader_pin_memory=False,
         )  # fmt: skip
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs would multiply the batch
         one = Ordered(model=model, args=args, train_dataset=rows, data_collator=lambda rows: collate(rows, 0))
         one.remove_callback(PrinterCallback)
         trainers.append(one)
