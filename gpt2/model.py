@@ -291,4 +291,6 @@ def _add_product(out, a, b, first):
 @torch.compiler.disable
 def chunked_cross_entropy(x, w, targets, vocab_size, compile):
     """`ChunkedCrossEntropy`, left alone by torch.compile: unrolled into its graph, n chunks compile n times as long."""
+    if not torch.is_grad_enabled():  # a Function is asked for gradients all the same, and makes them on the way
+        x, w = x.detach(), w.detach()
     return ChunkedCrossEntropy.apply(x, w, targets, vocab_size, compile)

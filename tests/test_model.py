@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2 import model as model_module
 from gpt2.config import SHAPES, GPTConfig
 from gpt2.model import GPT, ChunkedCrossEntropy
 from runlog import UserError
@@ -116,6 +117,21 @@ def test_one_batch_is_overfitted():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_loss_without_gradients_makes_none(monkeypatch, context):
+    """A Function's ctx.needs_input_grad is True under no_grad, too."""
+    config = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32)
+    idx, made = torch.randint(64, (4, 17)), []
+    add = model_module._add_product
+    monkeypatch.setattr(model_module, "_add_product", lambda *args, **kwargs: (made.append(1), add(*args, **kwargs)))
+    model = GPT(config)
+    with context():
+        loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    assert not made and not loss.requires_grad
+    again = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    assert made and again.item() == loss.item()
 
 
 @pytest.mark.parametrize("rows", [1, 64, 300])
