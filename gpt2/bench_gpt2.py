@@ -31,7 +31,7 @@ from gpt2.distributed import Ranks, pick_device
 from gpt2.machine import CPU_MEMORY_SETTINGS, can_keep_memory, half_type, matmul_peak, sdpa_backend
 from gpt2.peers import SIZES, Levers, contestants, first_weights, ours
 from gpt2.plan import peak_flops
-from runlog import ROOT, RunLog, cli, portable, read_metrics
+from runlog import ROOT, RunLog, UserError, cli, portable, read_metrics
 
 
 def beside(file):
@@ -44,7 +44,7 @@ class Bench:
     """What all measurements share."""
 
     run_dir: str = ""
-    """Run directory; empty: runs/gpt2_… after the measurement."""
+    """Run directory; empty: runs/bench_gpt2_… after the measurement."""
     size: Literal["auto", *SIZES] = "auto"
     """Shape of the model and the batch; auto: gpt2-124M on a GPU, vocab-50304 elsewhere."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -61,7 +61,7 @@ class Bench:
     def __post_init__(self):
         self.device = pick_device(self.device).type
         self.size = self.size if self.size != "auto" else "gpt2-124M" if self.device == "cuda" else "vocab-50304"
-        self.run_dir = self.run_dir or str(ROOT / "runs" / f"gpt2_{type(self).__name__.lower()}")
+        self.run_dir = self.run_dir or str(ROOT / "runs" / f"bench_gpt2_{type(self).__name__.lower()}")
         self.shape = SIZES[self.size]
         if self.batch_size:
             self.shape = replace(self.shape, batch_size=self.batch_size)
@@ -139,6 +139,7 @@ class Ladder(Bench):
             entrants[name] = (ours, size, {"levers": tried}, env)
             levers = tried if kept else levers
         facts, flops = self.compare(entrants, log)
+        rungs = [rung for rung in rungs if rung[0] in facts]
         rows, before = [], rungs[0][0]
         for name, _, kept, _ in rungs:
             ratio = facts[before]["seconds"] / facts[name]["seconds"]
@@ -175,6 +176,8 @@ class Peers(Bench):
         if self.device == "cpu" and can_keep_memory() and not self.memory_settings and self.own_process:
             entrants["ours --cpu-memory-settings"] = (*entrants["ours"][:3], CPU_MEMORY_SETTINGS)
         facts, flops = self.compare(entrants, log)
+        if "ours" not in facts:
+            raise UserError("our own step could not start, so there is nothing to compare with")
         mine = facts["ours"]["seconds"]
         rows = []
         for label, fact in facts.items():
@@ -303,7 +306,11 @@ class Profile(Bench):
             seconds, loss = one.turn(self.steps)
         profiler.export_chrome_trace(str(log.run_dir / "trace.json.gz"))
         own = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
-        kernels = sorted(profiler.key_averages(), key=lambda e: -getattr(e, own))
+        events = profiler.key_averages()
+        if self.device == "cuda":  # an operator's time there is that of its kernels, which are events themselves
+            on_gpu = torch.autograd.DeviceType.CUDA
+            events = [e for e in events if e.device_type == on_gpu and not getattr(e, "is_user_annotation", False)]
+        kernels = sorted(events, key=lambda e: -getattr(e, own))
         whole = sum(getattr(e, own) for e in kernels)
         rows = [
             {

@@ -45,12 +45,7 @@ class Here:
         for _ in range(steps):
             loss = self.contestant.step()
         loss = loss.item()
-        seconds = (time.perf_counter() - started) / steps
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()  # the others need the memory in their turns
-        return seconds, loss
+        return (time.perf_counter() - started) / steps, loss
 
     def ready(self):
         """The facts of the start."""
@@ -102,15 +97,29 @@ def _serve(pipe, make, size, device, kwargs):
     """The other side of `OwnProcess`."""
     try:
         here = Here(make, size, device, kwargs)
+        _give_back(device)
         pipe.send(("ready", here.facts))
         while True:
-            pipe.send(("turn", here.turn(pipe.recv())))
+            steps = pipe.recv()
+            if device == "cuda":
+                here.contestant.step()  # takes the memory anew, before the clock starts
+            took = here.turn(steps)
+            _give_back(device)
+            pipe.send(("turn", took))
     except EOFError:
         os._exit(0)  # a Trainer's thread may still wait for its next step
     except UserError as e:
         pipe.send(("mistake", str(e)))
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
+
+
+def _give_back(device):
+    """Let go of a GPU's memory that torch keeps for later: in their turns the others need it."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -127,7 +136,8 @@ def _environment(more):
 def contest(entrants, device, rounds, steps, log, own_process=True):
     """Let everybody take `rounds` turns of `steps` steps -> {label: facts with "seconds", the median of the turns}.
 
-    entrants: {label: (make, size, kwargs, environment)}. One that cannot start here is left out with a line.
+    entrants: {label: (make, size, kwargs, environment)}. One that cannot start here, for want of memory or of a
+    compiler, is left out with a line; UserError if that leaves nobody.
     """
     running, facts, seconds = {}, {}, {label: [] for label in entrants}
     together = os.cpu_count() if device == "cpu" else 1  # as many start at once: compiling is mostly one thread's work
@@ -141,9 +151,15 @@ def contest(entrants, device, rounds, steps, log, own_process=True):
                     OwnProcess(make, size, device, kwargs, env) if own_process else Here(make, size, device, kwargs)
                 )
             label = next(name for name in running if name not in facts)
-            facts[label] = running[label].ready()
             bar.update()
+            try:
+                facts[label] = running[label].ready()
+            except RuntimeError as e:
+                log.print(f"{label} is left out: {str(e).splitlines()[-1]}")
+                running.pop(label).close()
         bar.close()
+        if not running:
+            raise UserError("no contestant could start here; the lines above say why")
         for k in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
             order = list(running)
             for label in order[k % len(order) :] + order[: k % len(order)]:  # another one begins every round

@@ -118,6 +118,9 @@ def library_loss(hidden, model, idx, targets):
 
     x = hidden(idx).flatten(0, 1)  # (B * T, C)
     weight, targets = model.lm_head.weight[: model.config.vocab_size], targets.flatten()
+    if torch.is_autocast_enabled(x.device.type):  # which the library's function does not look at
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     return F.linear_cross_entropy(x, weight, targets, options=LinearCrossEntropyOptions())
 
 
@@ -231,6 +234,7 @@ def hf_trainer(size, device, dtype="float32", compile=False):
         logging_steps=10**9, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=device == "cuda",
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs would multiply the batch
     trainer = Keeping(model=model, args=args, train_dataset=rows, callbacks=[Wait()])
     trainer.remove_callback(PrinterCallback)
     thread = threading.Thread(target=trainer.train, daemon=True)

@@ -163,6 +163,7 @@ def train_command(bench, folder, run, *flags):
     shape = {"n-layer": s.n_layer, "n-head": s.n_head, "n-embd": s.n_embd, "block-size": s.block_size}
     shape |= {"total-batch-size": s.tokens, "micro-batch-size": s.batch_size, "device": bench.device}
     shape |= {"data-dir": folder, "run-dir": Path(folder) / run, "val-every": 0, "sample-every": 0, "warmup-steps": 2}
+    shape |= {"hellaswag-every": 0, "log-every": 1}
     shape |= {"val-tokens": s.block_size, "dtype": bench.dtype}
     command = [sys.executable, str(ROOT / "gpt2" / "train_gpt2.py"), "gpt2-124M", *flags]
     return command + [str(x) for k, v in shape.items() for x in (f"--{k}", v)]

@@ -1,14 +1,16 @@
 """The benchmarks at toy size, in this process: their rows, and that all do the same work. No speed is judged."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gpt2 import bench_gpt2, race, starting
+from gpt2.contest import contest
 from gpt2.machine import CPU_MEMORY_SETTINGS, matmul_peak, peak_of_a_step, sdpa_backend
 from gpt2.peers import SIZES, Levers, batches, first_weights, ours, transformers
-from runlog import read_run
+from runlog import UserError, read_run
 
 TINY = ("--size", "tiny", "--device", "cpu", "--rounds", 1, "--steps", 1, "--no-own-process")
 NANOGPT_MODEL = """
@@ -97,6 +99,21 @@ def test_a_contestant_runs_in_a_process_of_its_own_with_its_environment():
         assert seconds > 0 and loss < 6 and facts["first_loss"] == pytest.approx(5.56, abs=0.1)
     finally:
         one.close()
+
+
+def cannot_start(size, device):
+    raise RuntimeError("CUDA out of memory")
+
+
+def test_who_cannot_start_is_left_out_and_the_others_go_on():
+    said, log = [], SimpleNamespace(print=lambda text: said.append(text), metric=lambda *args, **kwargs: None)
+    good = (ours, SIZES["tiny"], {"levers": Levers(compile=False)}, {})
+    entrants = {"good": good, "bad": (cannot_start, SIZES["tiny"], {}, {})}
+    facts = contest(entrants, "cpu", 1, 1, log)
+    assert list(facts) == ["good"] and facts["good"]["seconds"] > 0
+    assert said == ["bad is left out: RuntimeError: CUDA out of memory"]
+    with pytest.raises(UserError, match="no contestant"):
+        contest({"bad": entrants["bad"]}, "cpu", 1, 1, log)
 
 
 def test_start_measures_the_same_work_done_in_two_ways(bench, monkeypatch):
