@@ -186,6 +186,8 @@ def _published(name, shape, max_lr, micro_batch_size):
         run_dir=str(ROOT / f"runs/{name}"),
         max_lr=max_lr,
         micro_batch_size=micro_batch_size,
+        hellaswag_every=250,
+        log_every=10,
         **SHAPES[shape],
     )
 

@@ -50,15 +50,16 @@ ACCURACIES = ("acc", "acc_norm", "acc_char")
 # items
 
 
-def load_items(file=None, limit=0, prompt="plain"):
+def load_items(file=None, limit=0, prompt="plain", remedy="name a local file with --input"):
     """Read HellaSwag -> list of {"item", "ind", "label", "ctx", "endings"}, "item" being the place in the file.
 
     file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split.
     limit: the first so many of a fixed permutation; 0: all, in the order of the file.
     prompt: "plain" takes `ctx` and the endings as they are (build-nanogpt); "lm-eval" builds them as
     lm-evaluation-harness does, which needs `ctx_a`, `ctx_b` and the markers of the official file.
+    remedy: what the message says to do where the hub cannot be reached.
     """
-    rows = _read_hub() if not file else _read_jsonl(Path(file))
+    rows = _read_hub(remedy) if not file else _read_jsonl(Path(file))
     order = np.random.default_rng(SEED).permutation(len(rows))[:limit] if limit else range(len(rows))
     return [_item(int(i), rows[i], prompt, file or HUB[0]) for i in order]
 
@@ -74,11 +75,11 @@ def _read_jsonl(path):
     return rows
 
 
-def _read_hub():
+def _read_hub(remedy):
     import huggingface_hub
     import pyarrow.parquet
 
-    with from_hub(HUB[0], "give a local file"):
+    with from_hub(HUB[0], remedy):
         path = huggingface_hub.hf_hub_download(HUB[0], HUB[1], repo_type="dataset")
     return pyarrow.parquet.read_table(path).to_pylist()
 
@@ -136,6 +137,11 @@ def score(item, logprobs, tokens):
         "acc": int(np.argmax(logprobs)), "acc_norm": int(np.argmax(np.divide(logprobs, tokens))),
         "acc_char": int(np.argmax(np.divide(logprobs, np.maximum(chars, 1)))),
     }  # fmt: skip
+
+
+def rows_at_once(device):
+    """Endings in a batch, unless somebody says: what keeps the device busy; it changes no figure."""
+    return 32 if device.type == "cpu" else 128
 
 
 def counts(rows):
@@ -401,7 +407,7 @@ def main():
     ranks = Ranks(cfg.device)
     device = ranks.device
     scorer = load_ours(cfg, device) if cfg.checkpoint else load_hf(cfg, device)
-    batch_size = cfg.batch_size or (32 if device.type == "cpu" else 128)
+    batch_size = cfg.batch_size or rows_at_once(device)
     with RunLog(cfg.run_dir, "hellaswag", cfg, enabled=ranks.main) as log:
         started = time.perf_counter()
         encoded = Encoded(items, scorer.encode, scorer.block_size, scorer.prefix, batch_size)

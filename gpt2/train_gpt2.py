@@ -221,9 +221,11 @@ class Trainer:
         )
         self.unigram_entropy = unigram_entropy(self.train_loader, meta["vocab_size"])
         if cfg.hellaswag_every:
-            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit)
+            remedy = "name a local file with --hellaswag-file, or leave it out with --hellaswag-every 0"
+            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, remedy=remedy)
             encode = self.tokenizer.to_tiktoken().encode_ordinary_batch
-            self.hellaswag_items = hellaswag.Encoded(items, encode, cfg.block_size)
+            rows = hellaswag.rows_at_once(self.device)
+            self.hellaswag_items = hellaswag.Encoded(items, encode, cfg.block_size, batch_size=rows)
 
         # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
         # be compiled; `step_model` adds the exchange of gradients between processes.
@@ -266,7 +268,10 @@ class Trainer:
         """Take over everything that a checkpoint holds."""
         self.raw_model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+            now = [{name: group[name] for name in ("max_lr", "weight_decay")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)  # its settings, too; those of today may differ on purpose
+            for group, settings in zip(optimizer.param_groups, now):
+                group.update(settings)
         self.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_at = state["step"]
         self.skipped = state["skipped"]
@@ -295,6 +300,7 @@ class Trainer:
         cfg, ranks = self.cfg, self.ranks
         self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
+        started_at = self.step
         while True:
             # --- between steps. The checkpoint comes first: after a kill the rest is done again, and comes out equal.
             if self.step > 0 and self.due(cfg.checkpoint_every):
@@ -333,10 +339,12 @@ class Trainer:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), cfg.grad_clip or math.inf)
-            if not (cfg.skip_nonfinite and self.skip(loss_sum, norm)):
+            # A float16 gradient that overflowed leaves the step out in all optimizers, and lowers the scale.
+            overflow = self.scaler.is_enabled() and not math.isfinite(norm)
+            if not (cfg.skip_nonfinite and self.skip(loss_sum, norm)) and not overflow:
                 for optimizer in self.optimizers:
                     self.scaler.step(optimizer)
-                self.scaler.update()
+            self.scaler.update()
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
 
@@ -344,7 +352,8 @@ class Trainer:
             self.pending.append((self.step, loss_sum, norm, lr))
             self.step += 1
             bar.update()
-            first = self.model is not self.raw_model and bar.n == 1  # compiling shows by itself, in the first line
+            # Compiling shows by itself, in this start's first line.
+            first = self.model is not self.raw_model and self.step == started_at + 1
             if len(self.pending) >= cfg.log_every or first:
                 self.flush()
 

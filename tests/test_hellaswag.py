@@ -363,7 +363,7 @@ def test_mistakes_are_one_line(trained, items_file, refuses, tmp_path, monkeypat
         "nowhere.jsonl does not exist": [*ours, "--input", "nowhere.jsonl"],
         "lacks ctx_a": [*ours, "--input", str(items_file), "--prompt", "lm-eval"],
         "no hellaswag.jsonl": [*ours, "--compare", str(tmp_path)],
-        "give a local file": ours,
+        "name a local file": ours,
         "it needs --model": [*ours, "--naive", "5"],
         "no causal LM": [*run, "--model", "nowhere", "--input", str(items_file)],
     }

@@ -3,11 +3,14 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -259,6 +262,10 @@ def test_settings_that_do_not_change_what_is_learned_may_differ(train, reference
     stretched = train(tmp_path / "run", "--max-steps", "22", "--allow-config-change")
     assert "changed on resume: max_steps 20 -> 22" in stretched
     assert read_run(tmp_path / "run").result["step"] == 22
+    train(tmp_path / "run", "--max-steps", "24", "--max-lr", "0.5", "--weight-decay", "0.3", "--allow-config-change")
+    assert read_run(tmp_path / "run").rows("train")[-1]["lr"] > PRESETS["quickstart"].max_lr
+    groups = checkpoint.load_newest(tmp_path / "run/ckpt")["optimizers"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
 
 
 def test_every_field_is_a_flag_and_every_preset_is_listed(script, in_process):
@@ -369,6 +376,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(t
     assert good["step"] <= 1  # but none from after it was noticed
 
 
+def test_without_the_hub_hellaswag_says_which_flags_help(mistake, tmp_path):
+    mistake(tmp_path / "run", "--hellaswag-every", "5", says="or leave it out with --hellaswag-every 0")
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_when_asked(train, tmp_path, monkeypatch):
     calls, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -397,6 +408,54 @@ def test_sixteen_bits_train_like_thirty_two(reference, train, tmp_path, dtype):
     train(tmp_path / "run", "--dtype", dtype)
     wide, narrow = (read_run(run_dir).curve("val")[1] for run_dir in (reference[0], tmp_path / "run"))
     assert narrow == pytest.approx(wide, abs=0.02) and narrow != wide
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_overflow_in_float16_leaves_the_step_out_in_all_optimizers(train, tmp_path, monkeypatch, optimizer):
+    """Clipped by a norm that is not finite, the gradients that did not overflow would be spoilt, too."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def overflow(parameters, max_norm):
+        parameters = list(parameters)
+        seen.append([p.detach().clone() for p in parameters])
+        if len(seen) in (3, 4):
+            parameters[0].grad.fill_(math.inf)
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    flags = ("--dtype", "float16", "--optimizer", optimizer, "--skip-nonfinite", "9", "--max-steps", "6")
+    train(tmp_path / "run", *flags)
+    assert read_run(tmp_path / "run").result["status"] == "success"
+    still = [all(map(torch.equal, a, b)) for a, b in pairwise(seen)]
+    assert still == [False, False, True, True, False]
+    assert all(torch.isfinite(p).all() for p in seen[-1])
+
+
+def test_a_skipped_step_in_float16_is_followed_by_a_good_one(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2.Trainer, "skip", lambda self, loss, norm: self.step == 2)
+    train(tmp_path / "run", "--dtype", "float16", "--skip-nonfinite", "1", "--max-steps", "6")
+    assert read_run(tmp_path / "run").result["status"] == "success"
+
+
+@pytest.mark.slow
+def test_compiled_ranks_stay_together_when_one_has_a_terminal(corpus, tmp_path):
+    """What only the main process shows must not decide when all processes sum their losses."""
+    pty = pytest.importorskip("pty")
+    ours, terminal = pty.openpty()
+    drain = threading.Thread(target=lambda: [None for _ in iter(partial(os.read, ours, 4096), b"")], daemon=True)
+    drain.start()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "gpt2/train_gpt2.py", *TINY]
+    command += ["--data-dir", str(corpus), "--run-dir", str(tmp_path / "run"), "--compile", "--log-every", "5"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0
+    shown = [line.split("/")[0].split()[-1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert shown == [
+        "0",
+        "5",
+        "9",
+        "14",
+        "19",
+    ]  # the first by itself, since it was compiled; then every five, and validations
 
 
 def test_without_a_compiler_training_is_eager_and_says_so_once(reference, script, corpus, tmp_path):
