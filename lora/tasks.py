@@ -35,6 +35,7 @@ HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
 IGNORE = -100
 SENTIMENT = "\nSentiment:"
 SENTIMENTS = (" negative", " positive")
+POSITIVE, NEGATIVE = ("positive", "pos", "1"), ("negative", "neg", "0")  # how data sets write them
 PREAMBLE = (
     "Below is an instruction that describes a task{input}. "
     "Write a response that appropriately completes the request.\n\n"
@@ -92,7 +93,7 @@ def read_rows(path):
         text = f.read()
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        return read_csv(path, text)
     if kind in (".txt", ".md"):
         return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
     try:
@@ -106,6 +107,19 @@ def read_rows(path):
         raise UserError(f"{path} is not valid JSON ({e})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} should hold a list of objects")
+    return rows
+
+
+def read_csv(path, text):
+    """Rows of a csv with a head; a row that does not fit it is refused."""
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as e:
+        raise UserError(f"{path} is not valid csv ({e})") from None
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f"{path}, row {number} has more fields than the head; put fields with commas in quotes")
     return rows
 
 
@@ -147,7 +161,9 @@ def imdb_example(row, tokenizer, mode):
     if mode == "faithful":
         return Example(((review, True),))
     label = field_of(row, "sentiment", "label").strip().lower()
-    answer = SENTIMENTS[label in ("positive", "pos", "1")]
+    if label not in POSITIVE + NEGATIVE:
+        raise UserError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
+    answer = SENTIMENTS[label in POSITIVE]
     return Example(((review, True), (SENTIMENT + answer, True)), prompt=review + SENTIMENT, answer=answer)
 
 
@@ -172,21 +188,23 @@ def chat_example(row, tokenizer, mode):
 
     The template is rendered up to every turn; what an assistant turn adds is that turn's text.
     """
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
-    roles = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-    turns = row.get("messages") or [
-        {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-        for turn in row.get("conversations") or []
-    ]
+    turns = chat_turns(row)
     if not any(turn["role"] == "assistant" for turn in turns):
         raise UserError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
     segments, done, prompt, answer = [], "", "", ""
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+        except (ValueError, TemplateError) as e:
+            who = " and ".join(str(turn["role"]) for turn in turns[: i + 1])
+            raise UserError(f"this model's chat template takes no conversation of {who} ({e})") from None
         if not (prompt.startswith(done) and after.startswith(prompt)):
             raise UserError("this model's chat template rewrites earlier turns; split the conversations")
         said = after[len(prompt) :]
@@ -194,6 +212,21 @@ def chat_example(row, tokenizer, mode):
         segments += [(prompt[len(done) :], mode == "faithful"), (spoken, True), (said[len(spoken) :], False)]
         done, answer = after, turn["content"]
     return Example(tuple(s for s in segments if s[0]), prompt, answer, bos=False, ends_itself=True)
+
+
+def chat_turns(row):
+    """A chat row -> [{"role", "content"}, …], from `messages` or ShareGPT's `conversations`."""
+    roles = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+    try:
+        turns = row.get("messages") or [
+            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in row.get("conversations") or []
+        ]
+        if not all(isinstance(turn["content"], str) and turn["role"] for turn in turns):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise UserError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is no text") from None
+    return turns
 
 
 def to_example(task, row, tokenizer, mode):
@@ -390,7 +423,7 @@ def show_batch(rows, tokenizer):
 
 
 def normalized(text):
-    """Lower case, punctuation and articles away, as SQuAD's evaluation does -> list of words."""
+    """Lower case, punctuation and articles away, much as in SQuAD's evaluation (here a hyphen parts words) -> words."""
     return re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower())).split()
 
 

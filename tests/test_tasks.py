@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 from itertools import chain
@@ -133,6 +134,42 @@ def test_a_base_without_chat_template_says_so(tokenizer):
         to_example("chat", {"messages": [{"role": "assistant", "content": "a"}]}, tokenizer, "corrected")
 
 
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"conversations": [{"value": "hi"}, {"from": "gpt", "value": "a"}]}, "lacks role or content"),
+        ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]}, "lacks role"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
+        (
+            {"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "of judge",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_is_one_line(chat_tokenizer, row, says):
+    strict = copy.deepcopy(chat_tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    with pytest.raises(UserError, match=says):
+        to_example("chat", row, strict, "corrected")
+
+
+def test_a_review_of_unknown_sentiment_is_refused(tokenizer):
+    with pytest.raises(UserError, match="'4 stars' is neither of positive"):
+        to_example("imdb", {"review": "good", "sentiment": "4 stars"}, tokenizer, "corrected")
+    answers = [
+        to_example("imdb", {"review": "x", "label": label}, tokenizer, "corrected").answer for label in (1, "neg")
+    ]
+    assert answers == [" positive", " negative"]
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + 200_000 * "a" + "\n", encoding="utf-8")
+    assert len(tasks.read_rows(tmp_path / "a.csv")[0]["text"]) == 200_000
+
+
 def test_files_of_every_kind_give_the_same_rows(tmp_path):
     rows = [{"review": "good, “fine”", "sentiment": "positive"}, {"review": "b\u2028d", "sentiment": "negative"}]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -150,6 +187,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b'{"a": 1}', "list of objects"),
         ("a.csv", b"\xff\xfe", "not UTF-8"),
+        ("a.csv", b"review,sentiment\ngood, fine,positive\n", "row 1 has more fields than the head"),
         ("a.xls", b"a", "unknown kind"),
         ("a.csv.gz", b"plain", "gzip"),
     ],
