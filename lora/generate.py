@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
 from runlog import UserError, cli, pick_device
 
+# Names under which configs keep a model's own dropout: GPT-2's, BLOOM's and Llama's, OPT's, BERT's kin.
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "dropout")
+DROPOUTS += ("activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+DROPOUTS += ("resid_dropout", "embed_dropout")
+
 
 @dataclass
 class GenerateConfig:
@@ -81,7 +86,7 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
         raise UserError(f"dtype {dtype} is not supported; use float32 or bfloat16 (float16 overflows in training)")
     folder, extra = _where(base)
     config = _loaded(base, AutoConfig.from_pretrained, folder, **extra)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout"):
+    for name in DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     options = {"config": config, "dtype": getattr(torch, dtype), **extra}
@@ -245,7 +250,10 @@ def main():
     if cfg.adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_folder(cfg.adapter))
+        try:
+            model = PeftModel.from_pretrained(model, adapter_folder(cfg.adapter))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"{cfg.adapter} does not fit {cfg.base} ({str(e).strip().splitlines()[0]})") from None
     if cfg.merge:
         ids = torch.arange(min(64, block_size(model.config), len(tokenizer)), device=model.device)[None]
         model, difference = merge(model, ids)

@@ -24,7 +24,9 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 
 from lora.generate import block_size, check_base, generate, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import (
@@ -90,6 +92,8 @@ class TrainConfig:
     show_batch: bool = False  # print a batch, learned and masked tokens told apart, and stop
 
 
+CHOICES = {"mode": ("corrected", "faithful"), "bias": ("none", "lora_only", "all")}
+CHOICES |= {"lr_scheduler": ("linear", "cosine", "constant")}
 NOT_LEARNED = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # settings that decide no figure
 
 
@@ -145,9 +149,28 @@ def add_adapter(cfg, model):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing)
     set_seed(cfg.seed)
     try:
-        return get_peft_model(model, peft_config(cfg, model))
+        wrapped = get_peft_model(model, peft_config(cfg, model))
     except ValueError as e:
         raise UserError(f"PEFT refuses these settings: {str(e).splitlines()[0]}") from None
+    if narrow := [p for p in wrapped.parameters() if p.requires_grad and p.dtype.itemsize < 4]:
+        for p in narrow:  # biases of a bfloat16 base, where a step of 3e-4 would be rounded away
+            p.data = p.data.float()
+        forward_in_autocast(wrapped.get_base_model())
+    return wrapped
+
+
+def forward_in_autocast(model):
+    """Let a model of bfloat16 weights take float32 biases beside them, in training and outside of it."""
+    import torch
+
+    plain = model.forward
+
+    @wraps(plain)
+    def forward(*args, **kwargs):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            return plain(*args, **kwargs)
+
+    model.forward = forward
 
 
 def save_adapter(model, folder):
@@ -307,6 +330,8 @@ def recorder(log, max_steps):
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update()
+            # Also with each checkpoint and at the end: a resumed run then averages over the same steps.
+            control.should_log |= state.global_step % args.save_steps == 0 or state.global_step == max_steps
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
@@ -333,8 +358,10 @@ def make_trainer(cfg, model, data, pad, log, max_steps, eval_every, on_eval):
         metric_for_best_model="eval_loss", greater_is_better=False, bf16=cfg.dtype == "bfloat16", seed=cfg.seed,
         use_cpu=device == "cpu", report_to="none", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda", activation_checkpointing=cfg.gradient_checkpointing,
-        optim="adamw_torch", ddp_find_unused_parameters=False if "WORLD_SIZE" in os.environ else None,
+        optim="adamw_torch", restore_callback_states_from_checkpoint=True,
+        ddp_find_unused_parameters=False if "WORLD_SIZE" in os.environ else None,
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # without torchrun one GPU: DataParallel would multiply the batch
     held_out = data.held_out[: cfg.eval_rows or None]
     trainer = trainer_class(data, pad, held_out, cfg.seed, on_eval)(
         model=model, args=args, train_dataset=data.train, eval_dataset=held_out,
@@ -377,8 +404,14 @@ def check(cfg):
         raise UserError(f"unknown task {cfg.task}; choose from {', '.join(TASKS)}")
     if cfg.data_file and not Path(cfg.data_file).is_file():
         raise UserError(f"{cfg.data_file} is not a file; check --data-file")
-    if cfg.r < 1:
-        raise UserError(f"r is the rank of the update, at least 1, not {cfg.r}")
+    for name, known in CHOICES.items():
+        if getattr(cfg, name) not in known:
+            raise UserError(f"unknown {name} {getattr(cfg, name)}; choose from {', '.join(known)}")
+    for name in ("r", "batch_size", "grad_accum_steps", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.max_steps < 0 or (cfg.max_steps == 0 and cfg.epochs <= 0):
+        raise UserError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
     check_base(cfg.base, cfg.load_in_4bit, cfg.device)
 
 
@@ -498,9 +531,10 @@ def train(cfg, model, tokenizer, data, log):
         log.print(f"resuming from {Path(checkpoint).name}")
     else:
         sample(0, "before training")
-        result["before"] = metric(cfg, model, tokenizer, data, log, 0)
+        metric(cfg, model, tokenizer, data, log, 0)
         trainer.evaluate()
     result |= fit(trainer, checkpoint, log)
+    result |= whole_run(log)
     result["held_out_loss"] = held_out_loss(model, trainer.eval_dataset, pad)
     result["perplexity"] = math.exp(min(result["held_out_loss"], 700))
     log.print(f"best adapter (step {result['best_step']}): held-out loss {result['held_out_loss']:.4f}")
@@ -516,6 +550,18 @@ def train(cfg, model, tokenizer, data, log):
     return result
 
 
+def whole_run(log):
+    """What a resumed Trainer has forgotten: the mean loss over all steps, and the task metric from before training."""
+    if not log.enabled:
+        return {}
+    run = read_run(log.run_dir)
+    steps, losses = run.curve("train")
+    spans = [b - a for a, b in pairwise([0, *steps])]  # a row is the mean since the row before
+    loss = sum(n * loss for n, loss in zip(spans, losses)) / steps[-1] if steps else None
+    before = next((row for row in run.rows("task") if row["step"] == 0), {})
+    return {"train_loss": loss, "before": {k: v for k, v in before.items() if k not in ("step", "kind", "time")}}
+
+
 def metric(cfg, model, tokenizer, data, log, step):
     """The task metric as a row of metrics.jsonl; computed by the main process alone."""
     numbers = task_metric(model, tokenizer, data, cfg.metric_rows) if log.enabled and cfg.metric_rows else {}
@@ -527,22 +573,40 @@ def metric(cfg, model, tokenizer, data, log, step):
 
 def fit(trainer, checkpoint, log):
     """Run the Trainer to its end or to the step where the loss stops being a number; leave the best weights loaded."""
+    if checkpoint and (ended := ended_state(checkpoint)):
+        trainer.state = ended
+        trainer._load_best_model()
+        return outcome(trainer, "success")
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     first = [p.detach().clone() for p in trained]
     try:
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-        status, loss = "success", output.training_loss
+        trainer.train(resume_from_checkpoint=checkpoint)
+        status = "success"
     except Diverged as e:
         log.print(f"stopped: {e}; keeping the weights of the best held-out loss before")
-        status, loss = "diverged", None
+        status = "diverged"
         if trainer.state.best_model_checkpoint:
             trainer._load_best_model()
         else:
             for p, value in zip(trained, first):
                 p.data.copy_(value)
+    return outcome(trainer, status)
+
+
+def ended_state(checkpoint):
+    """The Trainer's state where training had come to its end (the last step, or patience) before it was killed."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+    return state if control.get("should_training_stop") or state.global_step >= state.max_steps else None
+
+
+def outcome(trainer, status):
+    """How training ended, for result.json."""
     state = trainer.state
     return {
-        "status": status, "step": state.global_step, "train_loss": loss,
+        "status": status, "step": state.global_step,
         "best_step": state.best_global_step or 0, "max_steps": state.max_steps,
     }  # fmt: skip
 

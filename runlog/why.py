@@ -107,6 +107,8 @@ def checkpoints(run):
         if file.exists():
             good = path.read_text(encoding="utf-8").split()[:1] == [file_sha256(file)]
             lines.append(f"kept: {file.name}, " + ("whole" if good else "damaged: its sha256 does not match"))
+    trainers = (run.run_dir / "ckpt").glob("checkpoint-*/trainer_state.json")  # transformers' Trainer writes it last
+    lines += [f"kept: {path.parent.name}" for path in sorted(trainers)]
     return lines or ["no checkpoint is kept"]
 
 

@@ -81,27 +81,59 @@ def test_other_settings_are_refused_and_overwrite_replaces(base, rows, tmp_path)
     assert result["step"] == 2 and len(read_run(tmp_path).rows("train")) == 2
 
 
-def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_path):
-    """Killed after a checkpoint and started again, a run ends with the metrics and weights of an undisturbed one."""
-    train_lora.run(config(base, rows, tmp_path / "whole", max_steps=9))
-    code = (
-        "import os, sys\nfrom lora import train_lora\nfrom test_train_lora import config\n"
-        "record = train_lora.RunLog.metric\n"
-        "def metric(self, step, kind, **fields):\n"
-        "    record(self, step, kind, **fields)\n"
-        "    if (step, kind) == (8, 'train'): os._exit(9)\n"
-        "train_lora.RunLog.metric = metric\n"
-        f"train_lora.run(config({str(base)!r}, {str(rows)!r}, {str(tmp_path / 'killed')!r}, max_steps=9))\n"
-    )
-    tests = os.path.dirname(__file__)
-    killed = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True)
-    assert killed.returncode == 9, killed.stderr
-    assert read_run(tmp_path / "killed").result["status"] == "running"
-    train_lora.run(config(base, rows, tmp_path / "killed", max_steps=9))
-    assert "resuming from checkpoint-6" in (tmp_path / "killed/log.txt").read_text()
-    assert learned(tmp_path / "killed") == learned(tmp_path / "whole")
+AT_A_ROW = (
+    "record = train_lora.RunLog.metric\n"
+    "def metric(self, step, kind, **fields):\n"
+    "    record(self, step, kind, **fields)\n"
+    "    if (step, kind) == ({step}, 'train'): os._exit(9)\n"
+    "train_lora.RunLog.metric = metric\n"
+)
+AFTER_THE_LAST_STEP = "train_lora.whole_run = lambda log: os._exit(9)\n"
+
+
+def killed(moment, base, rows, run_dir, **changes):
+    """A run that dies without a word at a moment."""
+    code = f"import os\nfrom lora import train_lora\nfrom test_train_lora import config\n{moment}"
+    code += f"train_lora.run(config({str(base)!r}, {str(rows)!r}, {str(run_dir)!r}, **{changes!r}))\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert read_run(run_dir).result["status"] == "running"
+
+
+def same_run(one, other):
+    """Equal metrics, weights and results, but for what time it took."""
+    assert learned(one) == learned(other)
     name = "ckpt/adapter/adapter_model.safetensors"
-    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    results = [read_run(run_dir).result for run_dir in (one, other)]
+    assert all(results[0][key] == results[1][key] for key in ("step", "best_step", "train_loss", "before", "after"))
+
+
+@pytest.mark.parametrize(
+    "moment, changes",
+    [
+        (AT_A_ROW.format(step=8), {"max_steps": 9, "metric_rows": 2}),
+        pytest.param(AT_A_ROW.format(step=8), {"max_steps": 9, "log_every": 4}, marks=pytest.mark.slow),
+        pytest.param(AFTER_THE_LAST_STEP, {"max_steps": 10}, marks=pytest.mark.slow),
+    ],
+)
+def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_path, moment, changes):
+    """Killed after a checkpoint and started again, a run ends with the metrics and weights of an undisturbed one."""
+    train_lora.run(config(base, rows, tmp_path / "whole", **changes))
+    killed(moment, base, rows, tmp_path / "killed", **changes)
+    train_lora.run(config(base, rows, tmp_path / "killed", **changes))
+    assert "resuming from checkpoint-" in (tmp_path / "killed/log.txt").read_text()
+    same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_patience_outlives_a_kill(base, rows, tmp_path):
+    changes = {"lr": 3.0, "max_steps": 40, "eval_every": 1, "patience": 3}
+    last = train_lora.run(config(base, rows, tmp_path / "whole", **changes))["step"]
+    for name, moment in [("middle", AT_A_ROW.format(step=last - 1)), ("end", AFTER_THE_LAST_STEP)]:
+        killed(moment, base, rows, tmp_path / name, **changes)
+        train_lora.run(config(base, rows, tmp_path / name, **changes))
+        same_run(tmp_path / name, tmp_path / "whole")
 
 
 def test_complaint_nan_step_hidden_trl_6702_and_loss_0_alpaca_lora_391(base, rows, tmp_path):
@@ -137,6 +169,34 @@ def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
     model = adapted(base, tmp_path / "b", "bfloat16")
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert read_run(tmp_path / "b").result["status"] == "success"
+
+
+def test_biases_of_a_bfloat16_base_are_trained_in_float32(base, rows, tmp_path):
+    """Steps of 3e-4 on values of about 0.1 are rounded away in bfloat16."""
+    from safetensors.torch import load_file
+
+    from lora.generate import load_base
+
+    train_lora.run(config(base, rows, tmp_path, dtype="bfloat16", lr=3e-4, max_steps=4))
+    tensors = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
+    biases = {name: t for name, t in tensors.items() if name.endswith("bias")}
+    before = dict(load_base(str(base), "bfloat16").named_parameters())
+    assert biases and all(t.dtype == torch.float32 for t in tensors.values())
+    for name, trained in biases.items():
+        was = before[name.removeprefix("base_model.model.").replace("base_layer.", "")].float()
+        assert (trained != was).float().mean() > 0.9
+    assert read_run(tmp_path).result["held_out_loss"] < read_run(tmp_path).curve("val")[1][0]
+
+
+def test_several_gpus_without_torchrun_do_not_multiply_the_batch(base, rows, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    setup = TrainingArguments.__post_init__
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: (setup(self), setattr(self, "_n_gpu", 2))[0])
+    seen, make = [], train_lora.make_trainer
+    monkeypatch.setattr(train_lora, "make_trainer", lambda *args: seen.append(make(*args)) or seen[0])
+    train_lora.run(config(base, rows, tmp_path, max_steps=2))
+    assert seen[0].args.train_batch_size == 2 and seen[0].args.n_gpu == 1
 
 
 def test_early_stopping_keeps_the_best_adapter_llama_factory_4637_3336(base, rows, tmp_path):
@@ -179,7 +239,11 @@ def test_targets_are_the_originals(family, names):
         ({"task": "poetry"}, "unknown task poetry"),
         ({"base": "./no"}, "./no does not exist"),
         ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"r": 0}, "rank"),
+        ({"r": 0}, "--r must be at least 1"),
+        ({"log_every": 0}, "--log-every must be at least 1"),
+        ({"bias": "lora"}, "unknown bias lora; choose from none"),
+        ({"lr_scheduler": "linaer"}, "choose from linear"),
+        ({"max_steps": 0, "epochs": 0}, "nothing to train"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp_path, changes, says):
