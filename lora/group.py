@@ -121,6 +121,8 @@ class Group:
         if state is not None:
             self.queue, self.rungs, self.trained = state["queue"], state["rungs"], state["trained"]
             members = [self.configs[i] for i in state["members"]]
+            if not members:  # killed after the last adapter's end
+                return
             self.engine = self.build(members)
             self.engine.load_state_dict(state["engine"])
             self.slots = [Slot(cfg, saved) for cfg, saved in zip(members, state["slots"])]

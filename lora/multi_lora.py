@@ -389,7 +389,7 @@ class MultiLora:
             base_model_name_or_path=self.model.config.name_or_path,
         )  # fmt: skip
         part = Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)  # one may be left of a killed process of the same number
         peft.save_pretrained(part)
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.rmtree(folder, ignore_errors=True)

@@ -183,10 +183,11 @@ def agree(cfg, configs, n):
         {k: v for k, v in asdict(c).items() if k not in ("run_dir", "device", "tensorboard", "wandb")} for c in configs
     ]
     names = ("engine", "adapters_at_once", "divergence_factor", "halving", "rungs", "sample_tokens")
+    inputs = [fingerprint(c) for c in {(c.base, c.data_file): c for c in configs}.values()]
     wanted = {
         "configs": rows,
         "settings": {k: getattr(cfg, k) for k in names},
-        "inputs": fingerprint(configs[0]),
+        "inputs": inputs if len(inputs) > 1 else inputs[0],
     }
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(Path(cfg.run_dir) / "sweep.lock"):

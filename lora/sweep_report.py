@@ -4,17 +4,19 @@
 """
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
-from lora.train_lora import hyper_parameters, write_experiment
+from lora.train_lora import NOT_LEARNED, TrainConfig, hyper_parameters, write_experiment
 from runlog import RunLog, atomic_open, read_json, read_run
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96.
 T95 = (None, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 VARIED = ("lr", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "use_dora")
 VARIED += ("lr_scheduler", "warmup_steps", "weight_decay", "batch_size", "target_modules", "epochs", "max_steps")
+VARIED += tuple(f.name for f in fields(TrainConfig) if f.name not in {*VARIED, *NOT_LEARNED, "seed", "device"})
 SHORT = {"lora_alpha": "α", "lora_dropout": "dropout"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#882255", "#999933", "#117733")
 
@@ -77,14 +79,14 @@ def interval(values):
 
 def varied(configs):
     """Names of the settings that differ within the sweep, seeds aside."""
-    return [name for name in VARIED if len({getattr(cfg, name) for cfg in configs}) > 1]
+    return [name for name in VARIED if len({getattr(cfg, name, None) for cfg in configs}) > 1]
 
 
 def by_configuration(configs, runs):
     """{values of the settings that vary: runs that differ by their seed alone}, in the order of the sweep."""
     names, groups = varied(configs), {}
     for cfg, run in zip(configs, runs):
-        groups.setdefault(tuple(getattr(cfg, name) for name in names), []).append(run)
+        groups.setdefault(tuple(getattr(cfg, name, None) for name in names), []).append(run)
     return groups
 
 

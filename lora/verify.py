@@ -6,7 +6,7 @@ from pathlib import Path
 from lora.generate import adapter_folder, block_size, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import load_task, pad_id
 from lora.train_lora import TrainConfig, fingerprint, held_out_loss
-from runlog import ROOT, UserError, pick_device
+from runlog import ROOT, UserError, pick_device, read_json
 from runlog.verify import find, judge
 
 # Relative. Other threads or kernels add up in another order; so does the engine that trains many adapters at once.
@@ -46,8 +46,14 @@ def config_of(run, data):
 
 def check_inputs(run, report, cfg):
     """The sums that the run recorded of its base and its rows, and the versions behind them -> whether they hold."""
+    inputs, sweep = run.settings.get("inputs"), run.run_dir.parent.parent / "sweep.json"
+    if not inputs and sweep.exists():  # an adapter that a sweep trained with others
+        inputs = read_json(sweep).get("inputs")
+    if not isinstance(inputs, dict):
+        report.reasons.append("no sums of base and rows are recorded")
+        return True
     now, failed = fingerprint(cfg), report.failed
-    for name, value in (run.settings.get("inputs") or {}).items():
+    for name, value in inputs.items():
         if now.get(name) == value:
             continue
         if name.endswith("sha256"):

@@ -10,7 +10,7 @@ import torch
 from lora import group, sweep
 from lora.group import Slot
 from lora.sweep import SweepConfig, run_sweep
-from lora.sweep_report import interval, replay_halving
+from lora.sweep_report import interval, replay_halving, varied
 from lora.train_lora import TrainConfig
 from runlog import Run, UserError, learned, read_json, read_run
 
@@ -156,6 +156,29 @@ def test_killed_three_times_a_sweep_ends_as_if_undisturbed(finished, base, rows,
         assert not (tmp_path / "run/table.md").exists()
     run_sweep(cfg)
     assert_same(finished, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_killed_after_its_last_adapter_a_group_is_done(finished, base, rows, tmp_path):
+    cfg = config(write_grid(tmp_path / "grid.json", **GRID), base, rows, tmp_path / "run")
+    code = (
+        "import os\nfrom lora import sweep\n"
+        "inner = sweep.Group.save\n"
+        "def save(self):\n    inner(self)\n    self.slots or os._exit(9)\n"
+        "sweep.Group.save = save\n"
+        f"sweep.run_sweep(sweep.{cfg!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr[-2000:]
+    run_sweep(cfg)
+    assert_same(finished, tmp_path / "run")
+
+
+def test_every_setting_can_vary():
+    """Configurations are told from seeds by whatever differs, not by a list of what usually does."""
+    configs = [TrainConfig(base="b", run_dir=f"r{i}", max_grad_norm=norm, seed=i) for i, norm in enumerate((0.1, 1.0))]
+    assert varied(configs) == ["max_grad_norm"]
+    assert varied(configs[:1]) == []
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

@@ -271,6 +271,10 @@ def test_a_sweep_is_verified_adapter_by_adapter(adapter, verify, tmp_path):
     run_sweep(SweepConfig(grid=str(tmp_path / "grid.json"), device="cpu", sample_tokens=0, **where))
     out = verify(tmp_path / "sweep")
     assert out.count("ok        the kept adapter on the held-out rows: 2 figures") == 2
+    assert out.count("base and rows are those of the run") == 2
+    rows = tmp_path / "rows.json"
+    rows.write_text((adapter / "rows.json").read_text() + " ", encoding="utf-8")
+    assert "is not what the run read" in verify(tmp_path / "sweep", "--data", rows, ok=False)
     first = next((tmp_path / "sweep/adapters").iterdir())
     result = read_run(first).result
     write_json(first / "result.json", {**result, "held_out_loss": result["held_out_loss"] * 1.001})
