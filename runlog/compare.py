@@ -6,6 +6,7 @@ Runs that differ by the seed alone make a group, which is told by its mean, stan
 import re
 from bisect import bisect_left
 from pathlib import Path
+from statistics import median
 
 from runlog.manners import UserError, atomic_open
 from runlog.reading import AXES
@@ -118,15 +119,15 @@ def _place(value):
 
 
 def final_table(groups, kind, y):
-    """Where each group ended: mean ± standard deviation over its n runs."""
+    """Where each group ended: mean ± standard deviation over its n runs; a run's speed is the median of its rows."""
     rows = []
     for g in groups:
         curves = g.curves(kind, y, "step")
-        speeds = [run.rows("train")[-1].get("tok_per_sec") for run in g.runs if run.rows("train")]
+        speeds = [[row["tok_per_sec"] for row in run.rows("train") if row.get("tok_per_sec")] for run in g.runs]
         rows.append([
             g.label, len(g.runs), spread([ys[-1] for _, ys in curves]), spread([min(ys) for _, ys in curves]),
             max((run.step or 0 for run in g.runs), default=None), max(run.tokens or 0 for run in g.runs) or None,
-            spread([run.hours for run in g.runs if run.hours]), spread([round(s) for s in speeds if s]),
+            spread([run.hours for run in g.runs if run.hours]), spread([round(median(s)) for s in speeds if s]),
             ", ".join(sorted({run.status for run in g.runs})),
         ])  # fmt: skip
     return table(["run", "n", f"last {kind} {y}", "best", "step", "tokens", "hours", "tokens/s", "status"], rows)
