@@ -1,8 +1,9 @@
 """Who trains in gpt2/bench_gpt2.py: our step, lever by lever, and the peers' models with their own ways of stepping.
 
 A contestant is a function of (size, device, …) that gives a `Contestant`: `step()` runs one optimizer step on the next
-batch and gives the loss as a tensor, without waiting for it. All start from the same weights, see the same batches and
-use the same learning rate, decay and clipping, so their losses agree as far as their models do.
+batch and gives the loss as a tensor, without waiting for it. All start from the same weights, see the same batches
+(the Trainer shuffles them) and use the same learning rate, decay and clipping, so their losses agree as far as their
+models do.
 """
 
 import contextlib
