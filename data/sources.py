@@ -41,6 +41,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from bpe.splitting import valid
 from runlog import ROOT, UserError, atomic_open, cli, file_sha256, from_hub, open_text
 
 CACHE = ROOT / "data" / "cache"
@@ -220,12 +221,7 @@ def read_jsonl(path, text_field="text"):
                     raise TypeError
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
-            yield _without_surrogates(text) if "\\u" in line else text
-
-
-def _without_surrogates(text):
-    """JSON can spell half a surrogate pair, which no UTF-8 can hold: it becomes U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield valid(text) if "\\u" in line else text  # JSON can spell a lone surrogate
 
 
 def read_parquet(path, text_field="text"):
