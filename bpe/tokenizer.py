@@ -108,7 +108,7 @@ class Tokenizer:
 
     @property
     def n_vocab(self):
-        """Number of rows an embedding needs: the highest id + 1: 256 + merges + special tokens, if none is left out."""
+        """Rows that an embedding needs: the highest id + 1 (256 + merges + special tokens where no id is left out)."""
         return self._n_vocab
 
     @property

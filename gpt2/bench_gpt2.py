@@ -129,6 +129,7 @@ class Ladder(Bench):
         return rungs
 
     def run(self, log):
+        """Measure all rungs in turns; table, picture and result.json."""
         self.begin(log)
         # The padded size's vocabulary without its padding: 50257, as GPT-2 has it.
         size = replace(self.shape, vocab_size=self.shape.vocab_size - 47 * (self.shape.vocab_size == 50304))
@@ -169,6 +170,7 @@ class Peers(Bench):
     """Start every contestant, ours and theirs, with the memory settings of --cpu-memory-settings."""
 
     def run(self, log):
+        """Measure everybody in turns; table, picture and result.json."""
         self.begin(log)
         env = CPU_MEMORY_SETTINGS if self.memory_settings else {}
         who = contestants(self.device, self.half, self.nanogpt, self.build_nanogpt)
@@ -197,6 +199,7 @@ class Scaling(Bench):
     """Tokens a second of 1, 2, 4, … of torchrun's processes, each with a whole batch; DistributedDataParallel."""
 
     def run(self, log):
+        """Measure 1, 2, 4, … ranks, one count after another; collective, rank 0 reports."""
         ranks = self.ranks
         import torch.distributed as dist
 
@@ -237,6 +240,7 @@ class Start(Bench):
     """Tokens to generate."""
 
     def run(self, log):
+        """Measure the three pairs; a line each, and result.json."""
         self.begin(log)
         rows = starting.hellaswag_rows(self) + starting.sampling_rows(self) + starting.first_step_rows(self)
         for r in rows:
@@ -275,6 +279,7 @@ class Race(Bench):
     """Let ours train with --cpu-memory-settings."""
 
     def run(self, log):
+        """Race one after another, or those of --only; a line each, and result.json."""
         done = {row["kind"]: row["figures"] for row in read_metrics(log.run_dir)} if self.only else {}
         for who, race_one in race.entrants(self).items():
             if self.only in who:
@@ -297,6 +302,7 @@ class Profile(Bench):
     """Kernels listed."""
 
     def run(self, log):
+        """Profile one turn; the top kernels, trace.json.gz and result.json."""
         from torch.profiler import ProfilerActivity, profile
 
         self.begin(log)
@@ -336,6 +342,7 @@ class Resume(Bench):
     """Compiled, with deterministic kernels."""
 
     def run(self, log):
+        """Kill, resume and compare; a difference is an error."""
         rows = starting.killed_and_resumed(self, log)
         log.finish("success", rows=rows, size=self.size)
 
