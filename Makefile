@@ -43,20 +43,20 @@ test-all: $(READY) ## the full matrix as well
 	python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow or not slow"
 
 bench: $(READY) ## speed of every station against its peers on this CPU; some fifteen minutes, records in runs/
-	python bpe/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --run-dir runs/bench_bpe
+	python bench/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --run-dir runs/bench_bpe
 	python bpe/train_bpe.py --input report.md --vocab-size 1024 --out data/cache/bench-1024
-	python data/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --run-dir runs/bench_data
-	python gpt2/bench_gpt2.py ladder --device cpu
-	python gpt2/bench_gpt2.py peers --device cpu --size vocab-50304 --run-dir runs/bench_gpt2_peers_50304
-	python gpt2/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/bench_gpt2_peers_1024
-	python gpt2/bench_gpt2.py start --device cpu
-	python lora/bench_lora.py --sizes small --run-dir runs/bench_lora
+	python bench/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --run-dir runs/bench_data
+	python bench/bench_gpt2.py ladder --device cpu
+	python bench/bench_gpt2.py peers --device cpu --size vocab-50304 --run-dir runs/bench_gpt2_peers_50304
+	python bench/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/bench_gpt2_peers_1024
+	python bench/bench_gpt2.py start --device cpu
+	python bench/bench_lora.py --sizes small --run-dir runs/bench_lora
 
 bench-gpu: $(READY) ## GPT-2 124M on this GPU: ladder, peers, resume, profile; made for ten minutes on an H100
-	python gpt2/bench_gpt2.py ladder --run-dir runs/gpu_ladder
-	python gpt2/bench_gpt2.py peers --run-dir runs/gpu_peers
-	python gpt2/bench_gpt2.py resume --run-dir runs/gpu_resume
-	python gpt2/bench_gpt2.py profile --run-dir runs/gpu_profile
+	python bench/bench_gpt2.py ladder --run-dir runs/gpu_ladder
+	python bench/bench_gpt2.py peers --run-dir runs/gpu_peers
+	python bench/bench_gpt2.py resume --run-dir runs/gpu_resume
+	python bench/bench_gpt2.py profile --run-dir runs/gpu_profile
 
 notebooks: $(READY) ## execute the notebooks again, from the records in runs/ alone
 	python notebooks/execute.py

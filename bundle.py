@@ -138,12 +138,12 @@ def run_pip(command):
 
 def gpt2_vocabulary():
     """The published vocab.bpe, from wherever this machine has it."""
-    from bpe.exchange import gpt2_vocab_bpe
-    from runlog import UserError
+    from bpe.interop import gpt2_vocab_bpe
+    from common import UsageError
 
     try:
         return gpt2_vocab_bpe()
-    except UserError as e:
+    except UsageError as e:
         raise Mistake(str(e)) from None
 
 
@@ -165,12 +165,12 @@ def corpora(args):
 
 def gather_corpus(source, target, max_shards):
     """Copy a folder of shards whose sums are right; of the training shards the first `max_shards`, if that is not 0."""
+    from common import UsageError
     from data.shards import verify
-    from runlog import UserError
 
     try:
         meta = verify(source)
-    except UserError as e:
+    except UsageError as e:
         raise Mistake(str(e)) from None
     train = [shard for shard in meta["shards"] if shard["split"] == "train"][: max_shards or None]
     meta["shards"] = [shard for shard in meta["shards"] if shard["split"] != "train"] + train

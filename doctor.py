@@ -7,12 +7,6 @@ Needs nothing but Python, so it also tells what is missing where nothing is inst
 MISSING; a note slows a run down or leaves something out, and breaks nothing.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parent / "runlog/venv.py"), run_name="doctor")
-
 import argparse
 import importlib.metadata
 import importlib.util
@@ -25,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
@@ -274,7 +269,7 @@ def check_hub(args):
     """Where the hub is reached, and where its files are kept."""
     from huggingface_hub import constants
 
-    from bpe.exchange import answers
+    from bpe.interop import answers
 
     cache = Path(constants.HF_HUB_CACHE)
     if (folder := unwritable(cache)) is not None:
@@ -404,7 +399,7 @@ def examine(check, args):
         return check(args)
     except Exception as e:  # whatever a damaged installation raises
         told = last_line(str(e)) if str(e).strip() else type(e).__name__
-        if type(e).__name__ == "UserError":  # says by itself what to do
+        if type(e).__name__ == "UsageError":  # says by itself what to do
             return Finding("MISSING", name, told)
         return Finding("MISSING", name, f"could not be checked ({type(e).__name__}: {told})", INSTALL)
 

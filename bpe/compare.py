@@ -10,27 +10,23 @@ A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tikt
 of a Chinese character, say) is shown as �.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import html
 import os
 import shutil
 import sys
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from bpe.exchange import answers
+from bpe.interop import answers
 from bpe.reference import render_token, replace_control_character
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from runlog import RunLog, UserError, atomic_open, cli, read_json
+from common import UsageError, atomic_open, cli, read_json
+from runlog import RunLog
 
 ANSI = (48, 5, 153), (48, 5, 223), (48, 5, 157), (48, 5, 218), (48, 5, 189)  # pastels, with black text on them
 HTML = "#a8d8ff", "#ffd9a0", "#a9f0b5", "#ffb8d8", "#d5d0ff"
@@ -88,7 +84,7 @@ def read_texts(file):
     if file.suffix == ".json":
         texts = read_json(file)
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise UserError(f"{file} is not JSON of the form {{name: text}}")
+            raise UsageError(f"{file} is not JSON of the form {{name: text}}")
         yield from texts.items()
     else:
         yield file.stem, "".join(read_documents([file]))
@@ -121,7 +117,7 @@ def _transformers(name):
         hf = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError) as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"{name} is neither a file nor a tiktoken name, and AutoTokenizer says: {reason}") from None
+        raise UsageError(f"{name} is neither a file nor a tiktoken name, and AutoTokenizer says: {reason}") from None
 
     def encode(text):
         out = hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

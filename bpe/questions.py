@@ -6,23 +6,19 @@ Each function computes the numbers of one answer, with GPT-2's vocabulary unless
 stand in report.md, and notebooks/01_bpe.ipynb shows the numbers.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from bpe import reference
+from bpe.pretokenizer import Splitter
 from bpe.reference import render_token
-from bpe.splitting import Splitter
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from runlog import ROOT, RunLog, UserError, cli
+from common import ROOT, UsageError, cli
+from runlog import RunLog
 
 # The first article of the Universal Declaration of Human Rights
 SENTENCES = {
@@ -137,7 +133,7 @@ def end_of_text(gpt2):
     try:
         gpt2.encode(END_OF_TEXT)
         by_default = "encoded"
-    except UserError:
+    except UsageError:
         by_default = "refused"
     return {
         "allowed_special=all": gpt2.encode(END_OF_TEXT, "all"),

@@ -28,10 +28,10 @@ import regex
 from tqdm import tqdm
 
 from bpe.encoder import Encoder
+from bpe.pretokenizer import Splitter, utf8, valid
 from bpe.reference import render_token
-from bpe.splitting import Splitter, utf8, valid
 from bpe.trainer import check_size, learn_merges
-from runlog import UserError, atomic_open, read_json
+from common import UsageError, atomic_open, read_json
 
 FORMAT, VERSION = "byte-level-bpe", 1
 END_OF_TEXT = "<|endoftext|>"
@@ -57,7 +57,7 @@ class _Load:
 
     def __get__(self, tok, cls):
         def load(model_file):
-            """Read PREFIX.model -> Tokenizer. A damaged, edited or foreign file is a UserError."""
+            """Read PREFIX.model -> Tokenizer. A damaged, edited or foreign file is a UsageError."""
             target = cls.__new__(cls) if tok is None else tok
             target.__setstate__(_read_model(model_file))
             target.name = Path(model_file).stem
@@ -98,7 +98,7 @@ class Tokenizer:
         for (p, q), token in self.merges.items():
             data = self.vocab[p] + self.vocab[q]
             if self.vocab.setdefault(token, data) != data:
-                raise UserError(f"two merges make token {token}, but of different bytes")
+                raise UsageError(f"two merges make token {token}, but of different bytes")
         self.special_tokens = {}
         self._special_regex = None
         self.register_special_tokens(state["special_tokens"])
@@ -133,9 +133,9 @@ class Tokenizer:
         self.special_tokens = {}
         for text, token in special_tokens.items():
             if not isinstance(text, str) or not text or not isinstance(token, int) or isinstance(token, bool):
-                raise UserError(f"a special token is a non-empty text with a whole number, not {text!r}: {token!r}")
+                raise UsageError(f"a special token is a non-empty text with a whole number, not {text!r}: {token!r}")
             if token in self.vocab or token < 0:
-                raise UserError(f"special token {text!r} cannot have id {token}: it is taken or negative")
+                raise UsageError(f"special token {text!r} cannot have id {token}: it is taken or negative")
             self.vocab[token] = text.encode("utf-8")
             self.special_tokens[text] = token
         self._n_vocab = max(self.vocab) + 1
@@ -157,7 +157,7 @@ class Tokenizer:
         line that says so, when no pair is left.
         """
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-            raise UserError(f"vocab_size is a whole number, not {vocab_size!r}")
+            raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
         whole = isinstance(text_or_iterable, str)
         documents, size = ([text_or_iterable], len(text_or_iterable)) if whole else (text_or_iterable, None)
@@ -190,11 +190,11 @@ class Tokenizer:
         """str -> list of ids.
 
         allowed_special: which special tokens in the text become their id.
-            "none_raise"  none; one that stands in the text is a UserError (the default: text from outside must not
+            "none_raise"  none; one that stands in the text is a UsageError (the default: text from outside must not
                           be able to end a document)
             "none"        none; they are encoded like any other text
             "all"         all of them
-            a set         these; any other special token in the text is a UserError
+            a set         these; any other special token in the text is a UsageError
         """
         self._check_text(text)
         allowed = self._allowed(text, allowed_special)
@@ -228,10 +228,10 @@ class Tokenizer:
 
     def _check_text(self, text):
         if not isinstance(text, str):
-            raise UserError(f"encode takes a str, not {type(text).__name__}")
+            raise UsageError(f"encode takes a str, not {type(text).__name__}")
 
     def _allowed(self, text, allowed_special):
-        """The special tokens to look for; UserError where one stands in the text that must not."""
+        """The special tokens to look for; UsageError where one stands in the text that must not."""
         if allowed_special == "none":
             return set()
         if allowed_special == "all":
@@ -239,16 +239,16 @@ class Tokenizer:
         if allowed_special == "none_raise":
             allowed_special = ()
         elif not isinstance(allowed_special, set | frozenset | list | tuple):
-            raise UserError(f"allowed_special is 'all', 'none', 'none_raise' or a set, not {allowed_special!r}")
+            raise UsageError(f"allowed_special is 'all', 'none', 'none_raise' or a set, not {allowed_special!r}")
         for special in allowed_special:
             if special not in self.special_tokens and special in text:
-                raise UserError(
+                raise UsageError(
                     f"{special!r} is allowed as a special token and stands in the text, but is unknown here"
                 )
         forbidden = self.special_tokens.keys() - set(allowed_special)
         found = _any_of(forbidden).search(text) if forbidden else None
         if found:
-            raise UserError(
+            raise UsageError(
                 f"the text holds the special token {found.group()!r}; pass allowed_special='all' to encode it as one, "
                 "or 'none' to encode it as text"
             )
@@ -291,13 +291,15 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
     def decode_bytes(self, ids):
-        """Ids -> bytes. An id outside the vocabulary is a UserError that names it."""
+        """Ids -> bytes. An id outside the vocabulary is a UsageError that names it."""
         if hasattr(ids, "tolist"):  # arrays and tensors
             ids = ids.tolist()
         try:
             return b"".join(map(self.vocab.__getitem__, ids))
         except KeyError as e:
-            raise UserError(f"id {e.args[0]} is not in the vocabulary (its highest id is {self.n_vocab - 1})") from None
+            raise UsageError(
+                f"id {e.args[0]} is not in the vocabulary (its highest id is {self.n_vocab - 1})"
+            ) from None
 
     # ------------------------------------------------------------------------------------------------------------------
     # files
@@ -316,19 +318,19 @@ class Tokenizer:
 
     def save_tiktoken(self, file):
         """Write a tiktoken rank file: one line of base64 bytes and rank for each token, without special tokens."""
-        from bpe.exchange import save_tiktoken
+        from bpe.interop import save_tiktoken
 
         save_tiktoken(self, file)
 
     def save_huggingface(self, folder):
         """Write tokenizer.json and tokenizer_config.json, from which AutoTokenizer gives the same ids."""
-        from bpe.exchange import save_huggingface
+        from bpe.interop import save_huggingface
 
         save_huggingface(self, folder)
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same ids, for speed on many threads."""
-        from bpe.exchange import to_tiktoken
+        from bpe.interop import to_tiktoken
 
         return to_tiktoken(self)
 
@@ -338,14 +340,14 @@ class Tokenizer:
 
         pattern, special_tokens: for a rank file, which knows neither (default: "none", {}).
         """
-        from bpe.exchange import read_tiktoken
+        from bpe.interop import read_tiktoken
 
         return cls._of(read_tiktoken(name_or_file, pattern, special_tokens))
 
     @classmethod
     def from_huggingface(cls, file):
         """Read a tokenizer.json of a byte-level BPE tokenizer."""
-        from bpe.exchange import read_huggingface
+        from bpe.interop import read_huggingface
 
         return cls._of(read_huggingface(file))
 
@@ -383,7 +385,7 @@ def _count_chunks(split, documents, num_workers, bar):
         group, size = [], 0
         for document in documents:
             if not isinstance(document, str):
-                raise UserError(
+                raise UsageError(
                     f"the text to train on is a str or an iterable of str, not of {type(document).__name__}"
                 )
             for block in split.blocks(valid(document), size=1 << 20):
@@ -469,7 +471,7 @@ def _read_model(file):
 
     def check(holds, what):
         if not holds:
-            raise UserError(f"{file} cannot be used: {what}")
+            raise UsageError(f"{file} cannot be used: {what}")
 
     check(isinstance(model, dict) and model.get("format") == FORMAT, "it is not a tokenizer of this repository")
     version = model.get("version")

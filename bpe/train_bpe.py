@@ -10,22 +10,18 @@ One process does a megabyte in a fraction of a second; --num-workers splits larg
 result. Started again with the same input and settings, it finds its files and leaves at once.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import hashlib
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
-from bpe.splitting import valid
+from bpe.pretokenizer import valid
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from runlog import RunLog, UserError, cli, open_text
+from common import UsageError, cli, open_text
+from runlog import RunLog
 
 ENOUGH = 20_000_000  # characters that tell the compression
 
@@ -154,14 +150,14 @@ def _text_of(line, file, number):
     except (json.JSONDecodeError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise UserError(f'{file}, line {number} is not a JSON object with a "text"')
+        raise UsageError(f'{file}, line {number} is not a JSON object with a "text"')
     return valid(text) if "\\u" in line else text  # JSON can spell a lone surrogate
 
 
 def fingerprint(files):
     """Total bytes and one sha256 over the input files in order."""
     if not files:
-        raise UserError("--input names no file")
+        raise UsageError("--input names no file")
     digest, size = hashlib.sha256(), 0
     for file in files:
         with open(file, "rb") as f:
@@ -178,7 +174,7 @@ def _is_done(cfg, sources):
         return False
     try:
         training = Tokenizer.load(files[0]).training
-    except UserError:
+    except UsageError:
         return False
     return training == sources
 

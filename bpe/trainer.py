@@ -30,7 +30,7 @@ import heapq
 
 import numpy as np
 
-from runlog import UserError
+from common import UsageError
 
 SEP = -1  # stands around every chunk
 DEAD = -2  # the right half of a merged pair
@@ -250,13 +250,13 @@ def _all_pairs(tokens, n_ids, weights):
 def check_size(vocab_size, positions):
     """Refuse what cannot be represented: a pair and a position share one 63-bit number while sorting."""
     if vocab_size < 256:
-        raise UserError(f"vocab_size {vocab_size} is too small: the 256 bytes come first, so ask for 256 or more")
+        raise UsageError(f"vocab_size {vocab_size} is too small: the 256 bytes come first, so ask for 256 or more")
     room = 63 - (positions + 1).bit_length()
     limit = 1 << (room // 2)
     if positions >= 2**31 - 1:
-        raise UserError(f"{positions:,} bytes of different chunks are more than the trainer's 2,147,483,646 positions")
+        raise UsageError(f"{positions:,} bytes of different chunks are more than the trainer's 2,147,483,646 positions")
     if vocab_size > limit:
-        raise UserError(f"vocab_size {vocab_size} is too large: with {positions:,} bytes of text it can be {limit:,}")
+        raise UsageError(f"vocab_size {vocab_size} is too large: with {positions:,} bytes of text it can be {limit:,}")
 
 
 def learn_merges(chunk_counts, vocab_size):

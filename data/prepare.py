@@ -21,12 +21,6 @@ the block that it was at, and the number of processes, machines and interruption
 join is done the blocks take as much disk again as the shards.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import itertools
 import os
 import re
@@ -39,6 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
 
@@ -48,9 +43,9 @@ import tyro
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
+from common import UsageError, atomic_open, cli, file_sha256, from_hub, read_json, write_json
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, verify, write_meta, write_shard
 from data.sources import VAL_SHARE, SourceName, describe, documents, is_validation, locate, text_bytes
-from runlog import UserError, atomic_open, cli, file_sha256, from_hub, read_json, write_json
 
 IN_PROCESS_BLOCKS = 4  # so few are done before a pool has started
 
@@ -145,7 +140,7 @@ def parse_shard(shard):
     """ "1/4" -> (1, 4)"""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"--shard {shard} is not a part i/n with i from 0 to n-1")
+        raise UsageError(f"--shard {shard} is not a part i/n with i from 0 to n-1")
     return int(match[1]), int(match[2])
 
 
@@ -153,18 +148,18 @@ def load(name):
     """A tokenizer fit for shards: ids below 65,536, and an end-of-text token."""
     tokenizer = load_tokenizer(name)
     if tokenizer.n_vocab > MAX_VOCAB:
-        raise UserError(f"{name} has {tokenizer.n_vocab:,} tokens; shards hold ids up to {MAX_VOCAB - 1:,}")
+        raise UsageError(f"{name} has {tokenizer.n_vocab:,} tokens; shards hold ids up to {MAX_VOCAB - 1:,}")
     if tokenizer.eot_token is None:
-        raise UserError(f"{name} has no <|endoftext|> token, which opens every document; train it with one")
+        raise UsageError(f"{name} has no <|endoftext|> token, which opens every document; train it with one")
     return tokenizer
 
 
 def make_plan(cfg, tokenizer):
     """What decides the bytes of the result; recorded in plan.json, and from there in meta.json."""
     if min(cfg.shard_tokens, cfg.block_chars) < 1 or cfg.workers < 0:
-        raise UserError("--shard-tokens and --block-chars must be at least 1, --workers at least 0")
+        raise UsageError("--shard-tokens and --block-chars must be at least 1, --workers at least 0")
     if cfg.val_share is not None and not 0 < cfg.val_share < 1:
-        raise UserError(f"--val-share {cfg.val_share} is not between 0 and 1")
+        raise UsageError(f"--val-share {cfg.val_share} is not between 0 and 1")
     share = VAL_SHARE[cfg.source] if cfg.val_share is None else cfg.val_share
     source = {**describe(cfg.source, **cfg.options), "val_share": share, "shard_tokens": cfg.shard_tokens}
     name = cfg.tokenizer if cfg.tokenizer.isidentifier() else Path(cfg.tokenizer).name
@@ -173,18 +168,18 @@ def make_plan(cfg, tokenizer):
 
 
 def is_finished(out, plan, overwrite):
-    """Whether `out` already holds exactly this result. UserError where it holds another, unless overwrite."""
+    """Whether `out` already holds exactly this result. UsageError where it holds another, unless overwrite."""
     if not (out / "meta.json").exists():
         return False
     try:
         meta = read_meta(out)
         if any(meta[key] != plan[key] for key in ("name", "source", "tokenizer")):
-            raise UserError(f"{out} was made from another corpus, with another tokenizer or options")
+            raise UsageError(f"{out} was made from another corpus, with another tokenizer or options")
         verify(out)
-    except UserError as e:
+    except UsageError as e:
         if overwrite:
             return False
-        raise UserError(f"{e}; choose another --out, or replace it with --overwrite") from None
+        raise UsageError(f"{e}; choose another --out, or replace it with --overwrite") from None
     shutil.rmtree(out / "blocks", ignore_errors=True)  # a kill may have come just before
     (out / "plan.json").unlink(missing_ok=True)
     return True
@@ -201,7 +196,7 @@ def check_target(out, plan, overwrite):
     elif any(out.glob("*.bin")):
         other = "shards without a manifest (`adopt` takes them in)"
     if other and not overwrite:
-        raise UserError(f"{out} holds {other}; choose another --out, or replace it with --overwrite")
+        raise UsageError(f"{out} holds {other}; choose another --out, or replace it with --overwrite")
     if other:
         for path in (out / "meta.json", out / "plan.json", *out.glob("*.bin")):
             path.unlink(missing_ok=True)
@@ -222,7 +217,7 @@ def locked(out, what):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"{out} is being written by another process; wait for it") from None
+        raise UsageError(f"{out} is being written by another process; wait for it") from None
     try:
         yield
     finally:
@@ -276,7 +271,7 @@ def tokenize(cfg, tokenizer, part, parts):
             bar.update(size)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tok/s", refresh=False)
     if not count:
-        raise UserError(f"{cfg.source} gave no document")
+        raise UsageError(f"{cfg.source} gave no document")
     write_json(cfg.out / "blocks" / "end.json", {"blocks": count})
 
 
@@ -308,7 +303,7 @@ def encode_blocks(encode, numbered, workers):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker was killed, perhaps for memory; start again, with fewer --workers") from None
+            raise UsageError("a worker was killed, perhaps for memory; start again, with fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -359,7 +354,7 @@ def merge(out, tokenizer=None):
     tokenizer: the one that lies in `out`, where it is loaded already.
     """
     if not (out / "plan.json").exists():
-        raise UserError(f"{out} has no parts to join: no plan.json")
+        raise UsageError(f"{out} has no parts to join: no plan.json")
     plan = read_json(out / "plan.json")
     with locked(out, "merge"):
         for path in out.glob(".*.part"):  # half a file, where an earlier join was killed
@@ -383,11 +378,11 @@ def merge(out, tokenizer=None):
 def count_tokens(out):
     """Check that every block is there and reads -> (blocks, 2) token counts, in the order of SPLITS."""
     if not (out / "blocks" / "end.json").exists():
-        raise UserError(f"{out} is not complete: no part has come to the end of the corpus; run them again")
+        raise UsageError(f"{out} is not complete: no part has come to the end of the corpus; run them again")
     total = read_json(out / "blocks" / "end.json")["blocks"]
     missing = [i for i in range(total) if not block_path(out, i).exists()]
     if missing:
-        raise UserError(
+        raise UsageError(
             f"{out} lacks {len(missing)} of {total} blocks (the first is number {missing[0]}); "
             "run the parts --shard i/n again, all of them with the same n"
         )
@@ -401,7 +396,7 @@ def read_block(out, index, name):
         with np.load(path) as block:
             return block[name]
     except (BadZipFile, ValueError, KeyError, EOFError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it and run the same command again") from None
+        raise UsageError(f"{path} is damaged ({e}); delete it and run the same command again") from None
 
 
 def layout(counts, source):
@@ -412,7 +407,7 @@ def layout(counts, source):
     if source["val_share"] is None:  # the first shard, or a tenth where the corpus is small
         start = val = min(size, train // 10)
     if not val or train == start:
-        raise UserError(
+        raise UsageError(
             f"with {train + val * (source['val_share'] is not None):,} tokens no document fell to "
             f"{'validation' if not val else 'training'}; take more text, or another --val-share"
         )
@@ -438,7 +433,7 @@ def shard_row(path, split, tokenizer):
     counts = count_ids(ids)
     if counts[tokenizer.n_vocab :].any():
         highest = int(counts.nonzero()[0][-1])
-        raise UserError(f"{path} holds the id {highest}, beyond the tokenizer's vocabulary of {tokenizer.n_vocab:,}")
+        raise UsageError(f"{path} holds the id {highest}, beyond the tokenizer's vocabulary of {tokenizer.n_vocab:,}")
     documents = int(counts[tokenizer.eot_token])
     size = int(counts[: tokenizer.n_vocab] @ np.array(tokenizer.byte_lengths()))
     row = {"file": path.name, "split": split, "documents": documents, "tokens": len(ids), "bytes": size}
@@ -472,10 +467,10 @@ def adopt(out, tokenizer_name, source=None):
     refuse_another_corpus(out, source)
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
     if not paths:
-        raise UserError(f"{out} holds no *.bin")
+        raise UsageError(f"{out} holds no *.bin")
     for path in paths:
         if "_val_" not in path.name and "_train_" not in path.name:
-            raise UserError(f"{path} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
+            raise UsageError(f"{path} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
         read_shard(path)
     tokenizer = load(tokenizer_name)
     rows = []
@@ -494,24 +489,24 @@ def adopt(out, tokenizer_name, source=None):
 def refuse_another_corpus(out, source):
     """A folder holds the shards of one corpus: those of two in one manifest would be trained on as if they were one."""
     if (out / "plan.json").exists():
-        raise UserError(f"{out} is being prepared from a source; name another folder, or join that one with merge")
+        raise UsageError(f"{out} is being prepared from a source; name another folder, or join that one with merge")
     if (out / "meta.json").exists() and (there := read_json(out / "meta.json").get("source")) != source:
         kind = there.get("source") if isinstance(there, dict) else there
-        raise UserError(f"{out} already holds a corpus from another source ({kind}); name another folder")
+        raise UsageError(f"{out} already holds a corpus from another source ({kind}); name another folder")
 
 
 def download(cfg):
     """Fetch the validation shard and the first training shards; files already whole are not fetched again."""
     repo, prefix, available = READY_MADE[cfg.corpus]
     if not 1 <= cfg.shards <= available:
-        raise UserError(f"{repo} has {available} training shards; --shards {cfg.shards} is not among them")
+        raise UsageError(f"{repo} has {available} training shards; --shards {cfg.shards} is not among them")
     names = [f"{prefix}_val_000000.bin", *(f"{prefix}_train_{i:06d}.bin" for i in range(1, cfg.shards + 1))]
     source = {"source": "download", "hub": repo}
     refuse_another_corpus(cfg.out, source)
     for name in tqdm(names, desc="fetching", unit="shard", disable=None):
         try:
             read_shard(cfg.out / name)
-        except UserError:
+        except UsageError:
             fetch(repo, name, cfg)
     adopt(cfg.out, "gpt2", source)
 
@@ -520,7 +515,7 @@ def fetch(repo, name, cfg):
     """One ready-made shard, from the hub or the local folder --input, whole or not at all."""
     if cfg.input is not None:
         if not (cfg.input / name).is_file():
-            raise UserError(f"{cfg.input / name} does not exist")
+            raise UsageError(f"{cfg.input / name} does not exist")
         with open(cfg.input / name, "rb") as source, atomic_open(cfg.out / name, "wb") as target:
             shutil.copyfileobj(source, target)
         return

@@ -14,20 +14,15 @@ every document starts with the end-of-text token, and a shard may end in the mid
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from runlog import UserError, atomic_open, cli, file_sha256, read_json, write_json
+from common import UsageError, atomic_open, cli, file_sha256, read_json, write_json
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -43,7 +38,7 @@ SPLITS = ("train", "val")
 def write_shard(path, ids):
     """Write token ids (tokens,) to `path`, whole or not at all. ids: an array, or an iterable of arrays to be joined.
 
-    Returns the number of tokens. UserError where an id does not fit into uint16.
+    Returns the number of tokens. UsageError where an id does not fit into uint16.
     """
     tokens = 0
     with atomic_open(path, "wb") as f:
@@ -51,7 +46,7 @@ def write_shard(path, ids):
         for chunk in [ids] if isinstance(ids, np.ndarray | list) else ids:
             chunk = np.asarray(chunk)
             if chunk.dtype != np.uint16 and chunk.size and (chunk.min() < 0 or chunk.max() >= MAX_VOCAB):
-                raise UserError(f"{path}: ids must lie in 0…65535; use a smaller vocabulary")
+                raise UsageError(f"{path}: ids must lie in 0…65535; use a smaller vocabulary")
             f.write(np.ascontiguousarray(chunk, dtype="<u2"))
             tokens += chunk.size
         header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -62,20 +57,20 @@ def write_shard(path, ids):
 
 
 def read_shard(path):
-    """Map a shard into memory -> (tokens,) uint16, read-only. Checks header and size; UserError names what is wrong."""
+    """Map a shard into memory -> (tokens,) uint16. Checks header and size; UsageError says what is wrong."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the corpus again")
+        raise UsageError(f"{path} is missing; prepare the corpus again")
     with open(path, "rb") as f:
         raw = f.read(HEADER_BYTES)
     header = np.frombuffer(raw[: len(raw) // 4 * 4], dtype="<i4")
     if len(header) < HEADER_INTS or header[0] != MAGIC:
-        raise UserError(f"{path} is not a token shard: its header is not llm.c's (magic {MAGIC})")
+        raise UsageError(f"{path} is not a token shard: its header is not llm.c's (magic {MAGIC})")
     if header[1] != VERSION:
-        raise UserError(f"{path} has version {header[1]} of the shard format; this code reads version {VERSION}")
+        raise UsageError(f"{path} has version {header[1]} of the shard format; this code reads version {VERSION}")
     tokens, size = int(header[2]), path.stat().st_size
     if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise UserError(
+        raise UsageError(
             f"{path} is truncated or damaged: its header promises {tokens:,} tokens, "
             f"its {size:,} bytes hold {(size - HEADER_BYTES) / 2:,.10g}"
         )
@@ -101,21 +96,21 @@ def write_meta(data_dir, *, name, source, tokenizer, vocab_size, eot, shards):
 
 
 def read_meta(data_dir):
-    """The manifest of a folder of shards, as a dict (see the top of this file). UserError where there is none."""
+    """The manifest of a folder of shards, as a dict (see the top of this file). UsageError where there is none."""
     data_dir = Path(data_dir)
     path = data_dir / "meta.json"
     if not path.exists():
         if any(data_dir.glob("*.bin")):
-            raise UserError(
+            raise UsageError(
                 f"{data_dir} has shards but no meta.json: finish data/prepare.py there, "
                 f"or take in shards of another project with `data/prepare.py adopt {data_dir} --tokenizer gpt2`"
             )
-        raise UserError(f"{data_dir} has no meta.json; make the corpus with data/prepare.py … --out {data_dir}")
+        raise UsageError(f"{data_dir} has no meta.json; make the corpus with data/prepare.py … --out {data_dir}")
     meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of a folder of shards")
+        raise UsageError(f"{path} is not the manifest of a folder of shards")
     if meta["version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has version {meta['version']}; this code reads version {FORMAT_VERSION}")
+        raise UsageError(f"{path} has version {meta['version']}; this code reads version {FORMAT_VERSION}")
     return meta
 
 
@@ -129,10 +124,10 @@ def check_folder(data_dir):
     for shard in meta["shards"]:
         tokens = len(read_shard(data_dir / shard["file"]))
         if tokens != shard["tokens"]:
-            raise UserError(f"{data_dir / shard['file']} has {tokens:,} tokens, meta.json says {shard['tokens']:,}")
+            raise UsageError(f"{data_dir / shard['file']} has {tokens:,} tokens, meta.json says {shard['tokens']:,}")
     foreign = {p.name for p in data_dir.glob("*.bin")} - {shard["file"] for shard in meta["shards"]}
     if foreign:
-        raise UserError(f"{data_dir / min(foreign)} is not in meta.json; move it out of the folder")
+        raise UsageError(f"{data_dir / min(foreign)} is not in meta.json; move it out of the folder")
     return meta
 
 
@@ -144,7 +139,7 @@ def open_split(data_dir, split):
     meta = check_folder(data_dir)
     shards = [read_shard(Path(data_dir) / s["file"]) for s in meta["shards"] if s["split"] == split]
     if not shards:
-        raise UserError(
+        raise UsageError(
             f"{data_dir} has no {split} shard; it holds {sum(s['tokens'] for s in meta['shards']):,} tokens"
         )
     return shards
@@ -153,21 +148,21 @@ def open_split(data_dir, split):
 def verify(data_dir):
     """Read every byte of a folder: sums, ids below vocab_size, the tokenizer's presence -> manifest.
 
-    UserError names the first file that is corrupt, truncated, foreign or missing.
+    UsageError names the first file that is corrupt, truncated, foreign or missing.
     """
     data_dir = Path(data_dir)
     meta = check_folder(data_dir)
     for shard in tqdm(meta["shards"], unit="shard", disable=None):
         path = data_dir / shard["file"]
         if file_sha256(path) != shard["sha256"]:
-            raise UserError(f"{path} is corrupt: its sha256 is not the one in meta.json; prepare or download it again")
+            raise UsageError(f"{path} is corrupt: its sha256 is not the one in meta.json; prepare or download it again")
         highest = int(read_shard(path).max())
         if highest >= meta["vocab_size"]:
-            raise UserError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}")
+            raise UsageError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}")
     tokenizer = data_dir / "tokenizer.model"
     sha256 = read_json(tokenizer).get("sha256")
     if sha256 != meta["tokenizer"]["sha256"]:
-        raise UserError(f"{tokenizer} is not the tokenizer of these shards: its sha256 is not the one in meta.json")
+        raise UsageError(f"{tokenizer} is not the tokenizer of these shards: its sha256 is not the one in meta.json")
     return meta
 
 

@@ -19,12 +19,6 @@ A validation part is held out by document hash, so that it never changes and no 
 fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `--part train` leaves that part out.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import ast
 import hashlib
 import importlib.metadata
@@ -36,13 +30,14 @@ import platform
 import sysconfig
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
-from bpe.splitting import valid
-from runlog import ROOT, UserError, atomic_open, cli, file_sha256, from_hub, open_text
+from bpe.pretokenizer import valid
+from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is cut at the first blank line after this many, at the first line end after twice
@@ -63,7 +58,7 @@ def documents(source, inputs=(), subset="sample-10BT", text_field="text"):
     """Iterate over the documents (str) of a corpus, always in the same order, in memory that does not grow.
 
     inputs: local files or folders instead of the hub's. text_field: the column or key that holds the text.
-    UserError where a file is missing, not UTF-8, not JSON or without the field.
+    UsageError where a file is missing, not UTF-8, not JSON or without the field.
     """
     if source == "pydocs":
         texts = pydocs_documents()
@@ -116,7 +111,7 @@ def locate(source, inputs=(), subset="sample-10BT"):
     if inputs:
         return list(itertools.chain.from_iterable(_expand(Path(p)) for p in inputs)), {}
     if source not in HUB:
-        raise UserError(f"the source {source} needs --input FILE…")
+        raise UsageError(f"the source {source} needs --input FILE…")
     repo, revision, patterns = HUB[source]
     folder = {"default": "data"}.get(subset, f"data/{subset}")
     if subset.startswith("sample-"):
@@ -127,7 +122,7 @@ def locate(source, inputs=(), subset="sample-10BT"):
         names = [name for name in names if name.startswith(f"{folder}/")]
     files = [root / name for name in names]
     if not files:
-        raise UserError(f"{repo} has no files {folder}/*.parquet; is --subset {subset} right?")
+        raise UsageError(f"{repo} has no files {folder}/*.parquet; is --subset {subset} right?")
     return files, {"hub": repo, "revision": root.name, "subset": subset if source == "fineweb-edu" else None}
 
 
@@ -149,10 +144,10 @@ def _expand(path):
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         if not files:
-            raise UserError(f"{path} holds no files")
+            raise UsageError(f"{path} holds no files")
         return files
     if not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UsageError(f"{path} does not exist")
     return [path]
 
 
@@ -220,7 +215,7 @@ def read_jsonl(path, text_field="text"):
                 if not isinstance(text, str):
                     raise TypeError
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
+                raise UsageError(f'{path}, line {i} is not a JSON object with a text "{text_field}"') from None
             yield valid(text) if "\\u" in line else text  # JSON can spell a lone surrogate
 
 
@@ -232,11 +227,11 @@ def read_parquet(path, text_field="text"):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column {text_field}, but {', '.join(file.schema_arrow.names)}")
+                raise UsageError(f"{path} has no column {text_field}, but {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
     except pyarrow.ArrowInvalid as e:
-        raise UserError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
+        raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +417,7 @@ def select(texts, cfg, files):
     if share is not None:
         return (text for text in texts if is_validation(text, share) == (cfg.part == "val"))
     if cfg.part == "val":
-        raise UserError(f"{cfg.source} holds out its first tokens, whose end depends on the tokenizer: no --part val")
+        raise UsageError(f"{cfg.source} holds out its first tokens, whose end depends on the tokenizer: no --part val")
     return _after(texts, min(1 << 30, sum(map(text_bytes, files)) // 5))
 
 
@@ -463,7 +458,7 @@ def main():
             bar.update(length)
         bar.close()
         if not count:
-            raise UserError(f"{cfg.source} gave no document; nothing was written")
+            raise UsageError(f"{cfg.source} gave no document; nothing was written")
     print(f"{cfg.out}: {count:,} documents, {size:,} bytes of text, sha256 {file_sha256(cfg.out)}")
 
 

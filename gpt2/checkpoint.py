@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
+from common import UsageError, atomic_open, file_sha256
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
-from runlog import UserError, atomic_open, file_sha256
 
 FORMAT, VERSION = "bytes-to-lora checkpoint", 1
 NAME = re.compile(r"step_(\d+)\.pt")
@@ -38,7 +38,7 @@ def save(ckpt_dir, step, state, keep=2):
                 s.write(f"{summed.sha256.hexdigest()}  {path.name}\n")
     except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError of its own
         why = str(summed.error or e).splitlines()[0]
-        raise UserError(
+        raise UsageError(
             f"{path} could not be written ({why}); the earlier ones are kept: free some disk, go on"
         ) from None
     # A later one is damaged, or this one would have gone on from it: it does not count among those kept.
@@ -88,12 +88,12 @@ def problem(path):
 
 
 def load(path, map_location="cpu"):
-    """Read one checkpoint that verifies -> dict; UserError otherwise."""
+    """Read one checkpoint that verifies -> dict; UsageError otherwise."""
     if reason := problem(path):
-        raise UserError(f"{path} is not a usable checkpoint: {reason}; take another one")
+        raise UsageError(f"{path} is not a usable checkpoint: {reason}; take another one")
     state = torch.load(path, map_location=map_location, weights_only=True)
     if state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise UserError(
+        raise UsageError(
             f"{path} has format {state.get('format')!r} version {state.get('version')}, not {FORMAT} {VERSION}"
         )
     return state
@@ -121,7 +121,7 @@ def load_weights(name, dropout=0.0):
         return GPT.from_pretrained(str(name), dropout=dropout)
     state = load(path) if path.suffix == ".pt" else load_newest(path / "ckpt")
     if state is None:
-        raise UserError(f"{path} holds no usable checkpoint; train one, or name another run")
+        raise UsageError(f"{path} holds no usable checkpoint; train one, or name another run")
     model = GPT(GPTConfig(**{**state["model_config"], "dropout": dropout}))
     model.load_state_dict(state["model"])
     return model
@@ -141,7 +141,7 @@ def load_tokenizer_of(name):
 def _is_ours(path):
     """Whether a path is a checkpoint or a run directory, rather than something of Hugging Face's."""
     if path.suffix == ".pt" and not path.exists():
-        raise UserError(f"{path} does not exist; give a run directory or a checkpoint file")
+        raise UsageError(f"{path} does not exist; give a run directory or a checkpoint file")
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").exists()) or (path / "ckpt").is_dir()
 
 

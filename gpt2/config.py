@@ -7,7 +7,7 @@ Settings that follow from others (grad_accum_steps, the padded vocabulary, min_l
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from runlog import ROOT, UserError
+from common import ROOT, UsageError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them")
+            raise UsageError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one of them")
 
     @property
     def padded_vocab_size(self):
@@ -147,9 +147,9 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("max_steps", "block_size", "total_batch_size", "micro_batch_size", "log_every", "val_tokens"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.total_batch_size % self.block_size:
-            raise UserError(
+            raise UsageError(
                 f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {self.block_size}"
             )
 
@@ -161,7 +161,7 @@ class TrainConfig:
             fix = (
                 f"try --micro-batch-size {fits[-1]}" if fits else f"let a step be a multiple of {world_size} sequences"
             )
-            raise UserError(
+            raise UsageError(
                 f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} "
                 f"on {world_size} process(es); {fix}"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runlog import UserError, pick_device
+from common import UsageError, half_type, pick_device
 
 
 def pick_dtype(name, device):
@@ -22,7 +22,7 @@ def pick_dtype(name, device):
         return name
     if device.type != "cuda":
         return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return half_type(device.type)
 
 
 def autocast(device, dtype):
@@ -101,7 +101,7 @@ def _one_line_when_another_is_gone():
     try:
         yield
     except RuntimeError:
-        raise UserError("another process of this training has ended; what it printed says why") from None
+        raise UsageError("another process of this training has ended; what it printed says why") from None
 
 
 def _store():

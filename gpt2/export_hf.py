@@ -8,20 +8,15 @@ them again with transformers and compares the logits before the folder gets its 
 a hub name) into a checkpoint that train_gpt2.py's companions read.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
 
+from common import UsageError, cli
 from gpt2 import checkpoint
-from runlog import UserError, cli
 
 
 @dataclass
@@ -47,7 +42,7 @@ def largest_difference(model, hf_model, seed=0):
 def check_pair(model, tokenizer):
     """Refuse a tokenizer whose ids are not the model's."""
     if tokenizer.n_vocab != model.config.vocab_size:
-        raise UserError(
+        raise UsageError(
             f"the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}; "
             "they do not belong together"
         )
@@ -99,7 +94,7 @@ def main():
     """Export a checkpoint, or import a Hugging Face GPT-2 (--from-hf)."""
     cfg = tyro.cli(ExportConfig, description=__doc__)
     if bool(cfg.model) == bool(cfg.from_hf):
-        raise UserError("give either --model (to export) or --from-hf (to import)")
+        raise UsageError("give either --model (to export) or --from-hf (to import)")
     if cfg.from_hf:
         print(f"wrote {import_hf(cfg.from_hf, cfg.out)}")
         return

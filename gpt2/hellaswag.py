@@ -14,12 +14,6 @@ The run directory gets hellaswag.jsonl, a line per item. A context is computed o
 are the same for any number of processes.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import json
 import math
 import re
@@ -28,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,10 +31,11 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common import UsageError, atomic_open, cli, from_hub, open_text
 from gpt2.checkpoint import load_model
 from gpt2.distributed import Ranks, threads
 from gpt2.endings import Encoded, plain, score_endings, shared_gpt, shared_hf
-from runlog import RunLog, UserError, atomic_open, cli, from_hub, open_text
+from runlog import RunLog
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 SEED = 1337  # of the permutation whose first items --limit takes
@@ -69,9 +65,9 @@ def _read_jsonl(path):
         with open_text(path) as f:
             rows = [json.loads(line) for line in f if line.strip()]
     except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not a jsonl file of HellaSwag items ({e})") from None
+        raise UsageError(f"{path} is not a jsonl file of HellaSwag items ({e})") from None
     if not rows:
-        raise UserError(f"{path} holds no items")
+        raise UsageError(f"{path} holds no items")
     return rows
 
 
@@ -93,8 +89,10 @@ def _item(number, row, prompt, file):
             ctx, endings = lm_eval_prompt(row)
     except (KeyError, TypeError, ValueError) as e:
         if prompt == "lm-eval" and isinstance(e, KeyError):
-            raise UserError(f"{file} lacks {e.args[0]}, which --prompt lm-eval needs: take the official file") from None
-        raise UserError(f"{file}, item {number} is not a HellaSwag item with a context and four endings") from None
+            raise UsageError(
+                f"{file} lacks {e.args[0]}, which --prompt lm-eval needs: take the official file"
+            ) from None
+        raise UsageError(f"{file}, item {number} is not a HellaSwag item with a context and four endings") from None
     return {"item": number, "ind": row.get("ind", number), "label": label, "ctx": ctx, "endings": endings}
 
 
@@ -266,7 +264,7 @@ def load_hf(cfg, device):
         model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     except (OSError, ValueError) as e:
-        raise UserError(f"no causal LM at {cfg.model!r}: {str(e).splitlines()[0]} Give a local folder") from None
+        raise UsageError(f"no causal LM at {cfg.model!r}: {str(e).splitlines()[0]} Give a local folder") from None
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False).input_ids
@@ -362,7 +360,7 @@ def compare(rows, run_dir):
     other = {row["item"]: row for row in _read_jsonl(path)}
     pairs = [(row, other[row["item"]]) for row in rows if row["item"] in other]
     if not pairs or any(a["label"] != b["label"] for a, b in pairs):
-        raise UserError(f"{path} does not hold the same items; score both models on the same file")
+        raise UsageError(f"{path} does not hold the same items; score both models on the same file")
     result = {"items": len(pairs)}
     for kind in ACCURACIES:
         right = [(a[kind] == a["label"], b[kind] == b["label"]) for a, b in pairs]
@@ -392,11 +390,11 @@ def report(cfg, log, encoded, rows, counted, seconds):
 def check(cfg):
     """Refuse what cannot work before anything is loaded."""
     if bool(cfg.model) == bool(cfg.checkpoint):
-        raise UserError("name one model: --model FOLDER or --checkpoint RUN")
+        raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
     if cfg.naive and not cfg.model:
-        raise UserError("--naive scores with transformers: it needs --model")
+        raise UsageError("--naive scores with transformers: it needs --model")
     if cfg.compare and not any(cfg.compare.glob("hellaswag.jsonl*")):
-        raise UserError(f"{cfg.compare} holds no hellaswag.jsonl to compare with")
+        raise UsageError(f"{cfg.compare} holds no hellaswag.jsonl to compare with")
 
 
 def main():

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from common import UsageError
 from data.shards import open_split
-from runlog import UserError
 
 
 class Loader:
@@ -28,7 +28,7 @@ class Loader:
         self.first = np.concatenate([[0], np.cumsum(per_shard)])  # sequence number at which each shard begins
         self.n_sequences = int(self.first[-1])
         if self.n_sequences < 1:
-            raise UserError(
+            raise UsageError(
                 f"the {split} shards in {data_dir} hold no sequence of {block_size} tokens; lower --block-size"
             )
         self._epochs = {}  # epoch -> permutation; a step touches two at the most

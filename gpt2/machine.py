@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from common import has_bfloat16, synchronize
+
 # glibc gives large freed buffers back to the system at once, and each comes back as a page fault per 4 kB: up to a
 # third of a step on a CPU. Kept and backed by huge pages they cost nothing, and the matmuls miss fewer translations.
 CPU_MEMORY_SETTINGS = {
@@ -14,21 +16,6 @@ CPU_MEMORY_SETTINGS = {
         f"glibc.malloc.{k}" for k in ("mmap_threshold=4294967296", "trim_threshold=4294967296", "hugetlb=1")
     )
 }
-
-
-def has_bfloat16(device):
-    """Whether the device type multiplies bfloat16 in hardware; without it bfloat16 is slower than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so asked for politely
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
-
-
-def half_type(device):
-    """The 16-bit type for matmuls on a device type, "bfloat16" or "float16", or None where float32 is faster."""
-    if device == "cuda":
-        return "bfloat16" if has_bfloat16(device) else "float16"
-    return "bfloat16" if has_bfloat16(device) else None
 
 
 def can_keep_memory():
@@ -76,14 +63,6 @@ def matmul_peak(device, dtype="float32", n=2048):
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def synchronize(device):
-    """Wait until a device type has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def peak_of_a_step(step, model, device):

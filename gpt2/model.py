@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import UsageError
 from gpt2.config import GPTConfig
-from runlog import UserError
 
 
 class CausalSelfAttention(nn.Module):
@@ -133,7 +133,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         past = 0 if cache is None else cache.length
         if past + T > self.config.block_size:
-            raise UserError(f"{past + T} tokens do not fit into block_size {self.config.block_size}; shorten the text")
+            raise UsageError(f"{past + T} tokens do not fit into block_size {self.config.block_size}; shorten the text")
         pos = torch.arange(past, past + T, device=idx.device)  # (T,)
         if cache is not None:
             pos = cache.positions(T)  # (B, T): prompts of a batch begin at their own place
@@ -160,16 +160,16 @@ class GPT(nn.Module):
         from transformers import GPT2LMHeadModel
 
         if str(name_or_folder).count("/") > 1 and not Path(name_or_folder).exists():  # no hub name has two slashes
-            raise UserError(f"{name_or_folder} does not exist; give a folder, or a hub name such as gpt2")
+            raise UsageError(f"{name_or_folder} does not exist; give a folder, or a hub name such as gpt2")
         try:
             hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
         except (OSError, ValueError) as e:
             first = str(e).splitlines()[0]
-            raise UserError(f"no GPT-2 weights at {name_or_folder!r}: {first} Give a local folder instead") from None
+            raise UsageError(f"no GPT-2 weights at {name_or_folder!r}: {first} Give a local folder instead") from None
         c = hf.config
         odd = [k for k, v in PLAIN_GPT2.items() if getattr(c, k, v) != v]
         if odd:
-            raise UserError(
+            raise UsageError(
                 f"{name_or_folder} is not a plain GPT-2: its {', '.join(odd)} differ; no such model is built here"
             )
         config = GPTConfig(

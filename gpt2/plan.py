@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from common import UsageError, pick_device
 from data.shards import read_meta
 from gpt2.config import GPTConfig
 from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers
-from runlog import UserError, pick_device
 
 # Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
 # reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.
@@ -105,7 +105,7 @@ def print_plan(cfg):
     try:
         vocab_size = read_meta(cfg.data_dir)["vocab_size"]
         data = f"{cfg.data_dir}: vocabulary of {vocab_size:,}"
-    except UserError as e:
+    except UsageError as e:
         vocab_size, data = 50257, f"not there yet ({e}); assuming GPT-2's vocabulary of 50,257"
     shape = {k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
     config = GPTConfig(vocab_size=vocab_size, **shape)

@@ -7,21 +7,16 @@
 Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from torch.nn import functional as F
 
+from common import UsageError, cli, pick_device
 from gpt2.checkpoint import load_model
-from runlog import UserError, cli, pick_device
 
 
 @dataclass
@@ -115,7 +110,7 @@ def generate(
     cannot slide. on_token: called with the list of the batch's new ids after each step.
     """
     if not all(prompts):
-        raise UserError("a prompt is empty; give at least one token")
+        raise UsageError("a prompt is empty; give at least one token")
     device, block_size = next(model.parameters()).device, model.config.block_size
     generator = torch.Generator().manual_seed(seed)
     rows = [list(p) for p in prompts]

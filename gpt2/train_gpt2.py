@@ -13,12 +13,6 @@ No preset means gpt2-124M, and PRESET --help lists every setting with its unit. 
 metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog/.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import contextlib
 import hashlib
 import math
@@ -28,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
+from common import ROOT, UsageError, cli, peak_memory_mb, portable
 from data.shards import check_folder, count_ids
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
@@ -46,7 +42,7 @@ from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
 from gpt2.plan import peak_flops, print_plan
 from gpt2.sample import generate
-from runlog import ROOT, RunLog, UserError, cli, peak_memory_mb, portable, read_run
+from runlog import RunLog, read_run
 
 # Published losses on the same validation data, for the reference line of the picture.
 GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
@@ -93,15 +89,15 @@ def build_model(cfg, meta):
     model = checkpoint.load_weights(cfg.init, cfg.dropout)
     c = model.config
     if c.vocab_size != meta["vocab_size"]:
-        raise UserError(
+        raise UsageError(
             f"{cfg.init} has a vocabulary of {c.vocab_size}, the shards in {cfg.data_dir} one of {meta['vocab_size']}; "
             "prepare the data with the model's own tokenizer"
         )
     if cfg.block_size > c.block_size:
-        raise UserError(f"--block-size {cfg.block_size} is more than the {c.block_size} of {cfg.init}; lower it")
+        raise UsageError(f"--block-size {cfg.block_size} is more than the {c.block_size} of {cfg.init}; lower it")
     shape = {k: (getattr(cfg, k), getattr(c, k)) for k in ("n_layer", "n_head", "n_embd")}
     if wrong := [f"--{k.replace('_', '-')} {theirs}" for k, (asked, theirs) in shape.items() if asked != theirs]:
-        raise UserError(f"{cfg.init} has another shape; add {' '.join(wrong)}")
+        raise UsageError(f"{cfg.init} has another shape; add {' '.join(wrong)}")
     return model
 
 
@@ -148,7 +144,7 @@ def check_resume(saved, cfg, meta, step, say):
             f"so the cosine is stretched and the learning rate of step {step} is {after:.2e}, not {before:.2e}"
         )
     if changes and not cfg.allow_config_change:
-        raise UserError(
+        raise UsageError(
             f"{cfg.run_dir} was started with other settings ({'; '.join(changes)}); "
             "use another --run-dir, or --allow-config-change to go on all the same"
         )
@@ -207,7 +203,7 @@ class Trainer:
         self.device, self.say = ranks.device, log.print
         self.tokenizer = Tokenizer.load(Path(cfg.data_dir) / "tokenizer.model")
         if self.tokenizer.sha256 != meta["tokenizer"]["sha256"]:
-            raise UserError(f"{cfg.data_dir}/tokenizer.model did not make these shards; run data/prepare.py again")
+            raise UsageError(f"{cfg.data_dir}/tokenizer.model did not make these shards; run data/prepare.py again")
         if ranks.main:
             shutil.copyfile(Path(cfg.data_dir) / "tokenizer.model", log.run_dir / "tokenizer.model")
         self.token_bytes = torch.tensor(self.tokenizer.byte_lengths())
@@ -252,14 +248,14 @@ class Trainer:
         state = checkpoint.load_newest(self.log.ckpt_dir, warn=self.say)
         steps = self.ranks.gather(state and state["step"])
         if len(set(steps)) > 1:
-            raise UserError(
+            raise UsageError(
                 f"the processes see different checkpoints in {self.log.ckpt_dir} (steps {steps}); "
                 "--run-dir must be on a file system that all nodes share"
             )
         if state is None:
             return
         if "optimizers" not in state:
-            raise UserError(f"{self.cfg.run_dir} holds imported weights; name it by --init, with another --run-dir")
+            raise UsageError(f"{self.cfg.run_dir} holds imported weights; name it by --init, with another --run-dir")
         check_resume(state["learned"], self.cfg, self.meta, state["step"], self.say)
         self.load(state)
         self.say(f"resumed at step {self.step}")
@@ -509,14 +505,16 @@ def _peak_mb(device):
 
 
 def how_to_start(cfg, meta):
-    """What the run directory asks for -> "go on" (or begin), "replace" or "finished"; UserError if it is another run's.
+    """What the run directory asks for -> "go on" (or begin), "replace" or "finished"; UsageError if another run's.
 
     Nothing is written before this is known, so that a refusal leaves the record as it was.
     """
     run_dir = Path(cfg.run_dir)
     kept = checkpoint.sorted_checkpoints(run_dir / "ckpt")
     if cfg.eval_only and kept:
-        raise UserError(f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir")
+        raise UsageError(
+            f"{cfg.run_dir} is a training run; evaluate it with --init {cfg.run_dir} and another --run-dir"
+        )
     if not (run_dir / "config.json").exists():
         return "go on"
     run = read_run(run_dir)

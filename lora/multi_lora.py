@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common import UsageError
 from lora.tasks import IGNORE, collate
 from lora.train_lora import check_adapter, is_conv1d, target_modules
-from runlog import UserError
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as the Trainer has them
 LOSS_CHUNK = 4096  # labelled positions whose logits are in memory at once
@@ -61,9 +61,9 @@ class AdapterConfig:
     def __post_init__(self):
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
-                raise UserError(f"the engine has no {name} {getattr(self, name)!r}, only {', '.join(known)}")
+                raise UsageError(f"the engine has no {name} {getattr(self, name)!r}, only {', '.join(known)}")
         if self.r < 1:
-            raise UserError(f"r is the rank of the update, at least 1, not {self.r}")
+            raise UsageError(f"r is the rank of the update, at least 1, not {self.r}")
 
     @property
     def scaling(self):
@@ -132,7 +132,7 @@ def adapted_names(model, names):
     if names != "all-linear":
         linear = [n for n in linear if any(n == t or n.endswith("." + t) for t in names)]
     if not linear:
-        raise UserError(f"the model has no linear layer named {names}; see --target-modules")
+        raise UsageError(f"the model has no linear layer named {names}; see --target-modules")
     return linear
 
 
@@ -186,7 +186,7 @@ class MultiLora:
         with torch.no_grad():
             logits, ours = self.model(ids).logits, self.head(self.body(ids).last_hidden_state)
         if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
-            raise UserError(
+            raise UsageError(
                 f"{type(self.model).__name__} changes its logits after the output layer; use engine trainer"
             )
 
@@ -218,7 +218,7 @@ class MultiLora:
     def replace(self, i, config):
         """Put a fresh adapter into slot i: A random by its seed, B zero, biases the base's, optimizer at its start."""
         if config.r > self.r_max or (config.bias == "lora_only" and not self.with_bias):
-            raise UserError(f"slot {i} has no room for r {config.r} with bias {config.bias}; say r_max and bias first")
+            raise UsageError(f"slot {i} has no room for r {config.r} with bias {config.bias}; say r_max and bias first")
         g = torch.Generator().manual_seed(config.seed)
         for tensor in (self.theta, self.exp_avg, self.exp_avg_sq):
             tensor[i].zero_()

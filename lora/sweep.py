@@ -18,28 +18,24 @@ format), table.md (held-out losses with confidence intervals over seeds, and wha
 (all curves), lora_experiments_TASK.log and result.json.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import itertools
 import json
 import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import filelock
 import tyro
 
+from common import UsageError, cli, read_json, write_json
+from lora.concurrent_trainer import ADAPTER_FIELDS, Group
 from lora.generate import quiet_libraries
-from lora.group import ADAPTER_FIELDS, Group
 from lora.sweep_report import summarize
 from lora.train_lora import TrainConfig, check, fingerprint
 from lora.train_lora import run as train_with_trainer
-from runlog import RunLog, UserError, cli, read_json, write_json
+from runlog import RunLog
 
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 
@@ -76,7 +72,7 @@ def read_grid(cfg):
     grid = read_json(cfg.grid)
     known = {"task", "base", "data_file", "settings", "grid", "configs", "seeds", "about"}
     if not isinstance(grid, dict) or set(grid) - known:
-        raise UserError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
+        raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
     points = [dict(zip(grid.get("grid", {}), values)) for values in itertools.product(*grid.get("grid", {}).values())]
     points = (points if grid.get("grid") else []) + grid.get("configs", []) or [{}]
     seeds = cfg.seeds or grid.get("seeds", [0])
@@ -85,23 +81,23 @@ def read_grid(cfg):
     flags = ("base", "data_file", "max_steps", "tensorboard", "wandb")
     common |= {name: value for name in flags if (value := getattr(cfg, name))}
     if not common.get("base"):
-        raise UserError(f"{cfg.grid} names no base; give one with --base")
+        raise UsageError(f"{cfg.grid} names no base; give one with --base")
     types = {field.name: field.type for field in fields(TrainConfig)}
     allowed = set(types) - {"run_dir", "overwrite", "show_batch"}
     configs, names = [], set()
     for number, (point, seed) in enumerate(itertools.product(points, seeds)):
         values = common | point | {"seed": point.get("seed", seed)}
         if set(values) - allowed:
-            raise UserError(f"{cfg.grid}: unknown setting {', '.join(sorted(set(values) - allowed))}")
+            raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(set(values) - allowed))}")
         for key, value in values.items():
             if type(value) is not types[key] and not (types[key] is float and type(value) is int):
-                raise UserError(f"{cfg.grid}: {key} should be {types[key].__name__}, not {value!r}")
+                raise UsageError(f"{cfg.grid}: {key} should be {types[key].__name__}, not {value!r}")
         varied = {**point, **({"seed": seed} if len(seeds) > 1 else {})}
         name = "_".join([f"{number:03d}"] + [f"{SHORT.get(k, k)}{v}".replace("/", "-") for k, v in varied.items()])
         names.add(json.dumps(values, sort_keys=True))
         configs.append(TrainConfig(run_dir=str(Path(cfg.run_dir) / "adapters" / name), **values))
     if len(names) < len(configs):
-        raise UserError(f"{cfg.grid} lists the same configuration twice")
+        raise UsageError(f"{cfg.grid} lists the same configuration twice")
     for one in configs:
         check(one)
     return configs
@@ -113,7 +109,7 @@ def assignments(texts):
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise UserError(f"--set {text} should be NAME=VALUE")
+            raise UsageError(f"--set {text} should be NAME=VALUE")
         try:
             values[name] = json.loads(value)
         except json.JSONDecodeError:  # a word
@@ -134,7 +130,7 @@ def make_groups(configs, engine, n):
     alike = {}
     for i, cfg in enumerate(configs):
         if engine == "concurrent" and not fits_engine(cfg):
-            raise UserError(f"{Path(cfg.run_dir).name} is beyond the concurrent engine; use --engine auto or trainer")
+            raise UsageError(f"{Path(cfg.run_dir).name} is beyond the concurrent engine; use --engine auto or trainer")
         kind = "concurrent" if engine != "trainer" and fits_engine(cfg) else "trainer"
         rest = {k: v for k, v in asdict(cfg).items() if k not in ADAPTER_FIELDS and k != "run_dir"}
         alike.setdefault((kind, json.dumps(rest, sort_keys=True)), []).append(i)
@@ -158,7 +154,7 @@ def worker(cfg):
         except ValueError:
             index, number = -1, 0
         if not 0 <= index < number:
-            raise UserError(f"--shard {cfg.shard} should be i/n with i from 0 to n - 1")
+            raise UsageError(f"--shard {cfg.shard} should be i/n with i from 0 to n - 1")
     world = int(os.environ.get("WORLD_SIZE", 1))
     return index * world + int(os.environ.get("RANK", 0)), number * world
 
@@ -197,7 +193,7 @@ def agree(cfg, configs, n):
             if not changed:
                 return had["groups"]
             if not cfg.overwrite:
-                raise UserError(
+                raise UsageError(
                     f"{cfg.run_dir} holds a sweep with other {' and '.join(changed)}; "
                     "choose another --run-dir, or --overwrite to replace it"
                 )
@@ -248,7 +244,7 @@ def run_group(cfg, kind, configs, log):
 def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
     if cfg.engine not in ("auto", "concurrent", "trainer"):
-        raise UserError(f"unknown engine {cfg.engine}; choose auto, concurrent or trainer")
+        raise UsageError(f"unknown engine {cfg.engine}; choose auto, concurrent or trainer")
     configs = read_grid(cfg)
     index, n = worker(cfg)
     if cfg.plan:

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
+from common import atomic_open, read_json
 from lora.train_lora import NOT_LEARNED, TrainConfig, hyper_parameters, write_experiment
-from runlog import RunLog, atomic_open, read_json, read_run
+from runlog import RunLog, read_run
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96.
 T95 = (None, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)

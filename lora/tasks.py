@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from runlog import UserError, from_hub, open_text
+from common import UsageError, from_hub, open_text
 
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
@@ -79,7 +79,7 @@ def load_rows(task, data_file=None):
 
         return pydocs_rows(docstrings())
     if task not in HUB:
-        raise UserError(f"task {task} needs --data-file")
+        raise UsageError(f"task {task} needs --data-file")
     from datasets import load_dataset
 
     with from_hub(HUB[task], "give a local copy with --data-file"):
@@ -102,11 +102,11 @@ def read_rows(path):
         elif kind == ".json":
             rows = json.loads(text)
         else:
-            raise UserError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
+            raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
     except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
+        raise UsageError(f"{path} is not valid JSON ({e})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} should hold a list of objects")
+        raise UsageError(f"{path} should hold a list of objects")
     return rows
 
 
@@ -116,10 +116,10 @@ def read_csv(path, text):
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
     except csv.Error as e:
-        raise UserError(f"{path} is not valid csv ({e})") from None
+        raise UsageError(f"{path} is not valid csv ({e})") from None
     for number, row in enumerate(rows, 1):
         if None in row:
-            raise UserError(f"{path}, row {number} has more fields than the head; put fields with commas in quotes")
+            raise UsageError(f"{path}, row {number} has more fields than the head; put fields with commas in quotes")
     return rows
 
 
@@ -141,11 +141,11 @@ def pydocs_rows(docstrings):
 
 
 def field_of(row, *names):
-    """The first of the named fields that the row has, as text; UserError lists what it has instead."""
+    """The first of the named fields that the row has, as text; UsageError lists what it has instead."""
     for name in names:
         if row.get(name) is not None:
             return str(row[name])
-    raise UserError(f"a row has no field {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
+    raise UsageError(f"a row has no field {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
 
 
 def instruction_prompt(instruction, context="", preamble=True):
@@ -162,7 +162,7 @@ def imdb_example(row, tokenizer, mode):
         return Example(((review, True),))
     label = field_of(row, "sentiment", "label").strip().lower()
     if label not in POSITIVE + NEGATIVE:
-        raise UserError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
+        raise UsageError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
     answer = SENTIMENTS[label in POSITIVE]
     return Example(((review, True), (SENTIMENT + answer, True)), prompt=review + SENTIMENT, answer=answer)
 
@@ -191,10 +191,10 @@ def chat_example(row, tokenizer, mode):
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise UserError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
+        raise UsageError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
     turns = chat_turns(row)
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise UserError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
+        raise UsageError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
     segments, done, prompt, answer = [], "", "", ""
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -204,9 +204,9 @@ def chat_example(row, tokenizer, mode):
             after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
         except (ValueError, TemplateError) as e:
             who = " and ".join(str(turn["role"]) for turn in turns[: i + 1])
-            raise UserError(f"this model's chat template takes no conversation of {who} ({e})") from None
+            raise UsageError(f"this model's chat template takes no conversation of {who} ({e})") from None
         if not (prompt.startswith(done) and after.startswith(prompt)):
-            raise UserError("this model's chat template rewrites earlier turns; split the conversations")
+            raise UsageError("this model's chat template rewrites earlier turns; split the conversations")
         said = after[len(prompt) :]
         spoken = said.rstrip("\n")  # a newline after the end of turn is never generated, so not learned
         segments += [(prompt[len(done) :], mode == "faithful"), (spoken, True), (said[len(spoken) :], False)]
@@ -225,7 +225,9 @@ def chat_turns(row):
         if not all(isinstance(turn["content"], str) and turn["role"] for turn in turns):
             raise TypeError
     except (KeyError, TypeError):
-        raise UserError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is no text") from None
+        raise UsageError(
+            "a chat row's turn lacks role or content (ShareGPT: from or value), or it is no text"
+        ) from None
     return turns
 
 
@@ -269,7 +271,7 @@ def encode(example, tokenizer, max_length, mode="corrected"):
     parts = [(tokenizer(text, add_special_tokens=False).input_ids, learned) for text, learned in example.segments]
     end = mode == "corrected" and not example.ends_itself
     if end and tokenizer.eos_token_id is None:
-        raise UserError("this tokenizer has no end-of-text token to learn; use --mode faithful")
+        raise UsageError("this tokenizer has no end-of-text token to learn; use --mode faithful")
     start = starting_ids(tokenizer) if example.bos else []
     over = len(start) + sum(len(ids) for ids, _ in parts) + end - max_length
     cut = None
@@ -343,9 +345,9 @@ def load_task(task, tokenizer, block_size, *, data_file="", mode="corrected", ma
     faithful mode. max_rows: rows of each part, 0 for all.
     """
     if task not in TASKS:
-        raise UserError(f"unknown task {task}; choose from {', '.join(TASKS)}")
+        raise UsageError(f"unknown task {task}; choose from {', '.join(TASKS)}")
     if mode not in ("corrected", "faithful"):
-        raise UserError(f"unknown mode {mode}; choose corrected or faithful")
+        raise UsageError(f"unknown mode {mode}; choose corrected or faithful")
     limit = min(max_length or (block_size if mode == "faithful" else 512), block_size)
     rows = load_rows(task, data_file)
     parts = {"train": [], "held_out": []}
@@ -353,7 +355,7 @@ def load_task(task, tokenizer, block_size, *, data_file="", mode="corrected", ma
         parts["held_out" if is_held_out(row, held_out) else "train"].append(row)
     for name, part in parts.items():
         if not part:
-            raise UserError(f"{len(rows)} rows leave none for the {name} part; give more rows or another --held-out")
+            raise UsageError(f"{len(rows)} rows leave none for the {name} part; give more rows or another --held-out")
     cuts, encoded, examples, digest = Counter(), {}, {}, hashlib.sha256()
     for name, part in parts.items():
         encoded[name], examples[name] = [], []
@@ -368,7 +370,7 @@ def load_task(task, tokenizer, block_size, *, data_file="", mode="corrected", ma
             examples[name].append(example)
             digest.update(json.dumps(ids, sort_keys=True).encode("utf-8"))
         if not encoded[name]:
-            raise UserError(f"no row of the {name} part has a token to learn")
+            raise UsageError(f"no row of the {name} part has a token to learn")
     report = {
         "rows_train": len(encoded["train"]),
         "rows_held_out": len(encoded["held_out"]),

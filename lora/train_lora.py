@@ -11,12 +11,6 @@ lora_experiments_TASK.log for people, and the adapter with the best held-out los
 Called again it resumes from the last whole checkpoint; a finished run says so and does nothing.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import hashlib
 import json
 import math
@@ -27,7 +21,9 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from pathlib import Path
 
+from common import UsageError, cli, file_sha256, pick_device, read_json
 from lora.generate import block_size, check_base, generate, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import (
     SENTIMENT,
@@ -44,7 +40,7 @@ from lora.tasks import (
     show_batch,
     token_f1,
 )
-from runlog import RunLog, UserError, cli, file_sha256, pick_device, read_json, read_run
+from runlog import RunLog, read_run
 
 
 @dataclass
@@ -151,7 +147,7 @@ def add_adapter(cfg, model):
     try:
         wrapped = get_peft_model(model, peft_config(cfg, model))
     except ValueError as e:
-        raise UserError(f"PEFT refuses these settings: {str(e).splitlines()[0]}") from None
+        raise UsageError(f"PEFT refuses these settings: {str(e).splitlines()[0]}") from None
     if narrow := [p for p in wrapped.parameters() if p.requires_grad and p.dtype.itemsize < 4]:
         for p in narrow:  # biases of a bfloat16 base, where a step of 3e-4 would be rounded away
             p.data = p.data.float()
@@ -189,10 +185,10 @@ def check_adapter(tensors, where):
     import torch
 
     if not tensors or not any("lora_B" in name for name in tensors) or any(t.numel() == 0 for t in tensors.values()):
-        raise UserError(f"the adapter in {where} is empty; nothing was trained")
+        raise UsageError(f"the adapter in {where} is empty; nothing was trained")
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
-        raise UserError(f"the adapter in {where} has non-finite weights, {broken[0]} first")
+        raise UsageError(f"the adapter in {where} has non-finite weights, {broken[0]} first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,17 +397,17 @@ def fingerprint(cfg):
 def check(cfg):
     """Refuse what can be seen to be wrong before anything heavy is loaded."""
     if cfg.task not in TASKS:
-        raise UserError(f"unknown task {cfg.task}; choose from {', '.join(TASKS)}")
+        raise UsageError(f"unknown task {cfg.task}; choose from {', '.join(TASKS)}")
     if cfg.data_file and not Path(cfg.data_file).is_file():
-        raise UserError(f"{cfg.data_file} is not a file; check --data-file")
+        raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
     for name, known in CHOICES.items():
         if getattr(cfg, name) not in known:
-            raise UserError(f"unknown {name} {getattr(cfg, name)}; choose from {', '.join(known)}")
+            raise UsageError(f"unknown {name} {getattr(cfg, name)}; choose from {', '.join(known)}")
     for name in ("r", "batch_size", "grad_accum_steps", "log_every"):
         if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     if cfg.max_steps < 0 or (cfg.max_steps == 0 and cfg.epochs <= 0):
-        raise UserError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
+        raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
     check_base(cfg.base, cfg.load_in_4bit, cfg.device)
 
 
@@ -429,7 +425,7 @@ def state_of(run_dir, wanted, overwrite):
     if changed and overwrite:
         return "new"
     if changed:
-        raise UserError(
+        raise UsageError(
             f"{run_dir} holds a run with other settings ({', '.join(changed)}); "
             "choose another --run-dir, or --overwrite to replace it"
         )

@@ -7,21 +7,16 @@
 else text. What is written holds no times of execution, so the same records give the same file.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import ast
 import base64
 import io
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
-from runlog import ROOT, UserError, atomic_open, cli, portable
+from common import ROOT, UsageError, atomic_open, cli, portable
 
 
 @dataclass
@@ -41,9 +36,9 @@ def main():
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     files = cfg.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
     if cfg.out and len(files) != 1:
-        raise UserError("--out takes one notebook; name it")
+        raise UsageError("--out takes one notebook; name it")
     if cfg.set and not cfg.out:
-        raise UserError("with --set the notebook shows other runs than its own; say with --out where to write it")
+        raise UsageError("with --set the notebook shows other runs than its own; say with --out where to write it")
     for file in files:
         notebook = execute(file, dict(map(assignment, cfg.set)), cfg.timeout)
         write(notebook, cfg.out or file)
@@ -54,7 +49,7 @@ def assignment(text):
     """ "NAME=VALUE" -> (name, value): assignment("RUN=runs/mine") == ("RUN", "runs/mine")"""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise UserError(f"--set {text} should be NAME=VALUE")
+        raise UsageError(f"--set {text} should be NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -70,7 +65,7 @@ def execute(file, values, timeout=300):
     try:
         notebook = nbformat.read(file, as_version=4)
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
+        raise UsageError(f"{file} does not exist") from None
     set_names(notebook, values, file)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # pictures go into the notebook
     os.environ["HF_HUB_OFFLINE"] = "1"  # records alone
@@ -85,7 +80,7 @@ def execute(file, values, timeout=300):
     try:
         client.execute()
     except CellExecutionError as e:
-        raise UserError(f"{file} has a cell that fails: {e.ename}: {e.evalue}") from None
+        raise UsageError(f"{file} has a cell that fails: {e.ename}: {e.evalue}") from None
     return tidy(notebook)
 
 
@@ -97,7 +92,7 @@ def set_names(notebook, values, file="the notebook"):
     }
     for name, value in values.items():
         if name not in names:
-            raise UserError(f"{file} has no {name} in its first cell; it has {', '.join(sorted(names))}")
+            raise UsageError(f"{file} has no {name} in its first cell; it has {', '.join(sorted(names))}")
         first.source += f"\n{name} = {value!r}"
 
 

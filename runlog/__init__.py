@@ -10,53 +10,22 @@
               ckpt/          checkpoints or adapters
 
 BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (record.py); notebooks, reports and tests
-read it back through `read_run` (reading.py); `python -m runlog` lists, shows, compares, watches, explains and verifies
-runs (commands.py, and a file for each that is long). manners.py holds what every script shares.
+read it back through `read_run` (run.py); `python -m runlog` lists, shows, compares, watches, explains and verifies
+runs (commands.py, and a file for each that is long).
 """
 
-import sys
-
-if sys.argv[0] == "-m":  # python -m runlog, outside of .venv: go on inside
-    import runlog.venv  # noqa: F401
-
-from runlog.manners import (
-    ROOT,
-    UserError,
-    atomic_open,
-    cli,
-    file_sha256,
-    from_hub,
-    open_text,
-    peak_memory_mb,
-    pick_device,
-    portable,
-    read_json,
-    write_json,
-)
-from runlog.reading import MACHINE_FIELDS, Run, learned, plot_loss, read_metrics, read_run
 from runlog.record import STATUSES, RunLog, environment, provenance
+from runlog.run import TIMING_FIELDS, Run, learned, plot_loss, read_metrics, read_run
 
 __all__ = [
-    "MACHINE_FIELDS",
-    "ROOT",
     "STATUSES",
+    "TIMING_FIELDS",
     "Run",
     "RunLog",
-    "UserError",
-    "atomic_open",
-    "cli",
     "environment",
-    "file_sha256",
-    "from_hub",
     "learned",
-    "open_text",
-    "peak_memory_mb",
-    "pick_device",
     "plot_loss",
-    "portable",
     "provenance",
-    "read_json",
     "read_metrics",
     "read_run",
-    "write_json",
 ]

@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from runlog import compare as side_by_side
-from runlog.manners import ROOT, UserError, atomic_open
-from runlog.reading import AXES, find_runs, read_run
+from common import ROOT, UsageError, atomic_open
+from runlog import compare_runs as side_by_side
+from runlog.run import AXES, find_runs, read_run
 from runlog.tables import shown, table
 from runlog.verify import verify
 from runlog.watch import watch
@@ -35,7 +35,7 @@ def locate(name):
     for path in (Path(name), ROOT / "runs" / name):
         if (path / "config.json").exists():
             return path
-    raise UserError(f"{name} is not a run directory: it has no config.json (`python -m runlog ls` lists them)")
+    raise UsageError(f"{name} is not a run directory: it has no config.json (`python -m runlog ls` lists them)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def wanted(run, folder, args):
     for condition in args.where or ():
         key, equals, value = condition.partition("=")
         if not equals:
-            raise UserError(f"--where {condition} is not SETTING=VALUE")
+            raise UsageError(f"--where {condition} is not SETTING=VALUE")
         if str(run.settings.get(key)) != value:
             return False
     return True
@@ -79,12 +79,12 @@ def list_runs(args):
     folder = Path(args.folder)
     found = find_runs(folder)
     if not found:
-        raise UserError(f"{folder} holds no run directory")
+        raise UsageError(f"{folder} holds no run directory")
     rows, unreadable = [], []
     for run_dir in found:
         try:
             run = read_run(run_dir)
-        except UserError as e:
+        except UsageError as e:
             unreadable.append(str(e))
             continue
         if wanted(run, folder, args):

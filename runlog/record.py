@@ -16,8 +16,8 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from runlog.manners import ROOT, UserError, plain, write_json
-from runlog.reading import metrics_sha256, plot_loss
+from common import ROOT, UsageError, plain, write_json
+from runlog.run import metrics_sha256, plot_loss
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -33,10 +33,10 @@ class RunLog:
     config: a dataclass or dict of every setting.
     resume: keep the records of an earlier start and append to them; otherwise they are replaced.
     enabled: False on every rank but one; then all methods do nothing.
-    tensorboard, wandb: mirror every number there, too, as KIND/FIELD; UserError where the package is missing.
+    tensorboard, wandb: mirror every number there, too, as KIND/FIELD; UsageError where the package is missing.
 
     Leaving the block with an exception records status "failed" and the reason. The directory is locked while the block
-    runs (the operating system drops the lock of a process that died); a second writer gets a UserError.
+    runs (the operating system drops the lock of a process that died); a second writer gets a UsageError.
     """
 
     def __init__(self, run_dir, kind, config, *, resume=False, enabled=True, tensorboard=False, wandb=False):
@@ -72,7 +72,7 @@ class RunLog:
         try:
             if exc is not None and not self.finished:
                 status = "preempted" if exc_type is KeyboardInterrupt else "failed"
-                if status == "failed" and exc_type is not UserError:  # stderr is gone with the terminal
+                if status == "failed" and exc_type is not UsageError:  # stderr is gone with the terminal
                     self._log.write("".join(traceback.format_exception(exc)).replace(f"{ROOT}{os.sep}", ""))
                 self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
             for file in (*self._mirrors, self._metrics, self._log):
@@ -125,7 +125,7 @@ class RunLog:
 
 
 def _lock(run_dir):
-    """Take the lock of a run directory -> the lock; UserError if another process has it.
+    """Take the lock of a run directory -> the lock; UsageError if another process has it.
 
     It is the operating system's, which drops it when its holder dies, here or on another node; the file that stays
     behind means nothing. A lock made of a file would outlive its node, so where the file system has no other, nothing
@@ -135,7 +135,7 @@ def _lock(run_dir):
     try:
         lock.acquire(timeout=0.3)  # `is_locked` may hold it for an instant
     except filelock.Timeout:
-        raise UserError(
+        raise UsageError(
             f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
         ) from None
     except OSError as e:
@@ -258,7 +258,7 @@ class Wandb:
             self.run = package.init(resume="allow", **about)
         except Exception as e:  # no network, no key: wandb has an exception for each
             why = f"{type(e).__name__}: {e}".splitlines()[0]
-            raise UserError(f"wandb did not start ({why}); set WANDB_MODE=offline, or leave out --wandb") from e
+            raise UsageError(f"wandb did not start ({why}); set WANDB_MODE=offline, or leave out --wandb") from e
         # Our steps may come again after a kill, which wandb's own counter refuses: the step is a field like others.
         self.run.define_metric("*", step_metric="step")
 
@@ -273,7 +273,7 @@ def _import(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"--{name} needs the package {name}, which is not installed: pip install {name}") from None
+        raise UsageError(f"--{name} needs the package {name}, which is not installed: pip install {name}") from None
 
 
 def _is_number(value):

@@ -1,18 +1,18 @@
 """A run's own proof: is what its record says what its code, data and weights give?
 
 Every kind of run is held to its sums and to the figures that its record states twice. What a kind can compute again
-lies with its station (`prove` in gpt2/verify.py, bpe/verify.py, lora/verify.py), imported here only when it is asked.
+lies with its station (`replay_run`), imported here only when it is asked.
 """
 
 import importlib
 import json
 from pathlib import Path
 
-from runlog.manners import ROOT, UserError
-from runlog.reading import find_runs, metrics_sha256, read_run
+from common import ROOT, UsageError
 from runlog.record import environment, git
+from runlog.run import find_runs, metrics_sha256, read_run
 
-PROVERS = {"gpt2": "gpt2.verify", "hellaswag": "gpt2.verify", "bpe": "bpe.verify", "lora": "lora.verify"}
+REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.replay_bpe", "lora": "lora.replay_lora"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
 # Figures that stand in result.json and, as the last row of a kind, in metrics.jsonl as well.
 STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_byte")}
@@ -57,11 +57,11 @@ def verify(run_dir, steps=5, whole=False, data=None):
     check_sum(run, report)
     check_result(run, report)
     report.reasons += [*code_reasons(run), *machine_reasons(run)]
-    if run.kind in PROVERS:
-        prover = importlib.import_module(PROVERS[run.kind])
+    if run.kind in REPLAYS:
+        station = importlib.import_module(REPLAYS[run.kind])
         try:
-            prover.prove(run, report, steps=steps, whole=whole, data=data)
-        except UserError as e:
+            station.replay_run(run, report, steps=steps, whole=whole, data=data)
+        except UsageError as e:
             report.open(str(e))
     elif run.kind == "lora_sweep":
         check_adapters(run, report, steps, whole, data)
@@ -151,19 +151,19 @@ def _brief(value):
 # for the stations
 
 
-def find(recorded, replacement=None):
-    """A path of a record -> where it lies here: as it stands, or from the repository's root; UserError if nowhere."""
+def locate_input(recorded, replacement=None):
+    """A path of a record -> where it lies here: as it stands, or from the repository's root; UsageError if nowhere."""
     if replacement is not None:
         if not Path(replacement).exists():
-            raise UserError(f"{replacement} does not exist")
+            raise UsageError(f"{replacement} does not exist")
         return Path(replacement)
     for path in (Path(recorded), ROOT / recorded):
         if path.exists():
             return path
-    raise UserError(f"{recorded} is not here, so nothing was computed again (say with --data where it lies now)")
+    raise UsageError(f"{recorded} is not here, so nothing was computed again (say with --data where it lies now)")
 
 
-def judge(report, what, recorded, again, tolerance):
+def compare_figures(report, what, recorded, again, tolerance):
     """Hold figures that were computed again to the recorded ones, {name: value} both.
 
     They have to be the same to the last bit, unless the report has reasons why they may not be: then to a relative

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from runlog.reading import read_run
+from runlog.run import read_run
 from runlog.tables import draw
 
 RECENT = 50  # train rows from which the speed is taken

@@ -4,8 +4,8 @@ import math
 import shlex
 import shutil
 
-from runlog.manners import file_sha256
-from runlog.reading import is_locked, read_run
+from common import file_sha256
+from runlog.run import is_locked, read_run
 from runlog.tables import table
 from runlog.watch import hms
 

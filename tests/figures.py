@@ -18,7 +18,8 @@ from statistics import mean, stdev
 
 from conftest import ROOT
 
-from runlog import read_json, read_metrics
+from common import read_json
+from runlog import read_metrics
 
 NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?!\.?\d|[\w-])(?: ?%)?")
 CITED = re.compile(r"`((?:runs|tests)/[^`\s]+)`")

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.baselines import SIZES, Levers, batches, first_weights, ours, transformers
+from bench.harness import contest
+from common import UsageError
 from gpt2 import bench_gpt2, race, starting
-from gpt2.contest import contest
 from gpt2.machine import CPU_MEMORY_SETTINGS, matmul_peak, peak_of_a_step, sdpa_backend
-from gpt2.peers import SIZES, Levers, batches, first_weights, ours, transformers
-from runlog import UserError, read_run
+from runlog import read_run
 
 TINY = ("--size", "tiny", "--device", "cpu", "--rounds", 1, "--steps", 1, "--no-own-process")
 NANOGPT_MODEL = """
@@ -90,7 +91,7 @@ def test_transformers_starts_as_the_same_function():
 
 
 def test_a_contestant_runs_in_a_process_of_its_own_with_its_environment():
-    from gpt2.contest import OwnProcess
+    from bench.harness import OwnProcess
 
     one = OwnProcess(ours, SIZES["tiny"], "cpu", {"levers": Levers(compile=False)}, CPU_MEMORY_SETTINGS)
     try:
@@ -112,7 +113,7 @@ def test_who_cannot_start_is_left_out_and_the_others_go_on():
     facts = contest(entrants, "cpu", 1, 1, log)
     assert list(facts) == ["good"] and facts["good"]["seconds"] > 0
     assert said == ["bad is left out: RuntimeError: CUDA out of memory"]
-    with pytest.raises(UserError, match="no contestant"):
+    with pytest.raises(UsageError, match="no contestant"):
         contest({"bad": entrants["bad"]}, "cpu", 1, 1, log)
 
 

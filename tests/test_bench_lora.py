@@ -1,7 +1,7 @@
 import pytest
 
+from bench.bench_lora import Size
 from lora import bench_lora
-from lora.bench_lora import Size
 from runlog import read_run
 
 TINY = {"tiny": Size(layers=1, width=32, batch_size=2, tokens=8, steps=4)}

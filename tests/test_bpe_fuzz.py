@@ -9,7 +9,7 @@ import pytest
 import bpe.encoder
 import bpe.trainer
 from bpe import Tokenizer, reference
-from bpe.splitting import utf8
+from bpe.pretokenizer import utf8
 
 ALPHABETS = [
     "a", "ab", "aab", "abc", "abcdefgh ", "the cat's 1234 \n", "ACGT", "北大模型的 ", "😀👩‍👩‍👧é", "\x00\xff\x01",
@@ -53,7 +53,7 @@ def chunks_of(tok, text):
     """The chunks in UTF-8, cut by the pattern itself."""
     import regex
 
-    from bpe.splitting import PATTERNS, lossless_pattern
+    from bpe.pretokenizer import PATTERNS, lossless_pattern
 
     text = utf8(text).decode()
     return [utf8(chunk) for chunk in regex.findall(lossless_pattern(PATTERNS.get(tok.pattern, tok.pattern)), text)]

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
+from common import UsageError
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
-from runlog import UserError
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, harm):
     warnings = []
     assert checkpoint.load_newest(tmp_path, warn=warnings.append)["step"] == 1
     assert len(warnings) == 1 and "step_000002.pt is skipped" in warnings[0]
-    with pytest.raises(UserError, match="not a usable checkpoint"):
+    with pytest.raises(UsageError, match="not a usable checkpoint"):
         checkpoint.load(newest)
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_is_one_line(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(UserError, match=r"could not be written \(.*File too large\); the earlier"):
+        with pytest.raises(UsageError, match=r"could not be written \(.*File too large\); the earlier"):
             checkpoint.save(tmp_path, 2, {"x": torch.zeros(1_000_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -92,12 +92,12 @@ def test_a_full_disk_keeps_the_last_good_one_and_is_one_line(tmp_path):
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path, monkeypatch):
     path = checkpoint.save(tmp_path, 1, {})
     monkeypatch.setattr(checkpoint, "VERSION", 2)
-    with pytest.raises(UserError, match="version 1, not"):
+    with pytest.raises(UsageError, match="version 1, not"):
         checkpoint.load(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         checkpoint.load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UsageError, match="no usable checkpoint"):
         checkpoint.load_model(tmp_path / "empty")
 
 

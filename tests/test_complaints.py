@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import pick_device
 from gpt2 import plan
 from gpt2.config import GPTConfig
 from gpt2.distributed import pick_dtype
 from gpt2.model import GPT
-from runlog import pick_device
 
 # complaint: (what it is, file and test that names it)
 COMPLAINTS = {
@@ -53,15 +53,15 @@ COMPLAINTS = {
     "nanochat#604": ("no toolchain for torch.compile", "test_train_gpt2.py::test_without_a_compiler"),
     "nanoGPT#202": ("no ready-made shards", "test_prepare.py::test_ready_made_shards"),
     "nanochat#7": ("comparing runs by step, tokens, seconds", "test_runlog_commands.py::test_the_axes"),
-    "tiktoken#212": ("GPT-2's vocabulary without network", "test_exchange.py::test_each_place_is_asked"),
-    "tiktoken#369": ("GPT-2's vocabulary without network", "test_exchange.py::test_each_place_is_asked"),
+    "tiktoken#212": ("GPT-2's vocabulary without network", "test_interop.py::test_each_place_is_asked"),
+    "tiktoken#369": ("GPT-2's vocabulary without network", "test_interop.py::test_each_place_is_asked"),
     "tokenizers#2058": ("32-bit counts overflow", "test_trainer.py::test_counts_beyond"),
     "tokenizers#1313": ("unsplit DNA takes hours", "test_tokenizer.py::test_a_million_characters"),
     "tokenizers#472": ("special tokens lost on save", "test_tokenizer.py::test_a_saved_tokenizer"),
     "minbpe#90": ("merges depend on the order of the text", "test_trainer.py::test_the_order_of_the_text"),
     "tiktoken#195": ("one long chunk is slow", "test_tokenizer.py::test_a_million_characters"),
     "tiktoken#15": ("one long chunk panics", "test_tokenizer.py::test_a_million_characters"),
-    "bpeasy#2": ("broken exports", "test_exchange.py::test_huggingface_gives"),
+    "bpeasy#2": ("broken exports", "test_interop.py::test_huggingface_gives"),
     "UTF-8": ("text on Windows", "test_runlog.py::test_what_is_printed_into_a_pipe_is_utf8"),
 }
 

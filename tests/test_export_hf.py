@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bpe import Tokenizer
+from common import UsageError
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
 from gpt2.export_hf import export, import_hf, largest_difference, main
 from gpt2.model import CONV1D, GPT
-from runlog import UserError
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_comparison_of_logits_can_fail(pair, tmp_path):
 def test_a_wrong_vocabulary_is_refused_and_leaves_nothing(pair, tmp_path):
     _, tokenizer = pair
     model = GPT(GPTConfig(block_size=8, vocab_size=77, n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UsageError, match="do not belong together"):
         export(model, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from lora_models import save_tiny, tiny_model, tiny_tokenizer
 
+from common import UsageError
 from lora import generate
 from lora.generate import load_base, load_tokenizer, save_merged
-from runlog import UserError
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_broken_adapter_is_not_merged(base, tmp_path):
     model = adapter(load_base(str(base)))
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"cannot be merged|logits differ"):
+    with pytest.raises(UsageError, match=r"cannot be merged|logits differ"):
         generate.merge(model, torch.arange(1, 9)[None])
 
 
@@ -112,7 +112,7 @@ def test_merging_writes_a_folder_whole_or_not_at_all(base, tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UsageError, match="not empty"):
         save_merged(load_base(str(base)), load_tokenizer(str(base)), tmp_path / "merged", "float32")
 
 
@@ -137,7 +137,7 @@ def test_the_models_own_dropout_is_off(tmp_path):
 )
 def test_a_base_that_is_none_is_named(base, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         load_base(base)
 
 

@@ -10,12 +10,13 @@ import torch
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
+from common import UsageError
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import GPTConfig
 from gpt2.endings import Encoded, plain, shared_gpt, shared_hf
 from gpt2.hellaswag import NAIVE, counts, evaluate, figures, load_items, mcnemar, wilson
 from gpt2.model import GPT
-from runlog import UserError, read_run
+from runlog import read_run
 
 WORDS = [
     "the", "man", "then", "sits", "down", "and", "plays", "a", "piano", "in",
@@ -258,13 +259,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_items_are_named(tmp_path, what):
-    with pytest.raises(UserError, match="item 1 is not"):
+    with pytest.raises(UsageError, match="item 1 is not"):
         load_items(write_items(tmp_path / "a.jsonl", [OFFICIAL, BROKEN[what]]))
 
 
 def test_what_lm_eval_needs_and_is_absent_is_named(tmp_path):
     path = write_items(tmp_path / "a.jsonl", [{k: v for k, v in OFFICIAL.items() if k != "ctx_a"}])
-    with pytest.raises(UserError, match="lacks ctx_a"):
+    with pytest.raises(UsageError, match="lacks ctx_a"):
         load_items(path, prompt="lm-eval")
 
 
@@ -370,7 +371,7 @@ def test_mistakes_are_one_line(trained, items_file, refuses, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # one's own may hold the items
     for says, args in mistakes.items():
         monkeypatch.setattr(sys, "argv", ["gpt2/hellaswag.py", *args])
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UsageError, match=says):
             hellaswag.main()
     refuses("gpt2/hellaswag.py", *ours, "--input", "nowhere.jsonl", says="nowhere.jsonl does not exist")
     assert not (tmp_path / "x").exists()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from common import UsageError
 from data.shards import write_meta, write_shard
 from gpt2.loader import Loader, Prefetcher, micro_batch_rows
-from runlog import UserError
 
 T = 8
 
@@ -89,7 +89,7 @@ def test_rows_in_order_fill_the_last_batch_with_masked_targets(counting):
 
 
 def test_a_corpus_too_small_for_one_sequence_is_refused(counting):
-    with pytest.raises(UserError, match="no sequence of 64 tokens"):
+    with pytest.raises(UsageError, match="no sequence of 64 tokens"):
         Loader(counting, "val", 64)
-    with pytest.raises(UserError, match=r"no meta\.json"):
+    with pytest.raises(UsageError, match=r"no meta\.json"):
         Loader(counting / "nowhere", "val", 8)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from common import UsageError
 from gpt2 import model as model_module
 from gpt2.config import SHAPES, GPTConfig
 from gpt2.model import GPT, ChunkedCrossEntropy
-from runlog import UserError
 
 
 def random_pair(config, seed=0):
@@ -208,17 +208,17 @@ def test_from_pretrained_reads_a_local_folder_and_refuses_another_architecture(t
     torch.testing.assert_close(model(idx)[0], hf.float()(idx).logits, rtol=0, atol=1e-5)
     hf.config.scale_attn_by_inverse_layer_idx = True
     hf.save_pretrained(tmp_path / "odd")
-    with pytest.raises(UserError, match="scale_attn_by_inverse_layer_idx"):
+    with pytest.raises(UsageError, match="scale_attn_by_inverse_layer_idx"):
         GPT.from_pretrained(str(tmp_path / "odd"))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         GPT.from_pretrained(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no GPT-2 weights"):
+    with pytest.raises(UsageError, match="no GPT-2 weights"):
         GPT.from_pretrained("nobody/nothing")
 
 
 def test_a_text_longer_than_the_block_is_refused():
     model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=8))
-    with pytest.raises(UserError, match="block_size 8"):
+    with pytest.raises(UsageError, match="block_size 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
-    with pytest.raises(UserError, match="not a multiple of n_head"):
+    with pytest.raises(UsageError, match="not a multiple of n_head"):
         GPTConfig(n_embd=10, n_head=3)

@@ -8,10 +8,10 @@ from lora_models import FAMILIES, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
+from common import UsageError
 from lora import multi_lora
 from lora.multi_lora import AdapterConfig, MultiLora, plan_memory
 from lora.tasks import IGNORE
-from runlog import UserError
 
 MIXED = [
     AdapterConfig(r=4, lora_alpha=1, lr=3e-3, seed=1),
@@ -310,7 +310,7 @@ def test_a_slot_is_given_to_the_next_and_slots_are_dropped():
     assert engine.steps == [4, 7] and engine.configs[0] == fresh
     ours, theirs = engine.tensors(0), alone.tensors(0)
     assert ours.keys() == theirs.keys() and all((ours[n] - theirs[n]).abs().max() < 1e-10 for n in ours)
-    with pytest.raises(UserError, match="no room for r 9"):
+    with pytest.raises(UsageError, match="no room for r 9"):
         engine.replace(0, AdapterConfig(r=9))
 
 
@@ -363,7 +363,7 @@ def test_complaint_memory_estimate_llama_factory_5717():
     [({"bias": "all"}, "no bias 'all'"), ({"r": 0}, "rank"), ({"init_lora_weights": "pissa"}, "no init_lora_weights")],
 )
 def test_settings_beyond_the_engine_are_refused(wrong, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         AdapterConfig(**wrong)
 
 
@@ -374,5 +374,5 @@ def test_a_model_that_bends_its_logits_is_refused():
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.01,
     )  # fmt: skip
-    with pytest.raises(UserError, match="changes its logits"):
+    with pytest.raises(UsageError, match="changes its logits"):
         MultiLora(Gemma2ForCausalLM(config), [AdapterConfig()])

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from runlog import UserError
+from common import UsageError
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -128,7 +128,7 @@ def test_another_run_is_shown_with_set(in_process, execute, tmp_path):
     assert printed(shown) == ("runs/b c ['d']\n", "")
     assert [cell.execution_count for cell in shown.cells] == [1, 2]
     assert shown.cells[1].metadata == {}
-    with pytest.raises(UserError, match="has no C in its first cell; it has B, RUN"):
+    with pytest.raises(UsageError, match="has no C in its first cell; it has B, RUN"):
         execute.execute(file, {"C": 1})
     code, _, err = in_process(execute.main, file, "--set", "RUN=runs/b")
     assert code == 2 and "say with --out where" in err

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from runlog import ROOT, RunLog, UserError, atomic_open, learned, portable, read_metrics, read_run, write_json
+from common import ROOT, UsageError, atomic_open, portable, write_json
+from runlog import RunLog, learned, read_metrics, read_run
 
 
 def write_run(run_dir, losses=(3.0, 2.0), **kwargs):
@@ -56,7 +57,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     write_run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0][:10], lines[1], ""]))
-    with pytest.raises(UserError, match="line 1"):
+    with pytest.raises(UsageError, match="line 1"):
         read_metrics(tmp_path)
 
 
@@ -84,7 +85,7 @@ def test_an_exception_is_recorded_as_failed(tmp_path):
 
 def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
     hold = f"import os\nfrom runlog import RunLog\nwith RunLog({str(tmp_path)!r}, 'test', {{}}): os._exit(9)"
-    with RunLog(tmp_path, "test", {}), pytest.raises(UserError, match="another process"):
+    with RunLog(tmp_path, "test", {}), pytest.raises(UsageError, match="another process"):
         RunLog(tmp_path, "test", {}).__enter__()
     assert subprocess.run([sys.executable, "-c", hold]).returncode == 9
     write_run(tmp_path)
@@ -111,9 +112,9 @@ def test_the_first_complaint_of_a_full_disk_is_the_one_shown(tmp_path, monkeypat
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="the checkpoint could not be written"), RunLog(tmp_path, "test", {}):
+    with pytest.raises(UsageError, match="the checkpoint could not be written"), RunLog(tmp_path, "test", {}):
         monkeypatch.setattr("runlog.record.write_json", full)
-        raise UserError("the checkpoint could not be written")
+        raise UsageError("the checkpoint could not be written")
     monkeypatch.undo()
     write_run(tmp_path)  # and the lock is free again
 
@@ -159,7 +160,7 @@ def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_mirror_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    with pytest.raises(UserError, match=f"pip install {name}"):
+    with pytest.raises(UsageError, match=f"pip install {name}"):
         write_run(tmp_path / "run", **{name: True})
     assert not (tmp_path / "run").exists()
 
@@ -192,13 +193,13 @@ def test_paths_inside_the_repository_are_recorded_relative_to_it(tmp_path):
 
 
 def test_what_is_printed_into_a_pipe_is_utf8_whatever_the_code_page():
-    code = "from runlog import cli\ncli(lambda: print('北 naïve'))"
+    code = "from common import cli\ncli(lambda: print('北 naïve'))"
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}  # what Windows gives a pipe
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).stdout.decode() == "北 naïve\n"
 
 
 def test_mistakes_are_one_line_and_status_2():
-    for raised in ("UserError('what, and what to do')", "FileNotFoundError(2, 'No such file or directory', 'x.txt')"):
-        code = f"from runlog import UserError, cli\ndef main(): raise {raised}\ncli(main)"
+    for raised in ("UsageError('what, and what to do')", "FileNotFoundError(2, 'No such file or directory', 'x.txt')"):
+        code = f"from common import UsageError, cli\ndef main(): raise {raised}\ncli(main)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -9,9 +9,10 @@ import time
 import pytest
 from conftest import ROOT
 
-from runlog import RunLog, file_sha256, read_run
+from common import file_sha256
+from runlog import RunLog, read_run
 from runlog.commands import main
-from runlog.compare import group, interpolate
+from runlog.compare_runs import group, interpolate
 from runlog.tables import draw, spread, table
 from runlog.watch import eta
 
@@ -231,7 +232,7 @@ def test_why_tells_a_killed_run_from_a_running_one(tmp_path, runlog, monkeypatch
     out = runlog("why", tmp_path)
     assert "it was cut off at step 3 of 20" in out and "was cut in the middle" in out and "same command goes on" in out
     assert "no checkpoint is kept" in out
-    monkeypatch.setattr("runlog.reading.FRESH", -1.0)
+    monkeypatch.setattr("runlog.run.FRESH", -1.0)
     assert read_run(tmp_path).status == "stale" and "stale" in runlog("ls", tmp_path)
 
 

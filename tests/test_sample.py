@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from common import UsageError
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
 from gpt2.sample import KVCache, generate, pick
-from runlog import UserError
 
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -92,7 +92,7 @@ def test_top_k_top_p_and_temperature_choose_among_the_right_tokens():
 
 
 def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UsageError, match="empty"):
         generate(model, [[1], []], 3)
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from common import UsageError, file_sha256, read_json, write_json
 from data.shards import open_split, read_meta, read_shard, verify, write_meta, write_shard
-from runlog import UserError, file_sha256, read_json, write_json
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_chunks_join_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("ids", [[65536], [-1]])
 def test_an_id_that_does_not_fit_is_refused_and_leaves_no_file(tmp_path, ids):
-    with pytest.raises(UserError, match="65535"):
+    with pytest.raises(UsageError, match="65535"):
         write_shard(tmp_path / "a.bin", ids)
     assert not list(tmp_path.iterdir())
 
@@ -98,21 +98,21 @@ SEEN_BY_VERIFY = {"flipped": "corrupt", "beyond the vocabulary": "vocabulary of 
 def test_damage_is_named(corpus, refuses, how):
     damage(corpus, how)
     if how in SEEN_AT_START:
-        with pytest.raises(UserError, match=SEEN_AT_START[how]):
+        with pytest.raises(UsageError, match=SEEN_AT_START[how]):
             open_split(corpus, "train")
     else:
         open_split(corpus, "train")  # sums are verify's business
-        with pytest.raises(UserError, match=SEEN_BY_VERIFY[how]):
+        with pytest.raises(UsageError, match=SEEN_BY_VERIFY[how]):
             verify(corpus)
     if how == "flipped":
         refuses("data/shards.py", "verify", corpus, says="tiny_train_000001.bin is corrupt")
 
 
 def test_a_folder_without_manifest_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"make the corpus with data/prepare.py"):
+    with pytest.raises(UsageError, match=r"make the corpus with data/prepare.py"):
         open_split(tmp_path, "train")
     write_shard(tmp_path / "fineweb_train_000001.bin", [1])
-    with pytest.raises(UserError, match=r"prepare.py adopt"):
+    with pytest.raises(UsageError, match=r"prepare.py adopt"):
         open_split(tmp_path, "train")
 
 
@@ -120,10 +120,10 @@ def test_a_missing_split_and_another_version_are_named(corpus):
     meta = read_meta(corpus)
     (corpus / meta["shards"][0]["file"]).unlink()
     write_json(corpus / "meta.json", {**meta, "shards": meta["shards"][1:]})
-    with pytest.raises(UserError, match="no val shard"):
+    with pytest.raises(UsageError, match="no val shard"):
         open_split(corpus, "val")
     write_json(corpus / "meta.json", {**read_json(corpus / "meta.json"), "version": 9})
-    with pytest.raises(UserError, match="version 9"):
+    with pytest.raises(UsageError, match="version 9"):
         read_meta(corpus)
 
 

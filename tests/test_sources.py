@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
+from common import UsageError
 from data import sources
 from data.sources import cut, docstrings, documents, is_validation
-from runlog import UserError
 
 
 def lines_of(path):
@@ -146,7 +146,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
 def test_another_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, column="content")
     assert list(documents("jsonl", [tmp_path / "a.parquet"], text_field="content")) == TEXTS
-    with pytest.raises(UserError, match="no column text, but content"):
+    with pytest.raises(UsageError, match="no column text, but content"):
         list(documents("jsonl", [tmp_path / "a.parquet"]))
 
 
@@ -177,7 +177,7 @@ def test_the_hub_files_are_read_in_order(tmp_path, monkeypatch):
     assert asked[-1][3] == ["sample/10BT/*.parquet"]
     record = sources.describe("fineweb-edu", subset="sample-10BT")
     assert record["revision"] == "0123abcd" and record["files"][0]["file"] == "000_00000.parquet"
-    with pytest.raises(UserError, match="CC-MAIN-2099-01"):
+    with pytest.raises(UsageError, match="CC-MAIN-2099-01"):
         list(documents("fineweb-edu", subset="CC-MAIN-2099-01"))
 
 
@@ -239,5 +239,5 @@ def test_mistakes_are_one_line(tmp_path, refuses, what):
 def test_a_damaged_gzip_is_named(tmp_path):
     raw = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(raw[:-12])
-    with pytest.raises(UserError, match="damaged gzip"):
+    with pytest.raises(UsageError, match="damaged gzip"):
         list(documents("jsonl", [tmp_path / "a.jsonl.gz"]))

@@ -7,12 +7,13 @@ import filelock
 import pytest
 import torch
 
+from common import UsageError, read_json
 from lora import group, sweep
-from lora.group import Slot
+from lora.concurrent_trainer import Slot
 from lora.sweep import SweepConfig, run_sweep
 from lora.sweep_report import interval, replay_halving, varied
 from lora.train_lora import TrainConfig
-from runlog import Run, UserError, learned, read_json, read_run
+from runlog import Run, learned, read_run
 
 SETTINGS = {
     "max_steps": 12, "eval_every": 4, "log_every": 1, "batch_size": 2, "metric_rows": 2, "eval_rows": 4,
@@ -217,7 +218,7 @@ def test_a_finished_sweep_says_so_and_another_is_refused(finished, base, rows, t
     run_sweep(config(grid, base, rows, finished))
     assert "already done" in capsys.readouterr().out
     assert before == ((finished / "metrics.jsonl").read_bytes(), (finished / "log.txt").read_bytes())
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UsageError, match="other settings"):
         run_sweep(config(grid, base, rows, finished, divergence_factor=9.0))
 
 
@@ -277,7 +278,7 @@ def test_what_the_engine_cannot_do_goes_to_the_trainer(base, rows, tmp_path):
     kinds = [read_run(folder).kind for folder in sorted((tmp_path / "run/groups").glob("0??"))]
     assert kinds == ["lora_group_concurrent", "lora_group_trainer"]
     assert read_json(tmp_path / "run/adapters/001_r2_use_doraTrue/ckpt/adapter/adapter_config.json")["use_dora"]
-    with pytest.raises(UserError, match="beyond the concurrent engine"):
+    with pytest.raises(UsageError, match="beyond the concurrent engine"):
         run_sweep(config(grid, base, rows, tmp_path / "other", engine="concurrent"))
 
 
@@ -358,7 +359,7 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
         ("max_length=long", "should be int"),
         ("rows=3", "unknown setting"),
     ]:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UsageError, match=says):
             sweep.read_grid(config(grid, base, rows, "run", set=(wrong,)))
 
 
@@ -371,7 +372,7 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
     ],
 )
 def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         run_sweep(config(write_grid(tmp_path / "grid.json", **parts), base, rows, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -379,7 +380,7 @@ def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
 def test_mistakes_are_one_line(refuses, base, rows, tmp_path):
     refuses("lora/sweep.py", tmp_path / "no.json", "--run-dir", tmp_path / "run", says="no.json does not exist")
     for shard in ("2/2", "x"):
-        with pytest.raises(UserError, match="should be i/n"):
+        with pytest.raises(UsageError, match="should be i/n"):
             grid = write_grid(tmp_path / "grid.json", grid={"r": [1]})
             run_sweep(config(grid, base, rows, tmp_path / "run", shard=shard))
 

@@ -6,9 +6,9 @@ from itertools import chain
 import pytest
 from lora_models import tiny_tokenizer
 
+from common import UsageError
 from lora import tasks
 from lora.tasks import IGNORE, collate, encode, load_task, to_example, token_f1
-from runlog import UserError
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_complaint_chat_templates_and_assistant_loss_llama_factory_2154_5707(cha
 
 
 def test_a_base_without_chat_template_says_so(tokenizer):
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UsageError, match="no chat template"):
         to_example("chat", {"messages": [{"role": "assistant", "content": "a"}]}, tokenizer, "corrected")
 
 
@@ -152,12 +152,12 @@ def test_a_conversation_that_cannot_be_learned_is_one_line(chat_tokenizer, row, 
         "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         to_example("chat", row, strict, "corrected")
 
 
 def test_a_review_of_unknown_sentiment_is_refused(tokenizer):
-    with pytest.raises(UserError, match="'4 stars' is neither of positive"):
+    with pytest.raises(UsageError, match="'4 stars' is neither of positive"):
         to_example("imdb", {"review": "good", "sentiment": "4 stars"}, tokenizer, "corrected")
     answers = [
         to_example("imdb", {"review": "x", "label": label}, tokenizer, "corrected").answer for label in (1, "neg")
@@ -194,7 +194,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UsageError, match=says) as e:
         tasks.read_rows(tmp_path / name)
     assert name in str(e.value)
 

@@ -14,7 +14,7 @@ import bpe.tokenizer
 import bpe.trainer
 from bpe import Tokenizer, reference
 from bpe.tokenizer import load_tokenizer
-from runlog import UserError
+from common import UsageError
 
 TEXT = "The cat's 1234 hats\n  don't fit; 北京大学的大学生。😀 naïve\x1c\x1f\r\n\t tab\n\n" * 8
 
@@ -56,11 +56,11 @@ def test_special_tokens_have_the_semantics_of_tiktoken(tok):
     assert tok.encode(text, allowed_special={"<|endoftext|>"}) == [*a, 300, *b]
     plain = tok.encode(text, allowed_special="none")
     assert 300 not in plain and tok.decode(plain) == text and plain == tok.encode_ordinary(text)
-    with pytest.raises(UserError, match="pad"):
+    with pytest.raises(UsageError, match="pad"):
         tok.encode("<|pad|>" + text, allowed_special={"<|endoftext|>"})
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(UsageError, match="unknown"):
         tok.encode("x<|im_end|>", allowed_special={"<|im_end|>"})
-    with pytest.raises(UserError, match="allowed_special"):
+    with pytest.raises(UsageError, match="allowed_special"):
         tok.encode("x", allowed_special="some")
     assert tok.decode([300, 301]) == "<|endoftext|><|pad|>"
     assert tok.eot_token == 300 and tok.n_vocab == 302
@@ -147,7 +147,7 @@ def test_training_does_not_depend_on_the_number_of_processes():
 
 def test_a_document_that_is_no_text_is_refused():
     for documents in (["a", b"b"], [None], ["ok", 3]):
-        with pytest.raises(UserError, match="iterable of str"):
+        with pytest.raises(UsageError, match="iterable of str"):
             Tokenizer("gpt2").train(documents, 300)
 
 
@@ -155,7 +155,7 @@ def test_batches_over_processes(tok):
     texts = [TEXT[i : i + 50] for i in range(0, 400, 7)] + ["", "a<|pad|>"]
     expected = [tok.encode(text, "all") for text in texts]
     assert tok.encode_batch(texts, "all") == expected == tok.encode_batch(texts, "all", num_workers=2)
-    with pytest.raises(UserError, match="pad"):
+    with pytest.raises(UsageError, match="pad"):
         tok.encode_batch(texts, num_workers=2)
     assert tok.encode_batch([]) == []
 
@@ -248,7 +248,7 @@ def write_model(file, **changes):
     ],
 )
 def test_a_model_with_impossible_content_is_refused(tmp_path, changes, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         Tokenizer.load(write_model(tmp_path / "t.model", **changes))
     Tokenizer.load(write_model(tmp_path / "t.model"))
 
@@ -261,7 +261,7 @@ def test_a_damaged_model_is_refused_wherever_the_damage(tmp_path):
     rnd = random.Random(0)
     for cut in {0, 1, len(whole) // 2, len(whole) - 3}:
         file.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"t\.model"):
+        with pytest.raises(UsageError, match=r"t\.model"):
             Tokenizer.load(file)
     for at in rnd.sample(range(len(whole)), 60):
         for flip in (1, 16):
@@ -270,17 +270,17 @@ def test_a_damaged_model_is_refused_wherever_the_damage(tmp_path):
             file.write_bytes(damaged)
             try:
                 loaded = Tokenizer.load(file)
-            except UserError as e:
+            except UsageError as e:
                 assert "t.model" in str(e) and "\n" not in str(e)
             else:  # white space between the fields, or a letter of a \u escape in another case
                 assert (loaded.merges, loaded.sha256) == (tok.merges, tok.sha256)
     file.write_bytes(whole.replace(b'"version": 1', b'"version": 2'))
-    with pytest.raises(UserError, match="version 2"):
+    with pytest.raises(UsageError, match="version 2"):
         Tokenizer.load(file)
     file.write_bytes(b"{}")
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UsageError, match="not a tokenizer"):
         Tokenizer.load(file)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         Tokenizer.load(tmp_path / "none.model")
 
 
@@ -300,7 +300,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
 def test_special_tokens_that_cannot_be_are_refused():
     tok = Tokenizer()
     for wrong in ({"": 300}, {"x": 97}, {"x": -1}, {"x": "300"}, {"x": True}, {5: 300}):
-        with pytest.raises(UserError):
+        with pytest.raises(UsageError):
             tok.register_special_tokens(wrong)
     tok.register_special_tokens({"<a>": 256, "<ab>": 257})
     assert tok.encode("<ab><a>", "all") == [257, 256]

@@ -15,11 +15,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from common import UsageError
 from gpt2 import checkpoint, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main, parse
-from runlog import UserError, learned, read_run
+from runlog import learned, read_run
 
 TINY = [
     *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--device", "cpu"),
@@ -353,9 +354,9 @@ def test_a_published_model_is_where_training_may_begin(train, corpus, tmp_path):
 def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
     cfg = TrainConfig(total_batch_size=24 * 1024, micro_batch_size=8)
     assert [cfg.grad_accum_steps(n) for n in (1, 3)] == [3, 1]
-    with pytest.raises(UserError, match="try --micro-batch-size 6"):
+    with pytest.raises(UsageError, match="try --micro-batch-size 6"):
         cfg.grad_accum_steps(2)
-    with pytest.raises(UserError, match="multiple of 5 sequences"):
+    with pytest.raises(UsageError, match="multiple of 5 sequences"):
         cfg.grad_accum_steps(5)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from lora_models import tiny_model
 
+from common import UsageError
 from lora import train_lora
 from lora.train_lora import TrainConfig
-from runlog import UserError, learned, read_run
+from runlog import learned, read_run
 
 QUICK = ("--device", "cpu", "--max-steps", "6", "--eval-every", "3", "--log-every", "1", "--batch-size", "2")
 QUICK += ("--max-new-tokens", "8", "--metric-rows", "2", "--eval-rows", "4", "--held-out", "0.2", "--lr", "1e-2")
@@ -75,7 +76,7 @@ def test_the_adapter_changes_the_model(base, rows, tmp_path):
 
 def test_other_settings_are_refused_and_overwrite_replaces(base, rows, tmp_path):
     train_lora.run(config(base, rows, tmp_path, max_steps=2))
-    with pytest.raises(UserError, match=r"other settings \(r\)"):
+    with pytest.raises(UsageError, match=r"other settings \(r\)"):
         train_lora.run(config(base, rows, tmp_path, max_steps=2, r=4))
     result = train_lora.run(config(base, rows, tmp_path, max_steps=2, r=4, overwrite=True))
     assert result["step"] == 2 and len(read_run(tmp_path).rows("train")) == 2
@@ -155,15 +156,15 @@ def test_complaint_empty_adapters_saved_alpaca_lora_446(base, rows, tmp_path):
     shapes = {name.rsplit("c_attn.", 1)[1]: tuple(t.shape) for name, t in tensors.items()}
     assert shapes == {"lora_A.weight": (3, 32), "lora_B.weight": (96, 3), "base_layer.bias": (96,)}
     assert len(tensors) == 6 and all(t.abs().sum() > 0 for t in tensors.values())
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UsageError, match="empty"):
         train_lora.check_adapter({}, "here")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UsageError, match="empty"):
         train_lora.check_adapter({"x.lora_B.weight": torch.zeros(0)}, "here")
 
 
 def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
     """float16 is refused; on a bfloat16 base the adapter's weights are float32."""
-    with pytest.raises(UserError, match="float16"):
+    with pytest.raises(UsageError, match="float16"):
         train_lora.run(config(base, rows, tmp_path / "a", dtype="float16"))
     train_lora.run(config(base, rows, tmp_path / "b", dtype="bfloat16", bias="none", max_steps=2))
     model = adapted(base, tmp_path / "b", "bfloat16")
@@ -250,7 +251,7 @@ def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp
     cfg = config(base, rows, tmp_path / "run")
     for name, value in changes.items():
         setattr(cfg, name, value)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         train_lora.run(cfg)
     assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import bpe.trainer
 from bpe import Tokenizer, reference
 from bpe.trainer import LinkedTokens, check_size, learn_merges
-from runlog import UserError
+from common import UsageError
 
 
 def learn(chunks, num_merges):
@@ -84,13 +84,13 @@ def test_linked_tokens_merge_without_overlap(few):
 
 @pytest.mark.parametrize("size, says", [(255, "too small"), (0, "too small"), (-1, "too small"), (10**10, "too large")])
 def test_a_vocabulary_that_cannot_be_is_refused(size, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UsageError, match=says):
         Tokenizer().train("hello", size)
 
 
 def test_the_limit_depends_on_the_text():
     check_size(2**16, 2**30 - 2)
-    with pytest.raises(UserError, match="it can be 65,536"):
+    with pytest.raises(UsageError, match="it can be 65,536"):
         check_size(2**17, 2**30 - 2)
 
 

@@ -9,11 +9,12 @@ from lora_models import save_tiny
 from test_train_gpt2 import TINY
 
 from bpe import train_bpe
+from common import write_json
 from gpt2 import train_gpt2
 from lora import train_lora
-from runlog import read_run, write_json
+from runlog import read_run
 from runlog.commands import main
-from runlog.reading import metrics_sha256
+from runlog.run import metrics_sha256
 
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 

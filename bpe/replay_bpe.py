@@ -5,11 +5,10 @@ from pathlib import Path
 
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import Config, fingerprint, round_trip, train
-from runlog import ROOT, UserError
-from runlog.verify import find
+from common import ROOT, UsageError
 
 
-def prove(run, report, *, data=None, **_):
+def replay_run(run, report, *, data=None, **_):
     """The tokenizer is the recorded one, its input the recorded input, and training gives the same merges.
 
     BPE counts whole numbers, so nothing here needs a tolerance: any machine and any number of workers gives the same.
@@ -20,7 +19,9 @@ def prove(run, report, *, data=None, **_):
         report.fail(f"{model.name} is not the tokenizer of the run: its sha256 is not the one in result.json")
     else:
         report.ok(f"{model.name} has the sha256 that result.json holds")
-    files = tuple(find(file, data if len(run.settings["input"]) == 1 else None) for file in run.settings["input"])
+    files = tuple(
+        locate_input(file, data if len(run.settings["input"]) == 1 else None) for file in run.settings["input"]
+    )
     recorded = (tok.training or {}).get("input", {})
     if fingerprint(files)["sha256"] != recorded.get("sha256"):
         report.fail(f"{', '.join(f.name for f in files)}: not the bytes that the tokenizer was trained on")
@@ -40,7 +41,7 @@ def model_file(run):
         path = prefix.with_name(f"{prefix.name}.model")
         if path.exists():
             return path
-    raise UserError(f"{out.name}.model is neither in {run.run_dir} nor at {out}: there is nothing to compare with")
+    raise UsageError(f"{out.name}.model is neither in {run.run_dir} nor at {out}: there is nothing to compare with")
 
 
 def compare_merges(report, recorded, again):
@@ -54,7 +55,7 @@ def compare_merges(report, recorded, again):
 
 def check_compression(run, report, model, files):
     """The figures of result.json that follow from tokenizer and text."""
-    held_out = tuple(find(file) for file in run.settings.get("held_out") or ())
+    held_out = tuple(locate_input(file) for file in run.settings.get("held_out") or ())
     numbers = round_trip(model, held_out or files)
     for name in ("bytes", "tokens", "bytes_per_token", "chars_per_token", "vocab_used"):
         if run.result.get(name) != numbers[name]:

@@ -1,7 +1,7 @@
 """k adapters trained at once, by the Trainer one after another, and by a plain loop: time and memory.
 
-    python lora/bench_lora.py                                     about four minutes on two cores
-    python lora/bench_lora.py --device cuda --dtype bfloat16
+    python bench/bench_lora.py                                     about four minutes on two cores
+    python bench/bench_lora.py --device cuda --dtype bfloat16
 
 All contenders train the same adapters from the same initial weights on the same rows in the same order, and have to end
 with the same losses. Each runs in a process of its own, warmed up by a few steps; loading and set-up are not timed, and
@@ -17,12 +17,6 @@ because their product would be nobody's measurement:
 Every measurement stands in metrics.jsonl as soon as it is taken; result.json has the rows with their ratios.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import multiprocessing
 import tempfile
 import time
@@ -33,7 +27,8 @@ from typing import NamedTuple
 
 import tyro
 
-from runlog import RunLog, UserError, cli, peak_memory_mb, pick_device
+from common import UsageError, cli, peak_memory_mb, pick_device
+from runlog import RunLog
 
 
 class Size(NamedTuple):
@@ -335,7 +330,7 @@ def main():
     names = cfg.sizes.split(",")
     for what, given, known in [("size", names, SIZES), ("family", [cfg.family], ("bloom", "gpt2", "llama"))]:
         if set(given) - set(known):
-            raise UserError(f"unknown {what} in {','.join(given)}; choose from {', '.join(known)}")
+            raise UsageError(f"unknown {what} in {','.join(given)}; choose from {', '.join(known)}")
     import torch  # noqa: F401  so that env.json knows its version and threads
 
     with RunLog(cfg.run_dir, "lora_bench", cfg) as log:

@@ -1,4 +1,4 @@
-"""Who trains in gpt2/bench_gpt2.py: our step, lever by lever, and the peers' models with their own ways of stepping.
+"""Who trains in bench/bench_gpt2.py: our step, lever by lever, and the peers' models with their own ways of stepping.
 
 A contestant is a function of (size, device, …) that gives a `Contestant`: `step()` runs one optimizer step on the next
 batch and gives the loss as a tensor, without waiting for it. All start from the same weights, see the same batches
@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common import UsageError
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.distributed import autocast
 from gpt2.model import GPT, CausalSelfAttention
 from gpt2.optimizers import make_optimizers
 from gpt2.train_gpt2 import compiled
-from runlog import UserError
 
 LR, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
 
@@ -255,10 +255,10 @@ def hf_trainer(size, device, dtype="float32", compile=False):
 
 
 def check_checkout(folder, file, says):
-    """The path of a checkout's file; UserError if it is not there or does not hold what `says` names."""
+    """The path of a checkout's file; UsageError if it is not there or does not hold what `says` names."""
     path = Path(folder) / file
     if not path.is_file() or says not in path.read_text(encoding="utf-8"):
-        raise UserError(f"{folder} is no checkout of karpathy's: it has no {file} with {says.strip()!r}")
+        raise UsageError(f"{folder} is no checkout of karpathy's: it has no {file} with {says.strip()!r}")
     return path
 
 

@@ -13,7 +13,7 @@ import traceback
 
 from tqdm import tqdm
 
-from runlog import UserError, atomic_open
+from common import UsageError, atomic_open
 
 WARM_UP = 3  # steps that are not timed
 SLOW_SECONDS = 3.0  # who needs longer for a step has one step of warming up and one turn
@@ -72,7 +72,7 @@ class OwnProcess:
         except EOFError:
             raise RuntimeError(f"a contestant died (exit status {self.process.exitcode})") from None
         if kind == "mistake":
-            raise UserError(value)
+            raise UsageError(value)
         if kind == "failed":
             raise RuntimeError(f"a contestant failed:\n{value}")
         return value
@@ -108,7 +108,7 @@ def _serve(pipe, make, size, device, kwargs):
             pipe.send(("turn", took))
     except EOFError:
         os._exit(0)  # a Trainer's thread may still wait for its next step
-    except UserError as e:
+    except UsageError as e:
         pipe.send(("mistake", str(e)))
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
@@ -137,7 +137,7 @@ def contest(entrants, device, rounds, steps, log, own_process=True):
     """Let everybody take `rounds` turns of `steps` steps -> {label: facts with "seconds", the median of the turns}.
 
     entrants: {label: (make, size, kwargs, environment)}. One that cannot start here, for want of memory or of a
-    compiler, is left out with a line; UserError if that leaves nobody.
+    compiler, is left out with a line; UsageError if that leaves nobody.
     """
     running, facts, seconds = {}, {}, {label: [] for label in entrants}
     together = os.cpu_count() if device == "cpu" else 1  # as many start at once: compiling is mostly one thread's work
@@ -159,7 +159,7 @@ def contest(entrants, device, rounds, steps, log, own_process=True):
                 running.pop(label).close()
         bar.close()
         if not running:
-            raise UserError("no contestant could start here; the lines above say why")
+            raise UsageError("no contestant could start here; the lines above say why")
         for k in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
             order = list(running)
             for label in order[k % len(order) :] + order[: k % len(order)]:  # another one begins every round

@@ -12,24 +12,25 @@ import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
+from common import UsageError
 from data.shards import verify as verify_shards
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import TrainConfig
 from gpt2.distributed import Ranks, threads
 from gpt2.train_gpt2 import Trainer, all_settings, resolve
-from runlog import MACHINE_FIELDS, RunLog, UserError, read_metrics
-from runlog.verify import find, judge
+from runlog import TIMING_FIELDS, RunLog, read_metrics
+from runlog.verify import compare_figures, locate_input
 
 # Relative, for a few steps from the same state. Other threads, ranks or kernels round sums in another order; Muon's
 # orthogonalization spreads that, and 16-bit matmuls start from larger roundings.
 TOLERANCE = {"float32": 1e-4, "muon": 2e-3, "16 bit": 2e-2}
 
 
-def prove(run, report, *, steps, whole, data):
+def replay_run(run, report, *, steps, whole, data):
     """Check data, tokenizer and checkpoints of a run, and replay steps of it."""
     if run.kind == "hellaswag":
         return prove_hellaswag(run, report)
-    cfg = config_of(run, find(run.settings["data_dir"], data))
+    cfg = config_of(run, locate_input(run.settings["data_dir"], data))
     meta = verify_shards(cfg.data_dir)
     if not check_identity(run, report, cfg, meta):
         return
@@ -40,7 +41,7 @@ def prove(run, report, *, steps, whole, data):
     if not whole:
         starts += [(at, path) for at, path in kept.items() if at <= last]
     elif changed_on_resume(run):
-        raise UserError("its settings were changed on a resume, so it cannot be replayed from its start")
+        raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
     compared = set()
     with threads(run.env.get("threads")):
         for at, path in starts:
@@ -157,7 +158,7 @@ def replay(run, report, cfg, meta, at, until, path):
     for row in run.metrics:
         key = (row["step"], row["kind"])
         if key in again:
-            for name in row.keys() - MACHINE_FIELDS - {"step", "kind"}:
+            for name in row.keys() - TIMING_FIELDS - {"step", "kind"}:
                 recorded[f"{key[1]} {name} of step {key[0]}"] = row[name]
                 computed[f"{key[1]} {name} of step {key[0]}"] = again[key].get(name)
     if not recorded:
@@ -165,7 +166,7 @@ def replay(run, report, cfg, meta, at, until, path):
         return set()
     tolerance = TOLERANCE["16 bit" if cfg.dtype in ("bfloat16", "float16") else "muon" if cfg.optimizer == "muon"
                           else "float32"]  # fmt: skip
-    judge(report, what, recorded, computed, tolerance)
+    compare_figures(report, what, recorded, computed, tolerance)
     return {(row["step"], row["kind"]) for row in run.metrics} & again.keys()
 
 
@@ -177,10 +178,10 @@ def prove_hellaswag(run, report):
     """The accuracies follow from the items' log-probabilities, which are kept."""
     path = next(iter(sorted(Path(run.run_dir).glob("hellaswag.jsonl*"))), None)
     if path is None:
-        raise UserError("the items' log-probabilities are not kept: the accuracies are not computed again")
+        raise UsageError("the items' log-probabilities are not kept: the accuracies are not computed again")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     figures = hellaswag.figures(hellaswag.counts(rows))
-    judge(report, f"accuracies of {len(rows):,} items from {path.name}",
+    compare_figures(report, f"accuracies of {len(rows):,} items from {path.name}",
           {k: run.result.get(k) for k in figures}, figures, 0.0)  # fmt: skip
     report.open("the log-probabilities themselves were not computed again: gpt2/hellaswag.py does that")

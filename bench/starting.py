@@ -1,4 +1,4 @@
-"""What gpt2/bench_gpt2.py measures before and beside the steps: HellaSwag, sampling, the first step, resuming."""
+"""What bench/bench_gpt2.py measures before and beside the steps: HellaSwag, sampling, the first step, resuming."""
 
 import os
 import statistics
@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.baselines import first_weights
 from bpe.tokenizer import Tokenizer
+from common import ROOT, file_sha256
 from data.shards import write_meta, write_shard
 from gpt2 import hellaswag
-from gpt2.peers import first_weights
 from gpt2.sample import generate
-from runlog import ROOT, file_sha256, learned
+from runlog import learned
 
 
 def alternate(ways, rounds):

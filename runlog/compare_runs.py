@@ -8,8 +8,8 @@ from bisect import bisect_left
 from pathlib import Path
 from statistics import median
 
-from runlog.manners import UserError, atomic_open
-from runlog.reading import AXES
+from common import UsageError, atomic_open
+from runlog.run import AXES
 from runlog.tables import deviation, spread, table
 
 # Settings that say where a run lies and how it was started, not what it did.
@@ -240,14 +240,14 @@ def choose_kind(runs, kind, y):
     having = {k: [run for run in runs if run.curve(k, y)[0]] for k in ([kind] if kind else ["val", "train"])}
     best = max(having, key=lambda k: len(having[k]))
     if kind and not having[best]:
-        raise UserError(f"none of these runs has rows of kind {kind} with the field {y}")
+        raise UsageError(f"none of these runs has rows of kind {kind} with the field {y}")
     return best, having[best]
 
 
 def compare(runs, x="step", kind=None, y="loss", out=None):
     """Print the tables, and draw the picture if the runs have curves."""
     if len(runs) < 2:
-        raise UserError("name at least two runs to compare")
+        raise UsageError("name at least two runs to compare")
     print(settings_table(runs))
     if {"shards_sha256", "tokenizer_sha256"} & differences(runs).keys() and y == "loss":
         print("\nother shards or tokenizers: losses a token are not comparable (--y bits_per_byte: of the same text)")

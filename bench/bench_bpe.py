@@ -1,8 +1,8 @@
 """Speed and memory of training and encoding, ours and the peers', measured in one run.
 
-    python bpe/bench_bpe.py --input handbook.txt --vocab-size 1024 --pattern none
-    python bpe/bench_bpe.py --input tinyshakespeare.txt --vocab-size 4096 --pattern gpt4 --minbpe ../minbpe
-    python bpe/bench_bpe.py --input tinyshakespeare.txt --pattern gpt4 --growth 1 10 100
+    python bench/bench_bpe.py --input handbook.txt --vocab-size 1024 --pattern none
+    python bench/bench_bpe.py --input tinyshakespeare.txt --vocab-size 4096 --pattern gpt4 --minbpe ../minbpe
+    python bench/bench_bpe.py --input tinyshakespeare.txt --pattern gpt4 --growth 1 10 100
 
 The peers are the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), `rustbpe`
 where it is installed, and minbpe where --minbpe names a checkout. Each measurement is a process of its own, the
@@ -17,12 +17,6 @@ needed beyond its imports and the text.
 --growth MB… trains on that much Python source and documentation as installed on this machine, to show how time grows.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 import multiprocessing
 import os
 import platform
@@ -33,15 +27,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 from bpe import reference
-from bpe.splitting import PATTERNS, Splitter
+from bpe.pretokenizer import PATTERNS, Splitter
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from runlog import ROOT, RunLog, UserError, atomic_open, cli, peak_memory_mb
+from common import ROOT, UsageError, atomic_open, cli, peak_memory_mb
+from runlog import RunLog
 
 MEASURED_PART = 4  # the last quarter of the text is encoded; the rest warms the caches
 
@@ -75,7 +71,7 @@ def main():
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     text = read_text(cfg.input)
     if cfg.minbpe and not (cfg.minbpe / "minbpe" / "__init__.py").is_file():
-        raise UserError(f"{cfg.minbpe} is not a checkout of minbpe: it has no minbpe/__init__.py")
+        raise UsageError(f"{cfg.minbpe} is not a checkout of minbpe: it has no minbpe/__init__.py")
     Tokenizer(cfg.pattern)  # refuses a wrong pattern before anything is measured
     with RunLog(cfg.run_dir, kind="bench_bpe", config=cfg) as log:
         log.print(f"{cfg.input.name}: {len(text.encode()):,} bytes, vocab {cfg.vocab_size}, pattern {cfg.pattern}")
@@ -361,7 +357,7 @@ def growth(cfg, contestants, log):
 
 
 def python_source(size):
-    """`size` bytes of the Python files installed here, in order of their path; UserError if there are not so many."""
+    """`size` bytes of the Python files installed here, in order of their path; UsageError if there are not so many."""
     import sysconfig
 
     parts, total = [], 0
@@ -372,7 +368,7 @@ def python_source(size):
             total += len(data.encode("utf-8"))
             if total >= size:
                 return "".join(parts).encode("utf-8")[:size].decode("utf-8", errors="ignore")
-    raise UserError(f"only {total:,} bytes of Python source are installed here; ask for less with --growth")
+    raise UsageError(f"only {total:,} bytes of Python source are installed here; ask for less with --growth")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from functools import cache
 
 import regex
 
-from runlog import UserError
+from common import UsageError
 
 GPT2_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_SPLIT_PATTERN = (
@@ -72,7 +72,7 @@ class Splitter:
             return chunks
         chunks = self._findall(block)
         if sum(map(len, chunks)) != len(block):
-            raise UserError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters; mend it")
+            raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters; mend it")
         return chunks
 
     def blocks(self, text, size=BLOCK):
@@ -123,7 +123,7 @@ def _compile(pattern):
     try:
         return regex.compile(pattern)
     except regex.error as e:
-        raise UserError(
+        raise UsageError(
             f"the pattern is neither none, gpt2 nor gpt4 nor a valid regular expression ({e}): {pattern!r}"
         ) from None
 

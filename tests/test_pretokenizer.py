@@ -5,7 +5,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpe.splitting import (
+from bpe.pretokenizer import (
     CL100K_SPLIT_PATTERN,
     GPT2_SPLIT_PATTERN,
     GPT4_SPLIT_PATTERN,
@@ -13,7 +13,7 @@ from bpe.splitting import (
     Splitter,
     utf8,
 )
-from runlog import UserError
+from common import UsageError
 
 KNOWN = ("gpt2", "gpt4", CL100K_SPLIT_PATTERN)
 # what the patterns tell apart, the separators that `re` takes for whitespace, and letters, digits, spaces beyond ASCII
@@ -66,9 +66,9 @@ def test_nothing_is_lost_with_any_pattern(pattern, text):
 
 
 def test_impossible_patterns_are_refused():
-    with pytest.raises(UserError, match="valid regular expression"):
+    with pytest.raises(UsageError, match="valid regular expression"):
         Splitter("[")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UsageError, match="empty"):
         Splitter("a*")("bcd")
 
 

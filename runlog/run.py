@@ -11,11 +11,11 @@ from pathlib import Path
 
 import filelock
 
-from runlog.manners import UserError, atomic_open, read_json
+from common import UsageError, atomic_open, read_json
 
 # Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
-MACHINE_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
-MACHINE_FIELDS |= {"mfu", "peak_mb"}
+TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
+TIMING_FIELDS |= {"mfu", "peak_mb"}
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOP"}
 FRESH = 60.0  # seconds after its last line for which a run counts as running although nobody seems to hold its lock
 
@@ -48,7 +48,7 @@ class Run:
         return [a for a, _ in pairs], [b for _, b in pairs]
 
     def axis(self, x):
-        """row -> its place on the axis, or None. UserError where the run does not record what the axis needs.
+        """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
 
         tokens and FLOP are those spent before the row's step; FLOP are 6 N + 12 n_layer n_embd T a token. seconds are
         those of the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
@@ -56,7 +56,7 @@ class Run:
         if x in ("tokens", "flops"):
             per_step = self.settings.get("total_batch_size")
             if self.kind != "gpt2" or not per_step:
-                raise UserError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
+                raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
             return lambda row: row["step"] * per_step * (self.flops_per_token() if x == "flops" else 1)
         if x == "seconds":
             timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
@@ -71,7 +71,7 @@ class Run:
         """6 N + 12 n_layer n_embd T, N being all parameters (the convention in which MFU is stated)."""
         n = self.result.get("parameters")
         if n is None:
-            raise UserError(f"{self.run_dir} has not recorded its parameters yet; compare by step, tokens or seconds")
+            raise UsageError(f"{self.run_dir} has not recorded its parameters yet; compare by step, tokens or seconds")
         s = self.settings
         return 6 * n + 12 * s["n_layer"] * s["n_embd"] * s["block_size"]
 
@@ -131,11 +131,11 @@ def read_run(run_dir):
     """Read a run directory -> Run. A run that is still being written, or was killed while writing, reads too."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.json")
+        raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
     config = read_json(run_dir / "config.json")
     env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
     if not isinstance(config, dict) or not {"kind", "settings"} <= config.keys():
-        raise UserError(f"{run_dir} is not a run directory: its config.json is of another kind")
+        raise UsageError(f"{run_dir} is not a run directory: its config.json is of another kind")
     return Run(run_dir, config["kind"], config["settings"], config, env, result, read_metrics(run_dir))
 
 
@@ -171,13 +171,13 @@ def read_metrics(run_dir):
                 rows[row["step"], row["kind"]] = row
             except (json.JSONDecodeError, KeyError, TypeError):
                 if i < len(lines):  # a whole line, so no kill explains it
-                    raise UserError(f"{path}, line {i} is not a metrics row; the file was damaged") from None
+                    raise UsageError(f"{path}, line {i} is not a metrics row; the file was damaged") from None
     return sorted(rows.values(), key=lambda r: r["step"])
 
 
 def learned(run_dir):
     """What "identical runs" compares: the metrics rows without the fields of time and memory."""
-    return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in read_metrics(run_dir)]
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_metrics(run_dir)]
 
 
 def metrics_sha256(run_dir):

@@ -1,7 +1,7 @@
 """How much of tiktoken's own speed data/prepare.py keeps, measured in one run.
 
-    python data/bench_data.py --run-dir runs/bench_data
-    python data/bench_data.py --input fineweb_edu_sample.txt --megabytes 200 --run-dir runs/bench_data
+    python bench/bench_data.py --run-dir runs/bench_data
+    python bench/bench_data.py --input fineweb_edu_sample.txt --megabytes 200 --run-dir runs/bench_data
 
 tiktoken alone encodes documents that lie in memory, on all cores, and throws the ids away: with encode_ordinary_batch,
 as its users do on threads, and with encode_ordinary in processes, as build-nanogpt does. prepare reads the same
@@ -9,12 +9,6 @@ documents from a jsonl file, starts its processes, hashes every document, writes
 them. The contestants take turns; the median of the rounds counts, and the ratio is to the faster of tiktoken's two
 ways. A start costs prepare about two seconds whatever the corpus.
 """
-
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
 
 import json
 import shutil
@@ -25,13 +19,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
 
 import tyro
 
 from bpe.tokenizer import load_tokenizer
+from common import cli
 from data.prepare import Prepare, available_cores, prepare
 from data.sources import documents
-from runlog import RunLog, cli
+from runlog import RunLog
 
 
 @dataclass

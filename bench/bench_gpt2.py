@@ -1,37 +1,34 @@
 """How fast GPT-2 trains here: lever by lever, against the peers, over ranks, and from the start.
 
-    python gpt2/bench_gpt2.py ladder                                     # each lever's gain; minutes on two cores
-    python gpt2/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
-    python gpt2/bench_gpt2.py start                                      # HellaSwag, sampling, the first step
-    torchrun --standalone --nproc_per_node=8 gpt2/bench_gpt2.py scaling  # tok/s and efficiency of 1, 2, 4, 8 ranks
-    python gpt2/bench_gpt2.py race --nanogpt ../nanoGPT                  # validation loss after two minutes
-    python gpt2/bench_gpt2.py profile                                    # the kernels of a step, and a trace
-    python gpt2/bench_gpt2.py resume                                     # kill -9, compiled, and the same end
+    python bench/bench_gpt2.py ladder                                     # each lever's gain; minutes on two cores
+    python bench/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
+    python bench/bench_gpt2.py start                                      # HellaSwag, sampling, the first step
+    torchrun --standalone --nproc_per_node=8 bench/bench_gpt2.py scaling  # tok/s and efficiency of 1, 2, 4, 8 ranks
+    python bench/bench_gpt2.py race --nanogpt ../nanoGPT                  # validation loss after two minutes
+    python bench/bench_gpt2.py profile                                    # the kernels of a step, and a trace
+    python bench/bench_gpt2.py resume                                     # kill -9, compiled, and the same end
 
 Tokens are synthetic. Contestants live in processes of their own, start from the same weights and take turns on the same
 batches; the median turn counts, and the losses at the end stand beside the figures. `mfu` is the share of the GPU's
 bfloat16 peak, on a CPU the share of the speed of one large matmul, measured in the same run.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from gpt2 import contest, race, starting
+from bench import harness as contest
+from bench import race, starting
+from bench.baselines import SIZES, Levers, contestants, first_weights, ours
+from common import ROOT, UsageError, cli, portable
 from gpt2.config import PRESETS
 from gpt2.distributed import Ranks, pick_device
 from gpt2.machine import CPU_MEMORY_SETTINGS, can_keep_memory, half_type, matmul_peak, sdpa_backend
-from gpt2.peers import SIZES, Levers, contestants, first_weights, ours
 from gpt2.plan import peak_flops
-from runlog import ROOT, RunLog, UserError, cli, portable, read_metrics
+from runlog import RunLog, read_metrics
 
 
 def beside(file):
@@ -179,7 +176,7 @@ class Peers(Bench):
             entrants["ours --cpu-memory-settings"] = (*entrants["ours"][:3], CPU_MEMORY_SETTINGS)
         facts, flops = self.compare(entrants, log)
         if "ours" not in facts:
-            raise UserError("our own step could not start, so there is nothing to compare with")
+            raise UsageError("our own step could not start, so there is nothing to compare with")
         mine = facts["ours"]["seconds"]
         rows = []
         for label, fact in facts.items():

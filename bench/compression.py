@@ -1,7 +1,7 @@
 """How many bytes a token covers, against the size of the vocabulary.
 
-    python bpe/compression.py --input english.txt chinese.jsonl
-    python bpe/compression.py --input book.txt --vocab-sizes 512 1024 2048 --pattern gpt2
+    python bench/compression.py --input english.txt chinese.jsonl
+    python bench/compression.py --input book.txt --vocab-sizes 512 1024 2048 --pattern gpt2
 
 Each text gets a tokenizer of its own, trained on nine tenths; the figures are those of the tenth that it has not seen.
 One training serves all sizes: the first merges of a large vocabulary are the smaller vocabulary. GPT-2's tokenizer
@@ -9,21 +9,17 @@ encodes the same text for comparison. A table on the terminal; `result.json` and
 directory.
 """
 
-import runpy
-from pathlib import Path
-
-if __name__ == "__main__":  # outside of .venv: go on inside
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "runlog/venv.py"))
-
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from runlog import ROOT, RunLog, UserError, atomic_open, cli
+from common import ROOT, UsageError, atomic_open, cli
+from runlog import RunLog
 
 HELD_OUT = 10  # every tenth document
 DOCUMENT = 4000  # characters into which a text without documents is cut
@@ -48,12 +44,12 @@ def main():
     """Train at each size on one part of each text, measure on the other; table, picture, result.json."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if not cfg.input or not cfg.vocab_sizes:
-        raise UserError("--input and --vocab-sizes each need a value")
+        raise UsageError("--input and --vocab-sizes each need a value")
     if min(cfg.vocab_sizes) < 256:
-        raise UserError(f"a vocabulary has the 256 bytes at least; leave out --vocab-sizes {min(cfg.vocab_sizes)}")
+        raise UsageError(f"a vocabulary has the 256 bytes at least; leave out --vocab-sizes {min(cfg.vocab_sizes)}")
     texts = {file.name.split(".")[0]: halves(file) for file in cfg.input}
     if len(texts) < len(cfg.input):
-        raise UserError("two files of --input have the same name up to its first dot; rename one")
+        raise UsageError("two files of --input have the same name up to its first dot; rename one")
     peer = Tokenizer.from_tiktoken(cfg.peer) if cfg.peer else None
     with RunLog(cfg.run_dir, kind="bpe_compression", config=cfg) as log:
         log.print(f"{'text':<24} {'vocab':>7} {'bytes/tok':>9} {'chars/tok':>9} {'used':>7}")
@@ -70,14 +66,14 @@ def main():
 
 
 def halves(file):
-    """A text -> (documents to train on, documents held out); at least one of each, or a UserError."""
+    """A text -> (documents to train on, documents held out); at least one of each, or a UsageError."""
     documents = list(read_documents([file]))
     if len(documents) == 1:
         documents = pieces(documents[0])
     held_out = documents[HELD_OUT - 1 :: HELD_OUT]
     del documents[HELD_OUT - 1 :: HELD_OUT]
     if not held_out:
-        raise UserError(f"{file} is too short: a tenth of it is no document of {DOCUMENT} characters")
+        raise UsageError(f"{file} is too short: a tenth of it is no document of {DOCUMENT} characters")
     return documents, held_out
 
 

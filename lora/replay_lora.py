@@ -3,21 +3,21 @@
 from dataclasses import fields
 from pathlib import Path
 
+from common import ROOT, UsageError, pick_device, read_json
 from lora.generate import adapter_folder, block_size, load_base, load_tokenizer, quiet_libraries
 from lora.tasks import load_task, pad_id
 from lora.train_lora import TrainConfig, fingerprint, held_out_loss
-from runlog import ROOT, UserError, pick_device, read_json
-from runlog.verify import find, judge
+from runlog.verify import compare_figures, locate_input
 
 # Relative. Other threads or kernels add up in another order; so does the engine that trains many adapters at once.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def prove(run, report, *, data=None, **_):
+def replay_run(run, report, *, data=None, **_):
     """Base and rows are those of the run, and the kept adapter has the recorded held-out loss."""
     recorded = run.result.get("held_out_loss")
     if recorded is None:
-        raise UserError("no held-out loss is recorded: the run did not come to its end")
+        raise UsageError("no held-out loss is recorded: the run did not come to its end")
     cfg = config_of(run, data)
     if not check_inputs(run, report, cfg):
         return
@@ -29,7 +29,7 @@ def prove(run, report, *, data=None, **_):
     if best:  # the row at which these weights were kept states it, too
         figures[f"val loss of step {run.result['best_step']}"] = best[0]
         again[f"val loss of step {run.result['best_step']}"] = again["held_out_loss"]
-    judge(report, "the kept adapter on the held-out rows", figures, again, TOLERANCE[cfg.dtype])
+    compare_figures(report, "the kept adapter on the held-out rows", figures, again, TOLERANCE[cfg.dtype])
     report.open("how the adapter was trained was not replayed: lora/train_lora.py with the same settings does that")
 
 
@@ -38,7 +38,7 @@ def config_of(run, data):
     known = {f.name for f in fields(TrainConfig)}
     settings = {k: v for k, v in run.settings.items() if k in known} | {"run_dir": str(run.run_dir)}
     if settings.get("data_file"):
-        settings["data_file"] = str(find(settings["data_file"], data))
+        settings["data_file"] = str(locate_input(settings["data_file"], data))
     if (ROOT / settings["base"]).is_dir() and not Path(settings["base"]).is_dir():
         settings["base"] = str(ROOT / settings["base"])
     return TrainConfig(**settings)

@@ -1,0 +1,35 @@
+"""What all stations share: usage errors (usage.py), files (files.py), devices (devices.py)."""
+
+from common.devices import half_type, has_bfloat16, peak_memory_mb, pick_device, synchronize
+from common.files import (
+    ROOT,
+    atomic_open,
+    file_sha256,
+    open_text,
+    plain,
+    portable,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from common.usage import UsageError, cli, from_hub
+
+__all__ = [
+    "ROOT",
+    "UsageError",
+    "atomic_open",
+    "cli",
+    "file_sha256",
+    "from_hub",
+    "half_type",
+    "has_bfloat16",
+    "open_text",
+    "peak_memory_mb",
+    "pick_device",
+    "plain",
+    "portable",
+    "read_json",
+    "read_jsonl",
+    "synchronize",
+    "write_json",
+]

@@ -1,0 +1,55 @@
+"""The device that a script runs on: which one, what it multiplies fast, how much memory it took."""
+
+import os
+import sys
+
+from common.usage import UsageError
+
+
+def pick_device(name="auto"):
+    """auto | cuda | mps | cpu -> torch.device (under torchrun this process's GPU); one that is not there is refused."""
+    import torch
+
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if has[d])
+    if not has.get(name):
+        raise UsageError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def has_bfloat16(device):
+    """Whether the device type multiplies bfloat16 in hardware; without it bfloat16 is slower than float32."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may be gone one day
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def half_type(device):
+    """The 16-bit type for matmuls on a device type, "bfloat16" or "float16", or None where float32 is faster."""
+    if device == "cuda":
+        return "bfloat16" if has_bfloat16(device) else "float16"
+    return "bfloat16" if has_bfloat16(device) else None
+
+
+def synchronize(device):
+    """Wait until a device type has finished what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_mb():
+    """The most memory in MB that this process has had resident so far; None where Python cannot tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,115 @@
+"""Files that are whole or not there, text that is UTF-8, JSON that other languages read."""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+from common.usage import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def atomic_open(path, mode="w"):
+    """Open a temporary neighbour of `path` for writing and rename it into place, fsynced, when the block succeeds.
+
+    A reader sees the old file or the whole new one; a failing block leaves no trace. Text is UTF-8 with "\\n".
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(part, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_text(path, newline=None):
+    """Open a UTF-8 file for reading, gzipped where its name ends in .gz; a byte order mark is dropped.
+
+    newline: as for `open`. UsageError where it is missing, not UTF-8 or a damaged gzip file, also while it is read.
+    """
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as f:
+            yield f
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path} is not UTF-8 ({e.reason}); convert it first") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UsageError(f"{path} is a damaged gzip file ({e})") from None
+
+
+def write_json(path, value):
+    """Write `value` atomically as indented JSON. Non-finite floats become null: other languages refuse NaN."""
+    with atomic_open(path) as f:
+        json.dump(plain(value), f, indent=2, ensure_ascii=False, allow_nan=False)
+        f.write("\n")
+
+
+def read_json(path):
+    """Read a JSON file; UsageError names a missing or damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} is not valid JSON ({e}); it may be damaged") from None
+
+
+def read_jsonl(path):
+    """Yield (line number, value) of a .jsonl file, gzipped or not; UsageError names a line that is not JSON."""
+    with open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise UsageError(f"{path}, line {number} is not valid JSON ({e})") from None
+
+
+def file_sha256(path):
+    """The sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def plain(value):
+    """dataclasses, paths, numpy scalars, tuples -> what JSON knows; NaN and infinities -> None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return [plain(v) for v in sorted(value)]
+    if isinstance(value, Path):  # records read alike on every machine: paths inside the repository are relative
+        return (value.relative_to(ROOT) if value.is_relative_to(ROOT) else value).as_posix()
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def portable(value):
+    """A path inside the repository, as text relative to its root, so that records read alike on every machine.
+
+    Any other value is handed back as it is.
+    """
+    root = f"{ROOT}{os.sep}"
+    return Path(value[len(root) :]).as_posix() if isinstance(value, str) and value.startswith(root) else value

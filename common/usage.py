@@ -1,0 +1,53 @@
+"""Usage errors in one line, for every script, and downloads that fail in one line."""
+
+import os
+import sys
+from contextlib import contextmanager
+
+
+class UsageError(ValueError):
+    """A person's mistake. The message is one line: what is wrong, and what to do."""
+
+
+def cli(main):
+    """Run `main()` as a script: a mistake becomes one line on stderr and exit status 2, never a traceback.
+
+    Bugs keep their traceback; only UsageError and the operating system's own refusals (no such file, no permission,
+    disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+    try:
+        main()
+    except UsageError as e:
+        sys.exit(_complain(str(e)))
+    except BrokenPipeError:  # `… | head` closed our stdout: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.filename is None and e.strerror is None:
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        sys.exit(_complain(f"{where}{e.strerror or e}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def from_hub(what, instead):
+    """Around a download: whatever the hub's library raises (offline, moved, gated: many classes) becomes one line.
+
+    instead: what a person without the hub can do.
+    """
+    try:
+        yield
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UsageError(f"{what} cannot be had from the hub ({reason}); {instead}") from None
