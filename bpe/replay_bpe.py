@@ -6,6 +6,7 @@ from pathlib import Path
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import Config, fingerprint, round_trip, train
 from common import ROOT, UsageError
+from runlog.verify import locate_input
 
 
 def replay_run(run, report, *, data=None, **_):
