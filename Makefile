@@ -4,13 +4,13 @@ VENV := .venv
 READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
-ifneq ($(wildcard wheels/*.whl),)  # a bundle was loaded (bundle.py): no index is asked
+ifneq ($(wildcard wheels/*.whl),)  # made by `pip download -r requirements.txt -d wheels`: no index is asked
 export PIP_NO_INDEX := 1
 export PIP_FIND_LINKS := wheels
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all bench bench-gpu notebooks lint format clean
+.PHONY: help quickstart check test test-all bench bench-gpu notebook notebooks lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,27 +22,32 @@ $(READY): requirements.txt pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# the CPU where torch cannot use the GPU that is there, as with a driver older than its CUDA
+quickstart: DEVICE = $(shell $(VENV)/bin/python -c 'from common import has_hidden_gpu as h; print("cpu" if h() else "auto")')
 quickstart: $(READY) ## from raw text to a fine-tuned model, in five minutes on two cores
 	python data/sources.py pydocs --part train --out data/cache/pydocs.jsonl
 	python bpe/train_bpe.py --input data/cache/pydocs.jsonl --vocab-size 4096 --out data/cache/pydocs-4096
 	python data/prepare.py pydocs --tokenizer data/cache/pydocs-4096.model --out data/corpora/pydocs --overwrite
-	python gpt2/train_gpt2.py quickstart --overwrite
-	python gpt2/sample.py --model runs/quickstart --prompt "Return the" --temperature 0.8
+	python gpt2/train_gpt2.py quickstart --overwrite --device $(DEVICE)
+	python gpt2/sample.py --model runs/quickstart --prompt "Return the" --temperature 0.8 --device $(DEVICE)
 	python gpt2/export_hf.py --model runs/quickstart --out runs/quickstart/hf
-	python lora/train_lora.py --base runs/quickstart/hf --task pydocs --run-dir runs/quickstart-lora --max-steps 60 --max-length 96 --lr 2e-3 --eval-rows 64 --metric-rows 0 --overwrite
+	python lora/train_lora.py --base runs/quickstart/hf --task pydocs --run-dir runs/quickstart-lora --max-steps 60 --max-length 96 --lr 2e-3 --eval-rows 64 --metric-rows 0 --overwrite --device $(DEVICE)
 	@echo
 	@echo "done: the loss curve is runs/quickstart/loss.png, every figure of the run lies in runs/quickstart/,"
 	@echo "the adapter in runs/quickstart-lora/. On eight GPUs the real thing is:"
 	@echo "  python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu"
 	@echo "  torchrun --standalone --nproc_per_node=8 gpt2/train_gpt2.py"
 
-test: $(READY) ## all tests of everyday length, without network, under ten minutes on two cores
+check: $(READY) ## the core of every station, in-process; under a minute
+	python -m pytest -n auto --maxprocesses 4 --dist worksteal -q -m core
+
+test: $(READY) ## all tests but the slow ones, without network; under ten minutes on two cores
 	python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-all: $(READY) ## the full matrix as well
 	python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow or not slow"
 
-bench: $(READY) ## speed of every station against its peers on this CPU; some fifteen minutes, records in runs/
+bench: $(READY) ## speed of every station against baselines on this CPU; some fifteen minutes, records in runs/
 	python bench/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --run-dir runs/bench_bpe
 	python bpe/train_bpe.py --input report.md --vocab-size 1024 --out data/cache/bench-1024
 	python bench/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --run-dir runs/bench_data
@@ -58,14 +63,17 @@ bench-gpu: $(READY) ## GPT-2 124M on this GPU: ladder, peers, resume, profile; m
 	python bench/bench_gpt2.py resume --run-dir runs/gpu_resume
 	python bench/bench_gpt2.py profile --run-dir runs/gpu_profile
 
-notebooks: $(READY) ## execute the notebooks again, from the records in runs/ alone
-	python notebooks/execute.py
+notebook: $(READY) ## open notebooks/run.ipynb: your newest run, live
+	jupyter lab notebooks/run.ipynb
+
+notebooks: $(READY) ## execute the report's notebooks again, from records/ alone
+	jupyter nbconvert --to notebook --execute --inplace notebooks/0*.ipynb
 
 lint: $(READY) ## ruff: check and format
 	ruff check .
 	ruff format --check .
 
-format: $(READY) ## let ruff mend what it can
+format: $(READY) ## let ruff fix what it can
 	ruff check --fix .
 	ruff format .
 

@@ -1,6 +1,6 @@
 """What all stations share: usage errors (usage.py), files (files.py), devices (devices.py)."""
 
-from common.devices import half_type, has_bfloat16, peak_memory_mb, pick_device, synchronize
+from common.devices import half_type, has_bfloat16, has_hidden_gpu, peak_memory_mb, pick_device, synchronize
 from common.files import (
     ROOT,
     atomic_open,
@@ -23,6 +23,7 @@ __all__ = [
     "from_hub",
     "half_type",
     "has_bfloat16",
+    "has_hidden_gpu",
     "open_text",
     "peak_memory_mb",
     "pick_device",

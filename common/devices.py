@@ -1,21 +1,44 @@
 """The device that a script runs on: which one, what it multiplies fast, how much memory it took."""
 
 import os
+import shutil
+import subprocess
 import sys
 
 from common.usage import UsageError
 
 
 def pick_device(name="auto"):
-    """auto | cuda | mps | cpu -> torch.device (under torchrun this process's GPU); one that is not there is refused."""
+    """auto | cuda | mps | cpu -> torch.device (this process's GPU under torchrun); refused where not available.
+
+    auto refuses, too, where it would train on the CPU although there is an NVIDIA GPU: a torch whose CUDA is newer than
+    the driver sees none, and eight ranks on one CPU look like a slow cluster.
+    """
     import torch
 
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
+        if not has["cuda"] and has_hidden_gpu():
+            raise UsageError(
+                f"there is an NVIDIA GPU that torch {torch.__version__} cannot use: install the build for your driver "
+                "(README.md, Other drivers), or pass --device cpu"
+            )
         name = next(d for d in ("cuda", "mps", "cpu") if has[d])
     if not has.get(name):
-        raise UsageError(f"--device {name}: there is none here; choose from {', '.join(d for d in has if has[d])}")
+        raise UsageError(f"--device {name} is not available here; choose from {', '.join(d for d in has if has[d])}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def has_hidden_gpu():
+    """Whether this machine has an NVIDIA GPU that torch does not see, and CUDA_VISIBLE_DEVICES does not hide it."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    if os.path.exists("/dev/nvidia0"):
+        return True
+    smi = shutil.which("nvidia-smi")  # the only sign under WSL
+    return bool(smi) and subprocess.run([smi, "-L"], capture_output=True, text=True).stdout.startswith("GPU")
 
 
 def has_bfloat16(device):

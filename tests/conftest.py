@@ -11,8 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 
 from common import cli, file_sha256
+
+if (
+    not torch.cuda.is_available()
+):  # scripts under --device auto then take the CPU, even beside a GPU that torch cannot use
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -299,7 +299,7 @@ def test_no_preset_means_gpt2_124m():
 def test_mistakes_before_the_start_are_one_line_and_leave_nothing(mistake, refuses, tmp_path):
     refuses("gpt2/train_gpt2.py", "--data-dir", tmp_path / "nowhere", says="no meta.json")
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    mistake(tmp_path / "run", "--device", missing, says=f"--device {missing}: there is none here")
+    mistake(tmp_path / "run", "--device", missing, says=f"--device {missing} is not available here")
     assert not (tmp_path / "run").exists()
 
 
