@@ -5,6 +5,7 @@
     python -m runlog compare RUN RUN … --x tokens        what differs, the curves, where they end; compare.png
     python -m runlog watch RUN                           a live curve in the terminal
     python -m runlog csv RUN … --out all.csv             every row of metrics.jsonl, for other programs
+    python -m runlog export RUN --out records/NAME       a compact record: settings, rows, log, picture
     python -m runlog why RUN                             how it ended, and the last lines that matter
     python -m runlog verify RUN                          the run's own proof: sums, and a few steps computed again
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from common import ROOT, UsageError, atomic_open
 from runlog import compare_runs as side_by_side
+from runlog.record import export_record
 from runlog.run import AXES, find_runs, read_run
 from runlog.tables import shown, table
 from runlog.verify import verify
@@ -198,6 +200,9 @@ def parse(argv=None):
     watching.add_argument("--once", action="store_true", help="look once")
     csv_ = command("csv", "every row of metrics.jsonl as CSV", "+")
     csv_.add_argument("--out", help="file to write; the terminal if none is named")
+    exporting = command("export", "write a compact record of a run: at most four files", 1)
+    exporting.add_argument("--out", required=True, help="folder of the record, e.g. records/NAME")
+    exporting.add_argument("--keep", metavar="FILE", help="one more file of the run to keep, e.g. hellaswag.jsonl.gz")
     command("why", "how a run ended, and the last lines that matter", "+")
     proof = command("verify", "sums, and a few steps computed again; exit status 1 if that contradicts the record", "+")
     proof.add_argument("--steps", type=int, default=5, help="steps to replay from the start and each kept checkpoint")
@@ -219,6 +224,8 @@ def main():
     if args.command == "verify":
         good = [verify(folder, args.steps, args.whole, args.data) for folder in folders]
         return None if all(good) else sys.exit(1)
+    if args.command == "export":
+        return print(export_record(folders[0], args.out, args.keep).as_posix())
     if args.command == "why":
         return print("\n\n".join(why(folder) for folder in folders))
     runs = [read_run(folder) for folder in folders]

@@ -16,8 +16,8 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from common import ROOT, UsageError, plain, write_json
-from runlog.run import metrics_sha256, plot_loss
+from common import ROOT, UsageError, atomic_open, plain, read_json, write_json
+from runlog.run import metrics_sha256, plot_loss, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -122,6 +122,54 @@ class RunLog:
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
+
+
+def export_record(run_dir, out, keep=None):
+    """Write a record of a run, at most four files that read_run reads like the run itself -> its folder.
+
+    record.json    {"config", "env", "result"}
+    metrics.jsonl  the rows, byte for byte, where there are any
+    adapters.jsonl of a sweep: {"name", "config", "env", "result", "metrics": rows} for each adapter
+    log.txt        with the samples at its end; of a sweep lora_experiments_TASK.log with its table
+    *.png          loss.png, or the one picture of a benchmark
+
+    keep: one more file of the run's to keep.
+    """
+    run, out = read_run(run_dir), Path(out)
+    if out.exists():
+        raise UsageError(f"{out} exists; remove it first, or choose another --out")
+    if run.status == "running":
+        raise UsageError(f"{run_dir} is still being written")
+    tables = sorted(run.run_dir.glob("lora_experiments_*.log")) if run.kind == "lora_sweep" else []
+    log, more = (tables[0], "table.md") if tables else (run.run_dir / "log.txt", "samples.txt")
+    pictures = [run.run_dir / "loss.png", *sorted(run.run_dir.glob("*.png"))]
+    files = [path for path in pictures if path.exists()][:1]
+    files += [run.run_dir / "metrics.jsonl"] if run.metrics else []
+    files += [run.run_dir / keep] if keep else []
+    adapters = [_adapter_row(adapter, run) for adapter in run.adapters()]
+    if 1 + log.exists() + bool(adapters) + len(files) > 4:
+        raise UsageError(f"{keep} would be the record's fifth file")
+
+    write_json(out / "record.json", {"config": run.config, "env": run.env, "result": run.result})
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+    if log.exists():
+        text, end = run.read_text(log.name), run.read_text(more)
+        with atomic_open(out / log.name) as f:
+            f.write(text + end)
+    if adapters:
+        with atomic_open(out / "adapters.jsonl") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in adapters)
+    return out
+
+
+def _adapter_row(adapter, sweep):
+    """An adapter's line in adapters.jsonl, the checksums of its inputs included, which the sweep keeps for all."""
+    config, inputs = adapter.config, sweep.run_dir / "sweep.json"
+    if inputs.exists() and "inputs" not in adapter.settings:
+        config = {**config, "settings": {**adapter.settings, "inputs": read_json(inputs).get("inputs")}}
+    rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").splitlines()]
+    return {"name": adapter.name, "config": config, "env": adapter.env, "result": adapter.result, "metrics": rows}
 
 
 def _lock(run_dir):

@@ -1,4 +1,4 @@
-"""Reading a run directory back: finished, still being written, or left by a kill."""
+"""Reading runs back: a run directory (finished, being written, or left by a kill) or a compact record of one."""
 
 import hashlib
 import json
@@ -11,18 +11,22 @@ from pathlib import Path
 
 import filelock
 
-from common import UsageError, atomic_open, read_json
+from common import UsageError, atomic_open, read_json, read_jsonl
 
 # Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
 TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
 TIMING_FIELDS |= {"mfu", "peak_mb"}
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOP"}
+SAMPLE = re.compile(r"^--- step (\d+)\n", re.M)  # the line above each sample
 FRESH = 60.0  # seconds after its last line for which a run counts as running although nobody seems to hold its lock
 
 
 @dataclass
 class Run:
-    """A run directory as it stands on disk, finished or not. `metrics` holds one row per (step, kind), by step."""
+    """A run as it stands on disk, finished or not. `metrics` holds one row per (step, kind), by step.
+
+    metrics_sha256: checksum over the whole lines of metrics.jsonl, to be compared with the one in result.json.
+    """
 
     run_dir: Path
     kind: str
@@ -31,6 +35,7 @@ class Run:
     env: dict
     result: dict
     metrics: list = field(repr=False)
+    metrics_sha256: str = field(repr=False)
 
     @property
     def name(self):
@@ -97,11 +102,31 @@ class Run:
         return max(times) if times else None if silence is None else time.time() - silence
 
     def samples(self):
-        """[(step, text)] of samples.txt, in the order in which they were written."""
-        path = self.run_dir / "samples.txt"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        parts = re.split(r"^--- step (\d+)\n", text, flags=re.M)[1:]
+        """[(step, text)] in the order in which they were written; a record has them at the end of log.txt."""
+        text = self.read_text("samples.txt") or self.read_text("log.txt")
+        parts = SAMPLE.split(text)[1:]
         return [(int(step), text.removesuffix("\n")) for step, text in zip(parts[::2], parts[1::2])]
+
+    def log_lines(self):
+        """The lines of log.txt that are not blank, without a record's samples."""
+        return [line for line in SAMPLE.split(self.read_text("log.txt"))[0].splitlines() if line.strip()]
+
+    def read_text(self, name):
+        """The text of a file of the run; empty where there is none."""
+        path = self.run_dir / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def adapters(self):
+        """The adapters of a sweep, each a Run, by name: from adapters/*/ or, in a record, from adapters.jsonl."""
+        table = self.run_dir / "adapters.jsonl"
+        if not table.exists():
+            return [read_run(path.parent) for path in sorted((self.run_dir / "adapters").glob("*/config.json"))]
+        runs = []
+        for _, row in read_jsonl(table):
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in row["metrics"])  # as RunLog wrote them
+            folder = self.run_dir / "adapters" / row["name"]
+            runs.append(_make_run(folder, row["config"], row["env"], row["result"], lines.encode()))
+        return runs
 
     @property
     def step(self):
@@ -128,20 +153,30 @@ class Run:
 
 
 def read_run(run_dir):
-    """Read a run directory -> Run. A run that is still being written, or was killed while writing, reads too."""
+    """Read a run directory or a record -> Run. A run that is being written, or was killed while writing, reads too."""
     run_dir = Path(run_dir)
-    if not (run_dir / "config.json").exists():
-        raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
-    config = read_json(run_dir / "config.json")
-    env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
+    if (run_dir / "record.json").exists():
+        record = read_json(run_dir / "record.json")
+        config, env, result = (record.get(name) for name in ("config", "env", "result"))
+    elif (run_dir / "config.json").exists():
+        config = read_json(run_dir / "config.json")
+        env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
+    else:
+        raise UsageError(f"{run_dir} is not a run directory: it has no config.json or record.json")
     if not isinstance(config, dict) or not {"kind", "settings"} <= config.keys():
-        raise UsageError(f"{run_dir} is not a run directory: its config.json is of another kind")
-    return Run(run_dir, config["kind"], config["settings"], config, env, result, read_metrics(run_dir))
+        raise UsageError(f"{run_dir} is not a run directory: its config has no kind and settings")
+    return _make_run(run_dir, config, env, result, _metrics_bytes(run_dir))
+
+
+def _make_run(run_dir, config, env, result, metrics):
+    rows = parse_metrics(metrics, run_dir / "metrics.jsonl")
+    return Run(run_dir, config["kind"], config["settings"], config, env, result, rows, _sha256_of_lines(metrics))
 
 
 def find_runs(folder):
-    """The run directories under a folder, itself included, by name."""
-    return [p.parent for p in sorted(Path(folder).rglob("config.json")) if (p.parent / "env.json").exists()]
+    """The run directories and records under a folder, itself included, by name."""
+    found = [p.parent for p in Path(folder).rglob("config.json") if (p.parent / "env.json").exists()]
+    return sorted(found + [p.parent for p in Path(folder).rglob("record.json")])
 
 
 def is_locked(run_dir):
@@ -160,10 +195,17 @@ def is_locked(run_dir):
 
 def read_metrics(run_dir):
     """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is passed over."""
+    return parse_metrics(_metrics_bytes(run_dir), Path(run_dir) / "metrics.jsonl")
+
+
+def _metrics_bytes(run_dir):
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return path.read_bytes() if path.exists() else b""
+
+
+def parse_metrics(data, path):
+    """The bytes of a metrics.jsonl -> its rows as `read_metrics` gives them; UsageError names the path."""
+    rows, lines = {}, data.decode(errors="replace").split("\n")
     for i, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -181,9 +223,12 @@ def learned(run_dir):
 
 
 def metrics_sha256(run_dir):
-    """One sum over the whole lines of metrics.jsonl: whoever changes a digit of one changes it. (CRLF counts as LF.)"""
-    path = Path(run_dir) / "metrics.jsonl"
-    data = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
+    """Checksum over the whole lines of metrics.jsonl: changing a digit changes it. (CRLF counts as LF.)"""
+    return _sha256_of_lines(_metrics_bytes(run_dir))
+
+
+def _sha256_of_lines(data):
+    data = data.replace(b"\r\n", b"\n")
     return hashlib.sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
 
 
