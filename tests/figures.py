@@ -1,8 +1,8 @@
 """Figures in Markdown tables against the records that they cite, for the tests of report.md and README.md.
 
-The convention: a table row cites the records of its figures as `runs/NAME` (braces and * may name several), or else the
-paragraph before the table does, for all rows. A figure holds if one of the cited records has a number that rounds to it
-as printed, in result.json, config.json, env.json, table.md or a row of metrics.jsonl other than training steps; a
+The convention: a table row cites the records of its figures as `records/NAME` (braces and * may name several), or else
+the paragraph before the table does, for all rows. A figure holds if one of the cited records has a number that rounds
+to it as printed, in record.json, a sweep's table, or a row of metrics other than training steps (adapters' included); a
 percentage may be a share there. Where the row's words are those of one entry of a benchmark's `rows` (as "train" and
 "ours"), the figures must be that entry's. A figure may also stand in a cited test. Runs that differ by their seed
 (NAME-seed1, …) also give their mean and standard deviation. Not figures: what is in backticks, names with a digit
@@ -19,10 +19,10 @@ from statistics import mean, stdev
 from conftest import ROOT
 
 from common import read_json
-from runlog import read_metrics
+from runlog import read_run
 
 NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?!\.?\d|[\w-])(?: ?%)?")
-CITED = re.compile(r"`((?:runs|tests)/[^`\s]+)`")
+CITED = re.compile(r"`((?:records|runs|tests)/[^`\s]+)`")
 NOT_OURS = ("original", "question", "row")
 
 
@@ -52,7 +52,7 @@ def table_rows(text):
 
 
 def paths(text):
-    """The records and tests cited in a text: `runs/{a,b}-seed{1,2}` names four."""
+    """The records and tests cited in a text: `records/{a,b}-seed{1,2}` names four."""
     found = []
     for cited in CITED.findall(text):
         parts = re.split(r"\{([^}]*)\}", cited)
@@ -96,16 +96,15 @@ def numbers(path):
     """Every number in a record, or in the source of a test."""
     if path.suffix in (".py", ".txt", ".md"):
         return tuple(in_text(path.read_text(encoding="utf-8").replace("_", "")))
-    found = in_value(read_json(path)) if path.suffix == ".json" else []
-    for file in sorted(path.rglob("*.json")):
-        if file.name in ("result.json", "config.json", "env.json"):
-            found += in_value(read_json(file))
-    for file in sorted(path.rglob("metrics.jsonl")):
-        for row in read_metrics(file.parent):
-            if row["kind"] != "train":
-                found += in_value({k: v for k, v in row.items() if k != "time"})
-    for file in path.glob("table.md"):
-        found += in_text(file.read_text(encoding="utf-8"))
+    if path.suffix == ".json":
+        return tuple(in_value(read_json(path)))
+    run, found = read_run(path), []
+    for one in [run, *run.adapters()]:
+        rows = [{k: v for k, v in row.items() if k != "time"} for row in one.metrics if row["kind"] != "train"]
+        found += in_value([one.config, one.env, one.result, rows])
+    for file in path.glob("lora_experiments_*.log"):
+        table = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        found += in_text("\n".join(table))
     return tuple(found)
 
 
@@ -119,8 +118,9 @@ def entry_numbers(path, row):
 
 @cache
 def result(path):
-    path = path if path.suffix == ".json" else path / "result.json"
-    return read_json(path) if path.is_file() else {}
+    """The result of a cited record, or of its record.json."""
+    folder = path.parent if path.suffix == ".json" else path
+    return read_run(folder).result if (folder / "record.json").is_file() else {}
 
 
 def over_seeds(cited):

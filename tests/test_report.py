@@ -51,14 +51,15 @@ def test_every_row_of_the_reproduction_has_its_entry():
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """A record to cite, as runs/mine, and three that differ by their seed."""
+    """A record to cite, as records/mine, and three that differ by their seed."""
     monkeypatch.setattr("figures.ROOT", tmp_path)
     entries = [{"name": "train", "who": "ours", "seconds": 1.25}, {"name": "train", "who": "peer", "seconds": 2.5}]
     results = {"mine": {"val_loss": 4.7856, "share": 0.273, "steps": 1024, "rows": entries}}
     results |= {f"a-seed{i}": {"val_loss": 2.0 + i / 10} for i in (1, 2, 3)}
     for name, result in results.items():
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        (tmp_path / "records" / name).mkdir(parents=True)
+        record = {"config": {"kind": "test", "settings": {}}, "env": {}, "result": result}
+        (tmp_path / "records" / name / "record.json").write_text(json.dumps(record), encoding="utf-8")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_it.py").write_text("CASES = 5_000\nassert abs(a - b) < 1e-5\n", encoding="utf-8")
 
@@ -69,15 +70,15 @@ CITING = "| what | original | here |\n|---|---|---|\n| GPT-2, {what} | 38.9 s | 
 @pytest.mark.parametrize(
     "here, wrong",
     [
-        ("4.786 nats after 1,024 steps (`runs/mine`)", []),
-        ("4.787 nats after 1,025 steps (`runs/mine`)", ["4.787", "1,025"]),
-        ("27 %, 27.3%, 28 % (`runs/mine`)", ["28 %"]),
-        ("4.786, below the 9.9 aimed at, in `n_embd=77` (`runs/mine`)", []),
-        ("2.20 ± 0.10 (`runs/a-seed{1,2,3}`)", []),
-        ("2.20 ± 0.11 (`runs/a-seed*`)", ["0.11"]),
+        ("4.786 nats after 1,024 steps (`records/mine`)", []),
+        ("4.787 nats after 1,025 steps (`records/mine`)", ["4.787", "1,025"]),
+        ("27 %, 27.3%, 28 % (`records/mine`)", ["28 %"]),
+        ("4.786, below the 9.9 aimed at, in `n_embd=77` (`records/mine`)", []),
+        ("2.20 ± 0.10 (`records/a-seed{1,2,3}`)", []),
+        ("2.20 ± 0.11 (`records/a-seed*`)", ["0.11"]),
         ("5,000 cases to 1e-5 (`tests/test_it.py`)", []),
         ("5,001 cases to 1e-6 (`tests/test_it.py`)", ["5,001", "1e-6"]),
-        ("4.786 and 9 (`runs/mine/result.json`)", ["9"]),
+        ("4.786 and 9 (`records/mine/record.json`)", ["9"]),
         ("4.786", ["4.786"]),
     ],
 )
@@ -88,7 +89,7 @@ def test_what_counts_as_right(record, here, wrong):
 
 def test_a_benchmarks_words_choose_its_entry(record):
     table = (
-        "One run (`runs/mine`):\n\n| what | who | s |\n|---|---|---|\n| train | ours | {} |\n| train | peer | {} |\n"
+        "One run (`records/mine`):\n\n| what | who | s |\n|---|---|---|\n| train | ours | {} |\n| train | peer | {} |\n"
     )
     assert [wrong_figures(row) for row in table_rows(table.format("1.25", "2.5"))] == [[], []]
     assert [wrong_figures(row) for row in table_rows(table.format("2.5", "2.51"))] == [["2.5"], ["2.51"]]
