@@ -18,7 +18,7 @@ from common import ROOT, file_sha256
 from data.shards import write_meta, write_shard
 from gpt2 import hellaswag
 from gpt2.sample import generate
-from runlog import learned
+from runlog import comparable_metrics
 
 
 def alternate(ways, rounds):
@@ -222,7 +222,7 @@ def killed_and_resumed(bench, log):
         process.wait()
         text = run(command)
         resumed_at = [line for line in text.splitlines() if line.startswith("resumed at")]
-        same_metrics = learned(Path(folder) / "alone") == learned(killed)
+        same_metrics = comparable_metrics(Path(folder) / "alone") == comparable_metrics(killed)
         weights = [max((Path(folder) / name / "ckpt").glob("step_*.pt")) for name in ("alone", "killed")]
         a, b = (torch.load(path, map_location="cpu", weights_only=True)["model"] for path in weights)
         same_weights = all(torch.equal(a[k], b[k]) for k in a)

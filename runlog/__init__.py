@@ -10,22 +10,11 @@
               ckpt/          checkpoints or adapters
 
 BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (record.py); notebooks, reports and tests
-read it back through `read_run` (run.py); `python -m runlog` lists, shows, compares, watches, explains and verifies
-runs (commands.py, and a file for each that is long).
+read it back through `read_run` (run.py), which also reads the compact records in records/ that `export_record` makes.
+`python -m runlog` lists, shows, compares and verifies runs (__main__.py, compare_runs.py, verify.py).
 """
 
-from runlog.record import STATUSES, RunLog, environment, provenance
-from runlog.run import TIMING_FIELDS, Run, learned, plot_loss, read_metrics, read_run
+from runlog.record import RunLog
+from runlog.run import TIMING_FIELDS, Run, comparable_metrics, plot_loss, read_metrics, read_run
 
-__all__ = [
-    "STATUSES",
-    "TIMING_FIELDS",
-    "Run",
-    "RunLog",
-    "environment",
-    "learned",
-    "plot_loss",
-    "provenance",
-    "read_metrics",
-    "read_run",
-]
+__all__ = ["TIMING_FIELDS", "Run", "RunLog", "comparable_metrics", "plot_loss", "read_metrics", "read_run"]

@@ -1,5 +1,185 @@
-from common import cli
-from runlog.commands import main
+"""`python -m runlog`: inspect runs of every kind: finished, being written, moved, killed, or a record of one.
+
+    python -m runlog ls                                  the runs in runs/, one per line
+    python -m runlog show RUN                            settings, figures, files; how it ended, and why
+    python -m runlog compare RUN RUN … --x tokens        what differs, the curves, where they end; compare.png
+    python -m runlog csv RUN … --out all.csv             every row of metrics.jsonl, for other programs
+    python -m runlog verify RUN                          checksums, and a few steps computed again
+    python -m runlog export RUN --out records/NAME       a compact record: settings, rows, log, picture
+
+A run is a folder, or the name of one in runs/ or records/.
+"""
+
+import argparse
+import fnmatch
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from common import ROOT, UsageError, atomic_open, cli, file_sha256
+from runlog.compare_runs import compare, number, table
+from runlog.record import export_record
+from runlog.run import AXES, find_runs, read_run
+from runlog.verify import verify
+
+COLUMNS = ("run", "kind", "status", "step", "val loss", "best", "tokens", "hours", "commit", "written")
+
+
+def locate(name):
+    """A folder, or the name of one in runs/ or records/ -> its path."""
+    for path in (Path(name), ROOT / "runs" / name, ROOT / "records" / name):
+        if any((path / file).exists() for file in ("config.json", "record.json")):
+            return path
+    raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
+
+
+def list_runs(folder, args):
+    """A line for each run in a folder; those that cannot be read are named below."""
+    rows, notes = [], []
+    for run_dir in find_runs(folder):
+        try:
+            run = read_run(run_dir)
+        except UsageError as e:
+            notes.append(f"unreadable: {e}")
+            continue
+        name = run.name if run_dir == folder else run_dir.relative_to(folder).as_posix()
+        if args.kind in (None, run.kind) and fnmatch.fnmatch(name, f"*{args.match}*"):
+            rows.append([name, *summary(run)])
+        if run.status == "stale":
+            notes.append(f"{name} is stale: nothing says how it ended, and no process holds it")
+    if rows:
+        frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object).sort_values(args.sort, kind="stable")
+        print(table(frame.fillna("-"), index=False))
+    elif not notes:
+        print(f"no runs in {folder.name}/ yet; records of the report: python -m runlog ls records")
+    for note in notes:
+        print(note)
+
+
+def summary(run):
+    """The cells of one run in `ls`, after its name; * behind a commit: with changes that were not committed."""
+    losses, written = run.curve("val")[1], run.written
+    last, best = (losses[-1], min(losses)) if losses else (None, None)
+    return (
+        run.kind, run.status, run.step, last, best, run.tokens, run.hours,
+        (run.config.get("git_commit") or "-")[:9] + ("*" if run.config.get("git_dirty") else ""),
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(written)) if written else None,
+    )  # fmt: skip
+
+
+def show(run):
+    """Everything about one run on a screen or two."""
+    dirty = {True: ", with changes not committed", None: ", not known whether it was clean"}
+    print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}, step {run.step or '-'} of {run.max_steps or '-'}")
+    print(f"command   {shlex.join(run.config.get('argv') or ['?'])}")
+    print(f"code      {run.config.get('git_commit') or 'not known'}{dirty.get(run.config.get('git_dirty'), '')}")
+    print(f"hardware  {', '.join(f'{k} {v}' for k, v in run.env.items() if v not in (None, []))}")
+    print(f"files     {', '.join(sorted(path.name for path in run.run_dir.iterdir()))}")
+    for title, values in (("setting", run.settings), ("result", run.result)):
+        print(f"\n{title}", *(f"  {k:<24} {_text(v)}" for k, v in values.items() if k != "rows"), sep="\n")
+    if rows := [row for row in run.result.get("rows") or () if isinstance(row, dict)]:
+        print(f"\n{table(pd.DataFrame(rows, dtype=object).fillna('-').map(_text), index=False)}")
+    for kind in dict.fromkeys(row["kind"] for row in run.metrics):
+        row = {k: v for k, v in run.rows(kind)[-1].items() if k not in ("kind", "time")}
+        print(f"\nlast of {len(run.rows(kind))} {kind} rows: " + ", ".join(f"{k} {_text(v)}" for k, v in row.items()))
+    print("\n" + "\n".join(ending(run)))
+
+
+def _text(value):
+    text = number(value) if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def ending(run):
+    """How a run ended, what explains it, and what to do -> lines."""
+    lines, log = [], run.log_lines()
+    if run.status == "stale":
+        lines.append("killed: no process holds it, and nothing was recorded (SIGKILL, out of memory, power)")
+    for row in run.metrics:  # what is not finite is recorded as null
+        if None in (row.get("loss", 0), row.get("grad_norm", 0)):
+            lines.append(f"the first loss or gradient norm that is not finite is at step {row['step']}")
+            break
+    for path in sorted((run.run_dir / "ckpt").glob("*.sha256")):
+        file = path.with_suffix("")
+        whole = file.exists() and path.read_text(encoding="utf-8").split()[:1] == [file_sha256(file)]
+        lines.append(f"checkpoint {file.name}: " + ("whole" if whole else "damaged, its sha256 does not match"))
+    if run.status in ("preempted", "stale"):
+        lines.append(f"the same command resumes it: python {shlex.join(run.config.get('argv') or ['?'])}")
+    starts = [i for i, line in enumerate(log) if line.startswith("Traceback")] if run.status == "failed" else []
+    return [*lines, "the end of log.txt:", *(f"  {line}" for line in log[starts[-1] if starts else -8 :])]
+
+
+def write_csv(runs, out):
+    """Every row of the runs' metrics.jsonl as CSV, a column for each field: to a file, or to the terminal."""
+    frame = pd.DataFrame([{"run": run.name, **row} for run in runs for row in run.metrics], dtype=object)
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if out is None:
+        return print(text, end="")
+    with atomic_open(out) as f:
+        f.write(text)
+
+
+def parse(argv=None):
+    """The command line -> Namespace."""
+    first, _, more = __doc__.partition("\n")
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m runlog", description=first, epilog=more, **raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, about, runs="+"):
+        sub = commands.add_parser(name, help=about, description=about)
+        if runs:
+            sub.add_argument("run", nargs=runs, help="a run directory, or the name of one in runs/ or records/")
+        return sub.add_argument
+
+    add = command("ls", "list the runs in a folder", runs=None)
+    add("folder", nargs="?", default="runs", help="folder of run directories or records")
+    add("--sort", default="run", choices=COLUMNS, help="column to sort by")
+    add("--kind", help="only runs of this kind")
+    add("--match", default="", help="only runs whose name holds this; * and ? are wildcards")
+    command("show", "settings, figures, files, and how it ended")
+    add = command("compare", "settings that differ, curves on one axis, final values")
+    add("--x", default="step", choices=list(AXES), help="the common axis")
+    add("--kind", help="kind of row: val, train, …; val where there is any")
+    add("--y", default="loss", help="field of the rows")
+    add("--out", default=str(ROOT / "runs" / "compare.png"), help="the picture")
+    add = command("csv", "every row of metrics.jsonl as CSV")
+    add("--out", help="file to write; the terminal if none is named")
+    add = command("verify", "checksums, and a few steps computed again; exit status 1 if the record is wrong")
+    add("--steps", type=int, default=5, help="steps to replay from the start and each kept checkpoint")
+    add("--whole", action="store_true", help="replay the whole run")
+    add("--data", help="where the corpus, text or rows lie now, if not where the record says")
+    add = command("export", "write a compact record of a run: at most four files", runs=1)
+    add("--out", required=True, help="folder of the record, e.g. records/NAME")
+    add("--keep", metavar="FILE", help="one more file of the run to keep, e.g. hellaswag.jsonl.gz")
+    return parser.parse_args(argv)
+
+
+def main():
+    """The command that follows `python -m runlog`; a failed verify exits with 1."""
+    args = parse()
+    if args.command == "ls":
+        folder = Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder
+        return list_runs(folder, args)
+    folders = [locate(name) for name in args.run]
+    if args.command == "export":
+        export_record(folders[0], args.out, args.keep)
+    elif args.command == "verify":
+        good = [verify(read_run(folder), args.steps, args.whole, args.data) for folder in folders]
+        return None if all(good) else sys.exit(1)
+    elif args.command == "compare":
+        compare([read_run(folder) for folder in folders], args.x, args.kind, args.y, args.out)
+    elif args.command == "csv":
+        write_csv([read_run(folder) for folder in folders], args.out)
+    else:
+        for folder in folders:
+            show(read_run(folder))
+
 
 if __name__ == "__main__":
     cli(main)

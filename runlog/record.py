@@ -1,7 +1,7 @@
-"""Writing a run directory, and its mirrors in TensorBoard and Weights & Biases."""
+"""Writing a run directory and its mirrors in TensorBoard and Weights & Biases; exporting it as a compact record."""
 
 import errno
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -16,8 +16,8 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from common import ROOT, UsageError, atomic_open, plain, read_json, write_json
-from runlog.run import metrics_sha256, plot_loss, read_run
+from common import ROOT, UsageError, atomic_open, plain, write_json
+from runlog.run import draw_curves, metrics_sha256, read_metrics, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -31,7 +31,7 @@ class RunLog:
             log.finish("success", val_loss=3.9)
 
     config: a dataclass or dict of every setting.
-    resume: keep the records of an earlier start and append to them; otherwise they are replaced.
+    resume: keep the rows of an earlier start and append to them; otherwise they are replaced.
     enabled: False on every rank but one; then all methods do nothing.
     tensorboard, wandb: mirror every number there, too, as KIND/FIELD; UsageError where the package is missing.
 
@@ -42,26 +42,31 @@ class RunLog:
     def __init__(self, run_dir, kind, config, *, resume=False, enabled=True, tensorboard=False, wandb=False):
         self.run_dir, self.kind, self.config = Path(run_dir), kind, config
         self.resume, self.enabled = resume, enabled
-        self._mirror_classes = [TensorBoard] * tensorboard + [Wandb] * wandb
+        self._mirror_names = ["tensorboard"] * tensorboard + ["wandb"] * wandb
         self.ckpt_dir = self.run_dir / "ckpt"
         self.finished = False
 
     def __enter__(self):
         if not self.enabled:
             return self
-        packages = [m.package() for m in self._mirror_classes]  # a missing one is said before anything is written
+        for name in self._mirror_names:  # a missing package is reported before anything is written
+            if importlib.util.find_spec(name) is None:
+                raise UsageError(f"--{name} needs the package {name}, which is not installed: pip install {name}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.run_dir)
         if not self.resume:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
         _end_with_newline(self.run_dir / "metrics.jsonl")
+        self._losses = {"train": {}, "val": {}}  # {kind: {step: loss}}, for the picture
+        for row in read_metrics(self.run_dir):
+            self._remember_loss(row)
         settings = plain(self.config)
         write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
         write_json(self.run_dir / "env.json", environment())
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
         self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n")
-        self._mirrors = [m(package, self, settings) for m, package in zip(self._mirror_classes, packages)]
+        self._mirrors = [MIRRORS[name](self, settings) for name in self._mirror_names]
         self.started = time.time()
         self._write_result("running", {})
         return self
@@ -77,7 +82,7 @@ class RunLog:
                 self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
             for file in (*self._mirrors, self._metrics, self._log):
                 file.close()
-        except OSError:  # on a full disk this fails for the same reason, and the first complaint is the better one
+        except OSError:  # on a full disk this fails for the same reason, and the first error is the better one
             if exc is None:
                 raise
         finally:
@@ -89,8 +94,13 @@ class RunLog:
             row = plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
             self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             self._metrics.flush()
+            self._remember_loss(row)
             for mirror in self._mirrors:
                 mirror.add(step, {f"{kind}/{k}": v for k, v in row.items() if k in fields and _is_number(v)})
+
+    def _remember_loss(self, row):
+        if row["kind"] in self._losses and row.get("loss") is not None:
+            self._losses[row["kind"]][row["step"]] = row["loss"]
 
     def print(self, text=""):
         """Show a line on the terminal (above a progress bar, if there is one) and keep it in log.txt."""
@@ -106,78 +116,30 @@ class RunLog:
             with open(self.run_dir / "samples.txt", "a", encoding="utf-8", newline="\n") as f:
                 f.write(f"--- step {step}\n{text}\n")
 
-    def plot(self, **kwargs):
-        """Refresh loss.png; arguments as for `plot_loss`."""
+    def plot(self, reference=None):
+        """Refresh loss.png from the rows kept in memory. reference: {label: loss}, drawn as dashed lines."""
         if self.enabled:
-            plot_loss(self.run_dir, **kwargs)
+            curves = {kind: tuple(zip(*sorted(losses.items()))) for kind, losses in self._losses.items() if losses}
+            draw_curves(self.run_dir / "loss.png", curves, reference, title=self.run_dir.resolve().name)
 
     def finish(self, status, **numbers):
-        """Write result.json: status, seconds since this start, the final numbers, a sum over the metrics."""
+        """Write result.json: status, seconds since this start, the final numbers, a checksum of the metrics."""
         assert status in STATUSES, status
         self.finished = True
         if self.enabled:
             seconds = round(time.time() - self.started, 3)
-            proof = {"metrics_file_sha256": metrics_sha256(self.run_dir)}
-            self._write_result(status, {"seconds": seconds, **numbers, **proof})
+            checksum = {"metrics_file_sha256": metrics_sha256(self.run_dir)}
+            self._write_result(status, {"seconds": seconds, **numbers, **checksum})
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
-
-
-def export_record(run_dir, out, keep=None):
-    """Write a record of a run, at most four files that read_run reads like the run itself -> its folder.
-
-    record.json    {"config", "env", "result"}
-    metrics.jsonl  the rows, byte for byte, where there are any
-    adapters.jsonl of a sweep: {"name", "config", "env", "result", "metrics": rows} for each adapter
-    log.txt        with the samples at its end; of a sweep lora_experiments_TASK.log with its table
-    *.png          loss.png, or the one picture of a benchmark
-
-    keep: one more file of the run's to keep.
-    """
-    run, out = read_run(run_dir), Path(out)
-    if out.exists():
-        raise UsageError(f"{out} exists; remove it first, or choose another --out")
-    if run.status == "running":
-        raise UsageError(f"{run_dir} is still being written")
-    tables = sorted(run.run_dir.glob("lora_experiments_*.log")) if run.kind == "lora_sweep" else []
-    log, more = (tables[0], "table.md") if tables else (run.run_dir / "log.txt", "samples.txt")
-    pictures = [run.run_dir / "loss.png", *sorted(run.run_dir.glob("*.png"))]
-    files = [path for path in pictures if path.exists()][:1]
-    files += [run.run_dir / "metrics.jsonl"] if run.metrics else []
-    files += [run.run_dir / keep] if keep else []
-    adapters = [_adapter_row(adapter, run) for adapter in run.adapters()]
-    if 1 + log.exists() + bool(adapters) + len(files) > 4:
-        raise UsageError(f"{keep} would be the record's fifth file")
-
-    write_json(out / "record.json", {"config": run.config, "env": run.env, "result": run.result})
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    if log.exists():
-        text, end = run.read_text(log.name), run.read_text(more)
-        with atomic_open(out / log.name) as f:
-            f.write(text + end)
-    if adapters:
-        with atomic_open(out / "adapters.jsonl") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in adapters)
-    return out
-
-
-def _adapter_row(adapter, sweep):
-    """An adapter's line in adapters.jsonl, the checksums of its inputs included, which the sweep keeps for all."""
-    config, inputs = adapter.config, sweep.run_dir / "sweep.json"
-    if inputs.exists() and "inputs" not in adapter.settings:
-        config = {**config, "settings": {**adapter.settings, "inputs": read_json(inputs).get("inputs")}}
-    rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").splitlines()]
-    return {"name": adapter.name, "config": config, "env": adapter.env, "result": adapter.result, "metrics": rows}
 
 
 def _lock(run_dir):
     """Take the lock of a run directory -> the lock; UsageError if another process has it.
 
     It is the operating system's, which drops it when its holder dies, here or on another node; the file that stays
-    behind means nothing. A lock made of a file would outlive its node, so where the file system has no other, nothing
-    is locked.
+    behind means nothing. Where the file system has no locks, nothing is locked.
     """
     lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
     try:
@@ -198,8 +160,7 @@ def _end_with_newline(path):
     if path.exists():
         with open(path, "rb+") as f:
             data = f.read()
-            if data and not data.endswith(b"\n"):
-                f.truncate(data.rfind(b"\n") + 1)
+            f.truncate(data.rfind(b"\n") + 1)
 
 
 def git(*args, seconds=10):
@@ -215,10 +176,7 @@ def provenance():
     """{argv, git_commit, git_dirty}: which code was run, and how. Untracked files do not make a tree dirty."""
     changes = git("status", "--porcelain", "--untracked-files=no")
     script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(ROOT):
-        script = script.relative_to(ROOT)
-    else:
-        script = Path(script.name)
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
     return {
         "argv": [script.as_posix(), *sys.argv[1:]],
         "git_commit": git("rev-parse", "HEAD"),
@@ -227,7 +185,7 @@ def provenance():
 
 
 def environment():
-    """The machine as far as it bears on results: versions, GPU, threads, world size, nodes and job id."""
+    """Versions and hardware as far as they bear on results: GPU, threads, world size, nodes and job id."""
     env = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -236,28 +194,22 @@ def environment():
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "nodes": os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("GROUP_WORLD_SIZE"),  # torchrun's: how many
         "job_id": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID"),
-        "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
     }
-    torch = sys.modules.get("torch")  # a run that does not use torch shall not pay for importing it
-    if torch is not None:
-        env["torch"] = torch.__version__
-        env["threads"] = torch.get_num_threads()
-        env["cuda"] = torch.version.cuda
+    imported = {name: sys.modules[name] for name in ("numpy", "torch", "transformers", "peft") if name in sys.modules}
+    env |= {name: module.__version__ for name, module in imported.items()}
+    if torch := imported.get("torch"):  # a run that does not use torch does not pay for importing it
+        env |= {"threads": torch.get_num_threads(), "cuda": torch.version.cuda}
         env["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    for name in ("transformers", "peft"):
-        if name in sys.modules:
-            env[name] = sys.modules[name].__version__
     return env
 
 
 def _cpu_name():
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,19 +219,16 @@ def _cpu_name():
 class TensorBoard:
     """The numbers as scalars in RUN_DIR/tensorboard, for `tensorboard --logdir runs`."""
 
-    @staticmethod
-    def package():
-        _import("tensorboard")
-        return importlib.import_module("torch.utils.tensorboard")
-
-    def __init__(self, package, log, settings):
-        self.open, self.folder, self.writer = package.SummaryWriter, log.run_dir / "tensorboard", None
+    def __init__(self, log, settings):
+        self.folder, self.writer = log.run_dir / "tensorboard", None
         if not log.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, step, numbers):
-        if self.writer is None:  # what an earlier start wrote from this step on is done again, so it is not to be shown
-            self.writer = self.open(str(self.folder), purge_step=step)
+        if self.writer is None:  # steps after the resumed one are computed again: their old points are not shown
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=step)
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -290,24 +239,23 @@ class TensorBoard:
 
 
 class Wandb:
-    """The numbers as one run at Weights & Biases, gone on with on resume. WANDB_MODE=offline keeps it in RUN_DIR."""
+    """The numbers as one run at Weights & Biases, continued on resume. WANDB_MODE=offline keeps it in RUN_DIR."""
 
-    @staticmethod
-    def package():
-        return _import("wandb")
+    def __init__(self, log, settings):
+        import wandb
 
-    def __init__(self, package, log, settings):
         id_file = log.run_dir / "wandb_id.txt"
         if not (log.resume and id_file.exists()):
             id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        about = {"project": os.environ.get("WANDB_PROJECT", "bytes-to-lora"), "group": log.kind, "config": settings}
-        about |= {"id": id_file.read_text(encoding="utf-8"), "name": log.run_dir.name, "dir": str(log.run_dir)}
         try:
-            self.run = package.init(resume="allow", **about)
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "bytes-to-lora"), group=log.kind, name=log.run_dir.name,
+                id=id_file.read_text(encoding="utf-8"), resume="allow", dir=str(log.run_dir), config=settings,
+            )  # fmt: skip
         except Exception as e:  # no network, no key: wandb has an exception for each
             why = f"{type(e).__name__}: {e}".splitlines()[0]
             raise UsageError(f"wandb did not start ({why}); set WANDB_MODE=offline, or leave out --wandb") from e
-        # Our steps may come again after a kill, which wandb's own counter refuses: the step is a field like others.
+        # Steps may come again after a kill, which wandb's own counter refuses: the step is a field like others.
         self.run.define_metric("*", step_metric="step")
 
     def add(self, step, numbers):
@@ -317,12 +265,56 @@ class Wandb:
         self.run.finish()
 
 
-def _import(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UsageError(f"--{name} needs the package {name}, which is not installed: pip install {name}") from None
+MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a compact record
+
+
+def export_record(run_dir, out, keep=None):
+    """Write a record of a run: at most four files, which read_run reads like the run itself.
+
+    record.json     {"config", "env", "result"}
+    metrics.jsonl   the rows, byte for byte, where there are any
+    adapters.jsonl  of a sweep: {"name", "config", "env", "result", "metrics": rows} for each adapter
+    log.txt         with the samples at its end; of a sweep lora_experiments_TASK.log with its table
+    *.png           loss.png, or the one picture of a benchmark
+
+    keep: one more file of the run's to keep.
+    """
+    run, out = read_run(run_dir), Path(out)
+    if out.exists():
+        raise UsageError(f"{out} exists; remove it first, or choose another --out")
+    log, end = run.run_dir / "log.txt", "samples.txt"
+    if run.kind == "lora_sweep":
+        log, end = next(run.run_dir.glob("lora_experiments_*.log"), log), "table.md"
+    pictures = [run.run_dir / "loss.png", *sorted(run.run_dir.glob("*.png"))]
+    files = [path for path in pictures if path.exists()][:1]
+    files += [run.run_dir / name for name in ("metrics.jsonl" if run.metrics else None, keep) if name]
+    adapters = [_adapter_row(adapter, run) for adapter in run.adapters()]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise UsageError(f"{run.run_dir} has no {missing[0]}")
+    if 2 + bool(adapters) + len(files) > 4:
+        raise UsageError(f"{keep} would be the record's fifth file")
+
+    out.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+    with atomic_open(out / log.name) as f:
+        f.write(run.read_text(log.name) + run.read_text(end))
+    if adapters:
+        with atomic_open(out / "adapters.jsonl") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in adapters)
+    write_json(out / "record.json", {"config": run.config, "env": run.env, "result": run.result})
+
+
+def _adapter_row(adapter, sweep):
+    """An adapter's line in adapters.jsonl, with the checksums of its inputs, which the sweep keeps once for all."""
+    config = {**adapter.config, "settings": {"inputs": sweep.settings.get("inputs"), **adapter.settings}}
+    rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").splitlines()]
+    return {"name": adapter.name, "config": config, "env": adapter.env, "result": adapter.result, "metrics": rows}

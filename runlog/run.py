@@ -13,12 +13,12 @@ import filelock
 
 from common import UsageError, atomic_open, read_json, read_jsonl
 
-# Fields that differ between two runs that learned the same thing: "identical runs" leaves them out.
+# Fields that differ between two identical runs.
 TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
 TIMING_FIELDS |= {"mfu", "peak_mb"}
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOP"}
 SAMPLE = re.compile(r"^--- step (\d+)\n", re.M)  # the line above each sample
-FRESH = 60.0  # seconds after its last line for which a run counts as running although nobody seems to hold its lock
+FRESH = 60.0  # seconds since its last line for which a run counts as running although no lock is seen
 
 
 @dataclass
@@ -47,22 +47,23 @@ class Run:
 
     def curve(self, kind, y="loss", x="step"):
         """Two lists (xs, ys) of the rows of one kind that have both. x: a field, or one of AXES."""
-        value = self.axis(x)
-        pairs = [(value(r), r[y]) for r in self.rows(kind) if r.get(y) is not None]
-        pairs = [(a, b) for a, b in pairs if a is not None]
-        return [a for a, _ in pairs], [b for _, b in pairs]
+        place = self.axis(x)
+        rows = [row for row in self.rows(kind) if row.get(y) is not None and place(row) is not None]
+        return [place(row) for row in rows], [row[y] for row in rows]
 
     def axis(self, x):
         """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
 
-        tokens and FLOP are those spent before the row's step; FLOP are 6 N + 12 n_layer n_embd T a token. seconds are
-        those of the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
+        tokens and FLOP are those spent before the row's step. seconds are those of the steps where they are timed
+        (evaluations and pauses left out), else the clock since the first row.
         """
         if x in ("tokens", "flops"):
-            per_step = self.settings.get("total_batch_size")
-            if self.kind != "gpt2" or not per_step:
+            factor = self.settings.get("total_batch_size") if self.kind == "gpt2" else None
+            if x == "flops":
+                factor = factor and self.flops_per_token and factor * self.flops_per_token
+            if not factor:
                 raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
-            return lambda row: row["step"] * per_step * (self.flops_per_token() if x == "flops" else 1)
+            return lambda row: row["step"] * factor
         if x == "seconds":
             timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
             if not timed:
@@ -72,61 +73,25 @@ class Run:
             return lambda row: spent[bisect_left(steps, row["step"])]
         return lambda row: row.get(x)
 
+    @property
     def flops_per_token(self):
-        """6 N + 12 n_layer n_embd T, N being all parameters (the convention in which MFU is stated)."""
-        n = self.result.get("parameters")
-        if n is None:
-            raise UsageError(f"{self.run_dir} has not recorded its parameters yet; compare by step, tokens or seconds")
-        s = self.settings
-        return 6 * n + 12 * s["n_layer"] * s["n_embd"] * s["block_size"]
+        """Training FLOPs per token as the run recorded them (gpt2.model defines them), or None."""
+        return self.result.get("flops_per_token") or self.settings.get("flops_per_token")
 
     @property
     def status(self):
         """That of result.json; "stale" for a run that says running although no process holds it any more."""
         status = self.result.get("status", "?")
-        if status == "running" and not is_locked(self.run_dir) and not (self.silence() or 0) < FRESH:
+        if status == "running" and not is_locked(self.run_dir) and time.time() - self.written > FRESH:
             return "stale"
         return status
 
-    def silence(self):
-        """Seconds since the run last wrote to its metrics or log, or None."""
-        files = [self.run_dir / name for name in ("metrics.jsonl", "log.txt")]
-        written = [file.stat().st_mtime for file in files if file.exists()]
-        return max(0.0, time.time() - max(written)) if written else None
-
     @property
     def written(self):
-        """When the run last wrote, in seconds since 1970: as its rows say, else its files (a copy's are younger)."""
+        """When the run last wrote, in seconds since 1970: as its rows say, else its config (a copy's is younger)."""
         times = [row["time"] for row in self.metrics if row.get("time")]
-        silence = self.silence()
-        return max(times) if times else None if silence is None else time.time() - silence
-
-    def samples(self):
-        """[(step, text)] in the order in which they were written; a record has them at the end of log.txt."""
-        text = self.read_text("samples.txt") or self.read_text("log.txt")
-        parts = SAMPLE.split(text)[1:]
-        return [(int(step), text.removesuffix("\n")) for step, text in zip(parts[::2], parts[1::2])]
-
-    def log_lines(self):
-        """The lines of log.txt that are not blank, without a record's samples."""
-        return [line for line in SAMPLE.split(self.read_text("log.txt"))[0].splitlines() if line.strip()]
-
-    def read_text(self, name):
-        """The text of a file of the run; empty where there is none."""
-        path = self.run_dir / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-    def adapters(self):
-        """The adapters of a sweep, each a Run, by name: from adapters/*/ or, in a record, from adapters.jsonl."""
-        table = self.run_dir / "adapters.jsonl"
-        if not table.exists():
-            return [read_run(path.parent) for path in sorted((self.run_dir / "adapters").glob("*/config.json"))]
-        runs = []
-        for _, row in read_jsonl(table):
-            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in row["metrics"])  # as RunLog wrote them
-            folder = self.run_dir / "adapters" / row["name"]
-            runs.append(_make_run(folder, row["config"], row["env"], row["result"], lines.encode()))
-        return runs
+        file = self.run_dir / "config.json"
+        return max(times) if times else file.stat().st_mtime if file.exists() else None
 
     @property
     def step(self):
@@ -151,6 +116,33 @@ class Run:
         steps = sum(row["ms"] for row in self.rows("train") if row.get("ms") is not None) / 1e3
         return max(steps, self.result.get("seconds") or 0.0) / 3600 or None
 
+    def read_text(self, name):
+        """The text of a file of the run; empty where there is none."""
+        path = self.run_dir / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def log_lines(self):
+        """The lines of log.txt that are not blank, without a record's samples."""
+        return [line for line in SAMPLE.split(self.read_text("log.txt"))[0].splitlines() if line.strip()]
+
+    def samples(self):
+        """[(step, text)] in the order in which they were written; a record has them at the end of log.txt."""
+        text = self.read_text("samples.txt") or self.read_text("log.txt")
+        parts = SAMPLE.split(text)[1:]
+        return [(int(step), text.removesuffix("\n")) for step, text in zip(parts[::2], parts[1::2])]
+
+    def adapters(self):
+        """The adapters of a sweep, each a Run, by name: from adapters/*/ or, in a record, from adapters.jsonl."""
+        table = self.run_dir / "adapters.jsonl"
+        if not table.exists():
+            return [read_run(path.parent) for path in sorted((self.run_dir / "adapters").glob("*/config.json"))]
+        runs = []
+        for _, row in read_jsonl(table):
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in row["metrics"])  # as RunLog wrote them
+            folder = self.run_dir / "adapters" / row["name"]
+            runs.append(_make_run(folder, row["config"], row["env"], row["result"], lines.encode()))
+        return runs
+
 
 def read_run(run_dir):
     """Read a run directory or a record -> Run. A run that is being written, or was killed while writing, reads too."""
@@ -165,12 +157,12 @@ def read_run(run_dir):
         raise UsageError(f"{run_dir} is not a run directory: it has no config.json or record.json")
     if not isinstance(config, dict) or not {"kind", "settings"} <= config.keys():
         raise UsageError(f"{run_dir} is not a run directory: its config has no kind and settings")
-    return _make_run(run_dir, config, env, result, _metrics_bytes(run_dir))
+    return _make_run(run_dir, config, env, result, _metrics_lines(run_dir))
 
 
-def _make_run(run_dir, config, env, result, metrics):
-    rows = parse_metrics(metrics, run_dir / "metrics.jsonl")
-    return Run(run_dir, config["kind"], config["settings"], config, env, result, rows, _sha256_of_lines(metrics))
+def _make_run(run_dir, config, env, result, lines):
+    rows, digest = _parse_metrics(lines, run_dir), hashlib.sha256(lines).hexdigest()
+    return Run(run_dir, config["kind"], config["settings"], config, env, result, rows, digest)
 
 
 def find_runs(folder):
@@ -180,7 +172,7 @@ def find_runs(folder):
 
 
 def is_locked(run_dir):
-    """Whether a process holds the run: on this machine, or on another one if the file system shares locks."""
+    """Whether a process holds the run: on this host, or on another one if the file system shares locks."""
     path = Path(run_dir) / "run.lock"
     if not path.exists():
         return False
@@ -194,65 +186,60 @@ def is_locked(run_dir):
 
 
 def read_metrics(run_dir):
-    """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is passed over."""
-    return parse_metrics(_metrics_bytes(run_dir), Path(run_dir) / "metrics.jsonl")
+    """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is ignored."""
+    return _parse_metrics(_metrics_lines(run_dir), run_dir)
 
 
-def _metrics_bytes(run_dir):
+def _metrics_lines(run_dir):
+    """The whole lines of metrics.jsonl as bytes: what a kill left of the last one is cut off. (CRLF becomes LF.)"""
     path = Path(run_dir) / "metrics.jsonl"
-    return path.read_bytes() if path.exists() else b""
+    data = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
 
 
-def parse_metrics(data, path):
-    """The bytes of a metrics.jsonl -> its rows as `read_metrics` gives them; UsageError names the path."""
-    rows, lines = {}, data.decode(errors="replace").split("\n")
-    for i, line in enumerate(lines, 1):
+def _parse_metrics(lines, run_dir):
+    rows = {}
+    for i, line in enumerate(lines.decode(errors="replace").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
                 rows[row["step"], row["kind"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError):
-                if i < len(lines):  # a whole line, so no kill explains it
-                    raise UsageError(f"{path}, line {i} is not a metrics row; the file was damaged") from None
+            except (json.JSONDecodeError, KeyError, TypeError):  # a whole line, so no kill explains it
+                raise UsageError(f"{run_dir}/metrics.jsonl, line {i} is not a metrics row; it is damaged") from None
     return sorted(rows.values(), key=lambda r: r["step"])
 
 
-def learned(run_dir):
+def comparable_metrics(run_dir):
     """What "identical runs" compares: the metrics rows without the fields of time and memory."""
     return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_metrics(run_dir)]
 
 
 def metrics_sha256(run_dir):
-    """Checksum over the whole lines of metrics.jsonl: changing a digit changes it. (CRLF counts as LF.)"""
-    return _sha256_of_lines(_metrics_bytes(run_dir))
+    """Checksum over the whole lines of metrics.jsonl."""
+    return hashlib.sha256(_metrics_lines(run_dir)).hexdigest()
 
 
-def _sha256_of_lines(data):
-    data = data.replace(b"\r\n", b"\n")
-    return hashlib.sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
+def plot_loss(run_dir, reference=None):
+    """Draw the train and val curves of a run into its loss.png. reference: {label: loss}, dashed."""
+    run = read_run(run_dir)
+    curves = {kind: run.curve(kind) for kind in ("train", "val")}
+    draw_curves(run.run_dir / "loss.png", curves, reference, title=run.name)
 
 
-def plot_loss(run_dir, reference=None, ylabel="loss (nats per token)"):
-    """Draw the train and val curves of `run_dir` into its loss.png.
-
-    reference: {label: loss}, drawn as dashed horizontal lines.
-    """
+def draw_curves(out, curves, reference=None, xlabel="step", ylabel="loss (nats per token)", title=""):
+    """Draw curves {label: (xs, ys)} with their last values, and reference values {label: y} as dashed lines."""
     from matplotlib.figure import Figure  # no pyplot: no backend is chosen, no global state touched
 
-    run = read_run(run_dir)
     fig = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
     ax = fig.subplots()
-    xs, ys = run.curve("train")
-    if xs:
-        ax.plot(xs, ys, color="#0072B2", lw=1, alpha=0.75, label="train")
-    xs, ys = run.curve("val")
-    if xs:
-        ax.plot(xs, ys, color="#D55E00", lw=1.8, marker="o", ms=3.5, label=f"validation (last {ys[-1]:.3f})")
-    for (label, value), color in zip((reference or {}).items(), ("#444444", "#009E73", "#CC79A7")):
-        ax.axhline(value, color=color, ls="--", lw=1, label=f"{label} {value:.2f}")
-    ax.set(xlabel="step", ylabel=ylabel, title=run.run_dir.resolve().name)
+    for label, (xs, ys) in curves.items():
+        if len(xs):
+            ax.plot(xs, ys, lw=1.2, marker="o" if len(xs) <= 50 else "", ms=3.5, label=f"{label} (last {ys[-1]:.3f})")
+    for i, (label, value) in enumerate((reference or {}).items()):
+        ax.axhline(value, color="#444444", ls=("--", ":", "-.")[i % 3], lw=1, label=f"{label} {value:.2f}")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.grid(alpha=0.25)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False)
-    with atomic_open(run.run_dir / "loss.png", "wb") as f:
+        ax.legend(frameon=False, fontsize=9 if len(curves) <= 10 else 6)
+    with atomic_open(out, "wb") as f:
         fig.savefig(f, format="png")

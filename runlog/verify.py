@@ -1,16 +1,16 @@
-"""A run's own proof: is what its record says what its code, data and weights give?
+"""Does a run's record agree with what its code, data and weights give?
 
-Every kind of run is held to its sums and to the figures that its record states twice. What a kind can compute again
-lies with its station (`replay_run`), imported here only when it is asked.
+Every kind of run is checked against its checksums and against the figures that its record states twice. What a kind can
+compute again is its station's `replay_run(run, report, *, steps, whole, data)`, imported here only when it is needed.
 """
 
 import importlib
-import json
+import math
 from pathlib import Path
 
 from common import ROOT, UsageError
 from runlog.record import environment, git
-from runlog.run import find_runs, metrics_sha256, read_run
+from runlog.run import read_run
 
 REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.replay_bpe", "lora": "lora.replay_lora"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
@@ -19,44 +19,43 @@ STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_
 
 
 class Report:
-    """What was found, line by line, printed as it comes. `reasons`: why a replay here may give other bits."""
+    """What was found, line by line, printed as it comes.
+
+    failed: how many checks show the record to be wrong; unproved: what could neither be shown nor refuted.
+    reasons: why a replay here may give other bits.
+    """
 
     def __init__(self):
         self.failed, self.unproved, self.reasons = 0, 0, []
 
     def ok(self, text):
-        """A check that held."""
         print(f"ok        {text}", flush=True)
 
     def fail(self, text):
-        """A check that shows the record to be wrong."""
         self.failed += 1
         print(f"FAIL      {text}", flush=True)
 
     def open(self, text):
-        """Something that could neither be shown nor refuted."""
         self.unproved += 1
         print(f"unproved  {text}", flush=True)
 
     def verdict(self):
-        """The last line: what all checks together say."""
         if self.failed:
             return f"{self.failed} of the checks failed: this record is not what the run computed"
-        open_ends = f"; not proved: {self.unproved}" if self.unproved else ""
-        return f"nothing contradicts the record{open_ends}"
+        return "nothing contradicts the record" + (f"; not proved: {self.unproved}" if self.unproved else "")
 
 
-def verify(run_dir, steps=5, whole=False, data=None):
-    """Check one run and print what is found -> whether nothing failed.
+def verify(run, steps=5, whole=False, data=None):
+    """Check one run (a Run or its folder) and print what is found -> whether nothing failed.
 
     steps: optimizer steps to replay from the start and from each kept checkpoint. whole: replay all of them.
     data: where the corpus, text or rows lie now, if not where the record says.
     """
-    run, report = read_run(run_dir), Report()
+    run, report = run if hasattr(run, "metrics") else read_run(run), Report()
     print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}")
-    check_sum(run, report)
+    check_metrics(run, report)
     check_result(run, report)
-    report.reasons += [*code_reasons(run), *machine_reasons(run)]
+    report.reasons += [*code_reasons(run), *hardware_reasons(run)]
     if run.kind in REPLAYS:
         station = importlib.import_module(REPLAYS[run.kind])
         try:
@@ -75,45 +74,43 @@ def verify(run_dir, steps=5, whole=False, data=None):
 # what holds for every kind
 
 
-def check_sum(run, report):
-    """The rows of metrics.jsonl against the sum that the run left in result.json."""
+def check_metrics(run, report):
+    """The rows of metrics.jsonl against the checksum that the run left in result.json."""
     recorded = run.result.get("metrics_file_sha256")
     if recorded is None:
-        report.open("no sum over metrics.jsonl is recorded: a changed digit is found only where it is computed again")
-    elif recorded == metrics_sha256(run.run_dir):
-        report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl have the sum that result.json holds")
+        report.open("no checksum of metrics.jsonl is recorded: a changed digit is found only where it is replayed")
+    elif recorded == run.metrics_sha256:
+        report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl match the checksum in result.json")
     else:
-        report.fail("metrics.jsonl was changed after the run: its sum is not the one in result.json")
+        report.fail("metrics.jsonl was changed after the run: its checksum is not the one in result.json")
 
 
 def check_result(run, report):
     """Figures of result.json against the rows that they were taken from."""
-    compared, failed = [], report.failed
+    expected = {}
     for name, (kind, field) in STATED_TWICE.items():
         rows = [row for row in run.rows(kind) if field in row]
-        if run.result.get(name) is not None and rows:
-            compared.append(name)
-            if run.result[name] != rows[-1][field]:
-                report.fail(f"result.json says {name} {run.result[name]!r}, the last {kind} row {rows[-1][field]!r}")
-    per_step = run.settings.get("total_batch_size")
-    if run.result.get("tokens") is not None and per_step and run.result.get("step") is not None:
-        compared.append("tokens")
-        if run.result["tokens"] != run.result["step"] * per_step:
-            report.fail(f"result.json says {run.result['tokens']:,} tokens, which is not {run.result['step']} steps'")
-    if compared and report.failed == failed:
-        report.ok(f"result.json agrees with the rows ({', '.join(compared)})")
+        expected |= {name: rows[-1][field]} if rows else {}
+    if run.settings.get("total_batch_size") and run.result.get("step") is not None:
+        expected["tokens"] = run.result["step"] * run.settings["total_batch_size"]
+    stated = {name: run.result[name] for name in expected if run.result.get(name) is not None}
+    wrong = [name for name, value in stated.items() if value != expected[name]]
+    for name in wrong:
+        report.fail(f"result.json says {name} {stated[name]!r}, the rows say {expected[name]!r}")
+    if stated and not wrong:
+        report.ok(f"result.json agrees with the rows ({', '.join(stated)})")
 
 
 def check_adapters(run, report, steps, whole, data):
-    """A sweep stands or falls with its adapters, each a run of its own."""
-    adapters = find_runs(run.run_dir / "adapters")
-    losses = {folder.name: read_run(folder).result.get("held_out_loss") for folder in adapters}
-    best, said = run.result.get("best"), run.result.get("best_held_out_loss")
-    if best is not None and losses.get(best) != said:
-        report.fail(f"result.json says held-out loss {said} of {best}, its own record {losses.get(best)}")
-    for folder in adapters:
+    """A sweep is verified adapter by adapter, each a run of its own."""
+    adapters = run.adapters()
+    losses = {adapter.name: adapter.result.get("held_out_loss") for adapter in adapters}
+    best, stated = run.result.get("best"), run.result.get("best_held_out_loss")
+    if best is not None and losses.get(best) != stated:
+        report.fail(f"result.json says held-out loss {stated} of {best}, its own record {losses.get(best)}")
+    for adapter in adapters:
         print()
-        report.failed += not verify(folder, steps, whole, data)
+        report.failed += not verify(adapter, steps, whole, data)
     print()
 
 
@@ -125,26 +122,19 @@ def code_reasons(run):
     if commit is None or git("cat-file", "-e", f"{commit}^{{commit}}", seconds=30) is None:
         return [f"the run's commit {str(commit)[:9]} is not in this repository"]
     changed = git("diff", "--name-only", commit, "--", *(f"{name}/*.py" for name in PACKAGES), seconds=30)
-    if changed:
-        return [f"{len(changed.split())} of the code's files have changed since commit {commit[:9]}"]
-    return []
+    return [f"{len(changed.split())} code files have changed since commit {commit[:9]}"] if changed else []
 
 
-def machine_reasons(run):
-    """What of this machine is not as it was -> list of texts."""
+def hardware_reasons(run):
+    """What of hardware and libraries is not as it was -> list of texts."""
     if run.env.get("torch"):
-        importlib.import_module("torch")  # `environment` tells of it once it is there
-    here, reasons = environment(), []
-    for name in ("cpu", "gpus", "torch", "cuda", "numpy"):
-        if run.env.get(name) not in (None, []) and run.env[name] != here.get(name):
-            reasons.append(f"{name} {_brief(run.env[name])} then, {_brief(here.get(name))} here")
-    if run.env.get("world_size", 1) != 1:
-        reasons.append(f"{run.env['world_size']} processes then, one here")
-    return reasons
-
-
-def _brief(value):
-    return value if isinstance(value, str) else json.dumps(value)
+        importlib.import_module("torch")  # `environment` reports it once it is imported
+    here = environment()
+    names = ("cpu", "gpus", "torch", "cuda", "numpy")
+    changed = [name for name in names if run.env.get(name) not in (None, [], here.get(name))]
+    reasons = [f"{name} {run.env[name]} then, {here.get(name)} here" for name in changed]
+    world_size = run.env.get("world_size", 1)
+    return reasons + ([f"{world_size} processes then, one here"] if world_size != 1 else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,27 +154,30 @@ def locate_input(recorded, replacement=None):
 
 
 def compare_figures(report, what, recorded, again, tolerance):
-    """Hold figures that were computed again to the recorded ones, {name: value} both.
+    """Compare figures that were computed again with the recorded ones, {name: value} both.
 
     They have to be the same to the last bit, unless the report has reasons why they may not be: then to a relative
-    `tolerance`, which is said together with the reasons.
+    `tolerance`, which is printed together with the reasons. A figure that is not finite is recorded as null.
     """
     bad, worst = [], 0.0
     for name, value in recorded.items():
-        other = again.get(name)
+        value, other = _as_recorded(value), _as_recorded(again.get(name))
         if value == other:
             continue
         both = isinstance(value, int | float) and isinstance(other, int | float)
-        off = abs(value - other) / max(abs(value), abs(other)) if both else float("inf")
+        off = abs(value - other) / max(abs(value), abs(other)) if both else math.inf
         worst = max(worst, off)
         if not report.reasons or off > tolerance:
             bad.append(f"{name} {value!r} recorded, {other!r} computed")
+    reasons = "; ".join(report.reasons)
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        why = f", more than {tolerance:g} apart" if report.reasons else ""
-        report.fail(f"{what}: {bad[0]}{more}{why}")
+        report.fail(f"{what}: {bad[0]}{more}" + (f", more than {tolerance:g} apart" if reasons else ""))
     elif worst == 0.0:
         report.ok(f"{what}: {len(recorded)} figures, the same to the last bit")
     else:
-        why = "; ".join(report.reasons)
-        report.ok(f"{what}: {len(recorded)} figures, the same to {worst:.1e} (up to {tolerance:g} allowed: {why})")
+        report.ok(f"{what}: {len(recorded)} figures, the same to {worst:.1e} (up to {tolerance:g} allowed: {reasons})")
+
+
+def _as_recorded(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -79,7 +79,7 @@ def parse(monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
 
     def run(script, arguments):
-        name = "runlog.commands" if script == "runlog" else script.removesuffix(".py").replace("/", ".")
+        name = "runlog.__main__" if script == "runlog" else script.removesuffix(".py").replace("/", ".")
         if importlib.util.find_spec(name.split(".")[0]):
             module = importlib.import_module(name)
         else:  # a script that lies in no package

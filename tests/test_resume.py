@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpt2 import checkpoint
-from runlog import learned, read_metrics, read_run
+from runlog import comparable_metrics, read_metrics, read_run
 
 MAX_STEPS = 240
 FLAGS = [
@@ -74,7 +74,7 @@ def wait_for(condition, process, what, timeout=600):
 
 def assert_identical(a, b):
     """Metrics without the fields of time and memory, and the final weights, are equal to the bit."""
-    assert learned(a) == learned(b)
+    assert comparable_metrics(a) == comparable_metrics(b)
     ours, theirs = (checkpoint.load_newest(run_dir / "ckpt")["model"] for run_dir in (a, b))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -163,7 +163,7 @@ def test_two_nodes_and_another_number_of_processes_on_resume(reference, corpus, 
     env = read_run(run_dir).env
     assert (env["world_size"], env["nodes"], env["job_id"]) == (2, "2", "test")
     assert "resumed at step" in finish(start(command(corpus, run_dir, *flags)))
-    ours, theirs = learned(tmp_path / "reference"), learned(run_dir)
+    ours, theirs = comparable_metrics(tmp_path / "reference"), comparable_metrics(run_dir)
     assert [(row["step"], row["kind"]) for row in ours] == [(row["step"], row["kind"]) for row in theirs]
     # Muon amplifies rounding: equal to 1e-3 where AdamW would be to 1e-5
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 2e-3

@@ -1,16 +1,19 @@
 import errno
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from common import ROOT, UsageError, atomic_open, portable, write_json
-from runlog import RunLog, learned, read_metrics, read_run
+from runlog import RunLog, comparable_metrics, plot_loss, read_metrics, read_run
+from runlog.record import export_record
 
 
 def write_run(run_dir, losses=(3.0, 2.0), **kwargs):
@@ -21,6 +24,7 @@ def write_run(run_dir, losses=(3.0, 2.0), **kwargs):
         log.finish("success", loss=losses[-1])
 
 
+@pytest.mark.core
 def test_a_run_reads_back(tmp_path):
     write_run(tmp_path / "run")
     run = read_run(tmp_path / "run")
@@ -31,6 +35,7 @@ def test_a_run_reads_back(tmp_path):
     assert (tmp_path / "run/log.txt").read_text() == "a line\n"
 
 
+@pytest.mark.core
 def test_the_last_row_for_a_step_and_kind_wins(tmp_path):
     write_run(tmp_path, (3.0, 2.0))
     write_run(tmp_path, (3.0, 1.5), resume=True)
@@ -44,7 +49,8 @@ def test_without_resume_the_old_record_is_replaced(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_a_torn_last_line_is_passed_over_and_cut_on_resume(tmp_path):
+@pytest.mark.core
+def test_a_torn_last_line_is_ignored_and_cut_on_resume(tmp_path):
     write_run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "kind": "tr')
@@ -53,6 +59,7 @@ def test_a_torn_last_line_is_passed_over_and_cut_on_resume(tmp_path):
     assert [r["loss"] for r in read_metrics(tmp_path)] == [9.0, 8.0]
 
 
+@pytest.mark.core
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     write_run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -68,14 +75,41 @@ def test_samples_read_back_in_order(tmp_path):
     assert read_run(tmp_path).samples() == [(0, "北 once\n--- step back\n"), (10, "")]
 
 
-def test_learned_ignores_time_alone(tmp_path):
+@pytest.mark.core
+def test_comparable_metrics_ignore_time_alone(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
     write_run(tmp_path / "c", (3.0, 2.1))
-    assert learned(tmp_path / "a") == learned(tmp_path / "b") != learned(tmp_path / "c")
-    assert "ms" not in learned(tmp_path / "a")[0] and "loss" in learned(tmp_path / "a")[0]
+    a, b, c = (comparable_metrics(tmp_path / name) for name in "abc")
+    assert a == b != c and "ms" not in a[0] and "loss" in a[0]
 
 
+def test_the_picture_is_drawn_from_memory_after_a_resume_too(tmp_path, monkeypatch):
+    drawn = []
+    for module in ("record", "run"):
+        monkeypatch.setattr(f"runlog.{module}.draw_curves", lambda out, curves, *_, **__: drawn.append(curves))
+    write_run(tmp_path, (3.0, 2.0))
+    with RunLog(tmp_path, "test", {}, resume=True) as log:
+        log.metric(1, "train", loss=1.5)
+        log.metric(2, "train", loss=math.nan)
+        log.metric(2, "val", loss=1.25)
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "moved")
+        log.plot()
+        (tmp_path / "moved").rename(tmp_path / "metrics.jsonl")
+    plot_loss(tmp_path)
+    assert drawn[0] == {"train": ((0, 1), (3.0, 1.5)), "val": ((2,), (1.25,))}
+    assert {kind: tuple(map(tuple, curve)) for kind, curve in drawn[1].items()} == drawn[0]
+
+
+def test_the_picture_is_a_png_with_or_without_rows(tmp_path):
+    with RunLog(tmp_path, "test", {}) as log:
+        log.plot()
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+        log.metric(0, "train", loss=2.0)
+        log.plot(reference={"unigram entropy": 6.0})
+
+
+@pytest.mark.core
 def test_an_exception_is_recorded_as_failed(tmp_path):
     with pytest.raises(ZeroDivisionError), RunLog(tmp_path, "test", {}):
         _ = 1 / 0
@@ -98,7 +132,7 @@ def test_a_lock_file_left_on_another_node_blocks_nobody(tmp_path):
     assert read_run(tmp_path).result["status"] == "success"
 
 
-def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch, capfd):
+def test_a_file_system_without_locks_is_written_with_a_warning(tmp_path, monkeypatch, capfd):
     def no_flock(fd, how):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -108,7 +142,7 @@ def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypat
     assert "has no locks" in capfd.readouterr().err
 
 
-def test_the_first_complaint_of_a_full_disk_is_the_one_shown(tmp_path, monkeypatch):
+def test_a_full_disk_shows_the_first_error(tmp_path, monkeypatch):
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -117,6 +151,66 @@ def test_the_first_complaint_of_a_full_disk_is_the_one_shown(tmp_path, monkeypat
         raise UsageError("the checkpoint could not be written")
     monkeypatch.undo()
     write_run(tmp_path)  # and the lock is free again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+@pytest.mark.core
+def test_a_record_reads_like_its_run_and_has_four_files(tmp_path):
+    with RunLog(tmp_path / "run", "gpt2", {"lr": 0.1}) as log:
+        log.metric(0, "train", loss=3.0, text="北 \U0001f600")
+        log.metric(0, "train", loss=2.5)
+        log.print("the log")
+        log.sample(10, "once")
+        log.plot()
+        log.finish("success", loss=2.5)
+    export_record(tmp_path / "run", tmp_path / "record")
+    files = sorted(path.name for path in (tmp_path / "record").iterdir())
+    assert files == ["log.txt", "loss.png", "metrics.jsonl", "record.json"]
+    run, record = read_run(tmp_path / "run"), read_run(tmp_path / "record")
+    assert record == replace(run, run_dir=tmp_path / "record")
+    assert record.metrics_sha256 == record.result["metrics_file_sha256"]
+    assert record.samples() == run.samples() == [(10, "once")] and record.log_lines() == run.log_lines() == ["the log"]
+    with pytest.raises(UsageError, match="exists"):
+        export_record(tmp_path / "run", tmp_path / "record")
+
+
+@pytest.mark.core
+def test_a_sweeps_record_has_its_adapters_in_one_table(tmp_path):
+    with RunLog(tmp_path / "sweep", "lora_sweep", {"inputs": {"base_sha256": "12ab"}}) as log:
+        for name in ("000_r4", "001_r8"):
+            write_run(tmp_path / "sweep/adapters" / name, (3.0, 1 / 3))
+        (tmp_path / "sweep/lora_experiments_imdb.log").write_text("PARAMETERS\n", encoding="utf-8")
+        (tmp_path / "sweep/table.md").write_text("| lr |\n", encoding="utf-8")
+        log.finish("success")
+    export_record(tmp_path / "sweep", tmp_path / "record")
+    files = sorted(path.name for path in (tmp_path / "record").iterdir())
+    assert files == ["adapters.jsonl", "lora_experiments_imdb.log", "record.json"]
+    assert (tmp_path / "record" / files[1]).read_text(encoding="utf-8") == "PARAMETERS\n| lr |\n"
+    for run, record in zip(read_run(tmp_path / "sweep").adapters(), read_run(tmp_path / "record").adapters()):
+        assert (record.name, record.metrics, record.result) == (run.name, run.metrics, run.result)
+        assert record.metrics_sha256 == record.result["metrics_file_sha256"]
+        assert record.settings == run.settings | {"inputs": {"base_sha256": "12ab"}}
+
+
+def test_one_more_file_is_kept_if_it_is_the_fourth(tmp_path):
+    write_run(tmp_path / "run")
+    for name in ("items.jsonl", "loss.png"):
+        (tmp_path / "run" / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"items.jsonl would be the record's fifth file"):
+        export_record(tmp_path / "run", tmp_path / "record", keep="items.jsonl")
+    with pytest.raises(UsageError, match=r"has no nothing.txt"):
+        export_record(tmp_path / "run", tmp_path / "record", keep="nothing.txt")
+    assert not (tmp_path / "record").exists()
+    (tmp_path / "run/loss.png").unlink()
+    export_record(tmp_path / "run", tmp_path / "record", keep="items.jsonl")
+    assert (tmp_path / "record/items.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mirrors
 
 
 def scalars(run_dir, tag):
@@ -148,7 +242,7 @@ def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeyp
         runs.append(run)
         return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
     write_run(tmp_path / "run", wandb=True)
     write_run(tmp_path / "run", (5.0,), resume=True, wandb=True)
     write_run(tmp_path / "run", (6.0,), wandb=True)
@@ -159,7 +253,8 @@ def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_mirror_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == name else find_spec(module))
     with pytest.raises(UsageError, match=f"pip install {name}"):
         write_run(tmp_path / "run", **{name: True})
     assert not (tmp_path / "run").exists()
@@ -198,7 +293,7 @@ def test_what_is_printed_into_a_pipe_is_utf8_whatever_the_code_page():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).stdout.decode() == "北 naïve\n"
 
 
-def test_mistakes_are_one_line_and_status_2():
+def test_usage_errors_are_one_line_and_status_2():
     for raised in ("UsageError('what, and what to do')", "FileNotFoundError(2, 'No such file or directory', 'x.txt')"):
         code = f"from common import UsageError, cli\ndef main(): raise {raised}\ncli(main)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,18 +3,16 @@
 import csv
 import io
 import json
+import math
 import shutil
-import time
 
 import pytest
 from conftest import ROOT
 
 from common import file_sha256
 from runlog import RunLog, read_run
-from runlog.commands import main
-from runlog.compare_runs import group, interpolate
-from runlog.tables import draw, spread, table
-from runlog.watch import eta
+from runlog.__main__ import main
+from runlog.compare_runs import crossing, group, mean_curve, number, spread
 
 SHAPE = {"n_layer": 2, "n_embd": 16, "block_size": 32, "total_batch_size": 256, "max_steps": 20}
 
@@ -29,7 +27,7 @@ def gpt2_run(run_dir, optimizer="adamw", seed=1, steps=20, gain=0.1, **result):
             if step < steps:
                 log.metric(step, "train", loss=8.1 - gain * step, grad_norm=1.0, lr=1e-3, ms=500.0, tok_per_sec=512.0)
         log.print("the end 终")
-        log.finish(**{"status": "success", "step": steps, "parameters": 10_000, **result})
+        log.finish(**{"status": "success", "step": steps, "flops_per_token": 60_000, **result})
     return run_dir
 
 
@@ -62,32 +60,32 @@ def runlog(in_process):
 
 
 def cells(out, name):
-    """The cells of the first line of a table that begins with `name`."""
-    line = next(line for line in out.splitlines() if line.startswith(f"| {name} "))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    """The words of the first line that begins with `name`, without it."""
+    lines = (line.split() for line in out.splitlines() if line.strip())
+    return next(words[1:] for words in lines if words[0] == name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ls, show, csv
 
 
+@pytest.mark.core
 def test_ls_lists_every_kind_with_its_figures(runs, runlog):
     out = runlog("ls", runs)
-    assert cells(out, "gpt")[:8] == ["gpt", "gpt2", "success", "20", "6.0100", "6.0100", "5,120", "0.0028"]
-    assert cells(out, "lora")[:6] == ["lora", "lora", "success", "4", "1.2500", "1.2500"]
-    assert cells(out, "bpe")[1:5] == ["bpe", "success", "-", "-"] and cells(out, "bench")[1] == "bench_bpe"
+    assert cells(out, "gpt")[:7] == ["gpt2", "success", "20", "6.0100", "6.0100", "5120", "0.0028"]
+    assert cells(out, "lora")[:5] == ["lora", "success", "4", "1.2500", "1.2500"]
+    assert cells(out, "bpe")[:4] == ["bpe", "success", "-", "-"] and cells(out, "bench")[0] == "bench_bpe"
 
 
 def test_ls_sorts_and_filters(runs, runlog):
     gpt2_run(runs / "long", steps=10)
 
     def names(*args):
-        return [line.split()[1] for line in runlog("ls", runs, *args).splitlines()[2:] if line.startswith("|")]
+        return [line.split()[0] for line in runlog("ls", runs, *args).splitlines()[1:]]
 
     assert names("--sort", "step", "--kind", "gpt2") == ["long", "gpt"]
-    assert names("--sort", "best", "--reverse")[:3] == ["long", "gpt", "lora"]
-    assert names("--match", "l*a", "--match", "bp") == ["bpe", "lora"]
-    assert names("--where", "r=8") == ["lora"] and names("--status", "failed") == []
+    assert names("--sort", "best")[:3] == ["lora", "gpt", "long"]
+    assert names("--match", "l*a") == ["lora"] and names("--match", "nothing") == []
 
 
 def test_ls_names_what_it_cannot_read_and_lists_the_rest(runs, runlog):
@@ -95,16 +93,22 @@ def test_ls_names_what_it_cannot_read_and_lists_the_rest(runs, runlog):
     (runs / "lora/config.json").write_text("{")
     out = runlog("ls", runs)
     assert "unreadable: " in out and "line 1 is not a metrics row" in out and "not valid JSON" in out
-    assert cells(out, "bpe")[2] == "success"
+    assert cells(out, "bpe")[1] == "success"
+
+
+def test_ls_without_runs_points_to_the_records(tmp_path, runlog, monkeypatch):
+    monkeypatch.setattr("runlog.__main__.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert runlog("ls") == "no runs in runs/ yet; records of the report: python -m runlog ls records\n"
 
 
 def test_show_and_csv_hold_settings_figures_and_rows(runs, runlog):
     out = runlog("show", runs / "gpt", runs / "bench")
-    assert cells(out, "total_batch_size")[1] == "256" and cells(out, "parameters")[1] == "10,000"
-    assert "last of 20 train rows: step 19" in out and cells(out, "train")[:3] == ["train", "ours", "0.5000"]
+    assert cells(out, "total_batch_size") == ["256"] and cells(out, "flops_per_token") == ["60000"]
+    assert "last of 20 train rows: step 19" in out and cells(out, "train")[:2] == ["ours", "0.5000"]
     rows = list(csv.DictReader(io.StringIO(runlog("csv", runs / "gpt", runs / "lora"))))
     assert len(rows) == 23 + 5 and rows[0] | {"time": ""} == rows[0] | {"run": "gpt", "kind": "val", "time": ""}
-    assert float(rows[0]["loss"]) == 8.01 and rows[0]["epoch"] == ""
+    assert float(rows[0]["loss"]) == 8.01 and rows[0]["epoch"] == "" and rows[-1]["step"] == "4"
     runlog("csv", runs / "gpt", "--out", runs / "all.csv")
     assert (runs / "all.csv").read_text(encoding="utf-8").count("\n") == 24
 
@@ -113,6 +117,7 @@ def test_show_and_csv_hold_settings_figures_and_rows(runs, runlog):
 # compare
 
 
+@pytest.mark.core
 def test_seeds_make_a_group_with_mean_deviation_and_n(tmp_path, runlog):
     folders = [
         gpt2_run(tmp_path / f"{optimizer}-seed{seed}", optimizer, seed, gain=gain)
@@ -120,43 +125,30 @@ def test_seeds_make_a_group_with_mean_deviation_and_n(tmp_path, runlog):
         for seed in (1, 2, 3)
     ]
     out = runlog("compare", *folders, "--out", tmp_path / "c.png")
-    assert cells(out, "muon-seed2") == ["muon-seed2", "muon", "2"]  # the settings that differ, the run directory aside
-    assert cells(out, "val loss at step")[1:] == ["0", "10", "20"] and cells(out, "muon")[1:] == [
-        *("8.0200", "6.0200", "4.0200")
-    ]
-    finals = out.split("last val loss")[1]
-    assert cells(finals, "adamw")[1:3] == ["3", "6.0200 ± 0.0100"] and cells(finals, "muon")[2] == "4.0200 ± 0.0100"
-    paired = cells(out.split("against")[1], "muon")  # seed by seed the difference is always the same
-    assert paired[1:] == ["adamw", "-2.0000", "0.0000", "3", "3 of 3 seeds"]
-    assert cells(out.split("reached")[1], "muon")[1:] == ["10", "0.50"]
+    assert cells(out, "muon-seed2") == ["muon", "2"]  # the settings that differ, the run directory aside
+    assert cells(out, "adamw") == ["8.0200", "7.0200", "6.0200"]  # the curve at steps 0, 10 and 20
+    assert cells(out, "muon") == ["8.0200", "6.0200", "4.0200"]
+    finals = cells(out.split("difference")[1], "muon")
+    assert finals[:8] == ["3", *2 * ["4.0200", "±", "0.0100"], "-2.0000"]
+    assert cells(out.split("reached")[1], "muon") == ["10.0000", "0.5000"]
     assert (tmp_path / "c.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("x, last", [("tokens", "5,120"), ("seconds", "10"), ("flops", "3.7e+08")])
+@pytest.mark.parametrize(
+    "x, last", [("tokens", "5,120"), ("seconds", "10"), ("flops", f"{20 * 256 * 60_000:,}"), ("step", "20")]
+)
 def test_the_axes(tmp_path, runlog, x, last):
     """nanochat#7: runs compared by steps, tokens, seconds."""
     a, b = gpt2_run(tmp_path / "a"), gpt2_run(tmp_path / "b", "muon", gain=0.2)
     out = runlog("compare", a, b, "--x", x, "--out", tmp_path / "c.png")
-    flops = 20 * 256 * (6 * 10_000 + 12 * 2 * 16 * 32)  # 3.7e8
-    assert flops == 370114560
-    if x == "flops":
-        last = f"{flops:,}"
-    assert cells(out, "val loss at")[-1] == last
-
-
-def test_a_difference_of_other_seeds_is_not_paired(tmp_path, runlog):
-    folders = [gpt2_run(tmp_path / f"a{seed}", seed=seed) for seed in (1, 3)]
-    folders += [gpt2_run(tmp_path / f"b{seed}", "muon", seed, gain=0.2) for seed in (2, 4)]
-    out = runlog("compare", *folders, "--out", tmp_path / "c.png")
-    sd = (2 * (0.02**2 / 2)) ** 0.5  # of a difference between two independent runs
-    assert cells(out.split("against")[1], "b")[2:] == ["-1.9900", f"{sd:.4f}", "2 and 2", "not paired"]
+    assert out.split("val loss by")[0].split()[-1] == last
 
 
 def test_compare_of_runs_without_curves_shows_the_figures_that_differ(runs, tmp_path, runlog):
     with RunLog(tmp_path / "bench2", "bench_bpe", {"rounds": 5}) as log:
         log.finish("success", rows=[{"name": "train", "who": "ours", "seconds": 0.25, "ratio": 1.0}])
     out = runlog("compare", runs / "bench", tmp_path / "bench2")
-    assert cells(out, "rounds")[1:] == ["3", "5"] and cells(out, "train/ours seconds")[1:] == ["0.5000", "0.2500"]
+    assert cells(out, "rounds") == ["3", "5"] and cells(out, "train/ours") == ["seconds", "0.5000", "0.2500"]
     assert "ratio" not in out
 
 
@@ -173,6 +165,7 @@ def test_compare_names_mistakes(runs, in_process):
     for args, says in [
         ((runs / "gpt",), "at least two"),
         ((runs / "gpt", runs / "lora", "--x", "tokens"), "does not record its tokens"),
+        ((ROOT / "records/adamw-seed1", runs / "gpt", "--x", "flops"), "does not record its flops"),
         ((runs / "gpt", runs / "nothing"), "nothing is not a run directory"),
         ((runs / "gpt", runs / "lora", "--kind", "hellaswag"), "rows of kind hellaswag"),
     ]:
@@ -188,77 +181,71 @@ def test_a_resumed_run_counts_each_step_once(tmp_path):
     assert run.curve("val", x="seconds")[0] == [0.0, 5.0, 10.0] and run.hours == pytest.approx(10 / 3600)
 
 
+@pytest.mark.core
+def test_curves_between_their_points():
+    xs, ys = mean_curve([([0, 10, 20], [4.0, 3.0, 2.0]), ([0, 5, 10], [6.0, 5.5, 5.0])])
+    assert list(xs) == [0, 5, 10] and list(ys) == [5.0, 4.5, 4.0]
+    assert crossing([0, 10], [4.0, 3.0], 3.5) == 5.0 and crossing([0, 10], [4.0, 3.0], 4.5) == 0.0
+    assert math.isnan(crossing([0, 10], [4.0, 3.0], 2.0))
+    assert spread([1.0, 3.0]) == "2.0000 ± 1.4142" and spread([2.0]) == "2.0000" and spread([]) == "-"
+    assert [number(x) for x in (4.44331, 3e-4, 1.2e-5, 12345.6, 0.0)] == [
+        *("4.4433", "0.0003", "1.2e-05", "12,346", "0.0000")
+    ]
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_group(tmp_path):
+    runs = [read_run(gpt2_run(tmp_path / name, *how)) for name, how in
+            [("a", ("adamw", 1)), ("b", ("adamw", 2)), ("c", ("muon", 1))]]  # fmt: skip
+    assert [len(members) for members in group(runs).values()] == [2, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# watch, why
+# how a run ended
 
 
-def test_watch_draws_a_run_that_is_being_written(tmp_path, runlog):
-    with RunLog(tmp_path, "gpt2", {**SHAPE, "seed": 1}) as log:
-        for step in range(5):
-            log.metric(step, "train", loss=8.0 - step, tok_per_sec=1000.0)
-            time.sleep(0.002)
-        out = runlog("watch", tmp_path, "--once")
-        assert "gpt2, running" in out and "step 4/20 | train 4.0000 | 1,000 tokens/s | ETA 0:00:00" in out
-        assert out.count(".") > 5 and "   8.000 |." in out and out.isascii()
-        with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write('{"step": 5, "ki')  # a row that is just being written
-        assert "step 4/20" in runlog("watch", tmp_path, "--once")
-        assert read_run(tmp_path).status == "running"
-
-
-def test_eta_counts_steps_or_epochs(tmp_path):
-    run = read_run(gpt2_run(tmp_path / "a", steps=11))
-    for i, row in enumerate(run.rows("train")):
-        row["time"] = 100.0 + 2 * i
-    assert eta(run) == 2 * (20 - 11)
-    run.settings |= {"max_steps": 0, "epochs": 2.0}
-    for i, row in enumerate(run.rows("train")):
-        row["epoch"] = 0.1 * i
-    assert eta(run) == pytest.approx(20 * (2.0 - 1.0))
-
-
-def test_watch_and_why_take_runs_without_curves(runs, runlog):
-    assert "no loss is recorded in this run" in runlog("watch", runs / "bpe", "--once")
-    assert "it finished" in runlog("why", runs / "bpe")
-
-
-def test_why_tells_a_killed_run_from_a_running_one(tmp_path, runlog, monkeypatch):
+def test_show_tells_a_killed_run_from_a_running_one(tmp_path, runlog, monkeypatch):
+    monkeypatch.setattr("runlog.run.FRESH", -1.0)
     log = RunLog(tmp_path, "gpt2", {**SHAPE, "seed": 1}).__enter__()
     log.metric(3, "train", loss=5.0, grad_norm=1.0, lr=1e-3)
-    assert "it is running at step 3 of 20" in runlog("why", tmp_path)
+    assert "gpt2, running, step 3 of 20" in runlog("show", tmp_path) and read_run(tmp_path).status == "running"
     log._lock.release()  # what the operating system does for a process that died
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 4, "ki')
-    out = runlog("why", tmp_path)
-    assert "it was cut off at step 3 of 20" in out and "was cut in the middle" in out and "same command goes on" in out
-    assert "no checkpoint is kept" in out
-    monkeypatch.setattr("runlog.run.FRESH", -1.0)
-    assert read_run(tmp_path).status == "stale" and "stale" in runlog("ls", tmp_path)
+    out = runlog("show", tmp_path)
+    assert "gpt2, stale, step 3 of 20" in out and "killed: no process holds it" in out
+    assert "the same command resumes it: python" in out
+    assert read_run(tmp_path).status == "stale" and "is stale" in runlog("ls", tmp_path)
 
 
-def test_why_shows_the_traceback_without_paths_of_this_machine(tmp_path, runlog):
+def test_a_run_whose_lock_is_not_seen_counts_as_running_while_it_is_fresh(tmp_path):
+    log = RunLog(tmp_path, "gpt2", {}).__enter__()
+    log._lock.release()
+    assert read_run(tmp_path).status == "running"
+
+
+def test_show_has_the_traceback_without_paths_of_this_host(tmp_path, runlog):
     def fails():
         raise IndexError("no such expert")
 
     with pytest.raises(IndexError), RunLog(tmp_path, "gpt2", {}) as log:
         log.print("a line")
         fails()
-    out = runlog("why", tmp_path)
-    assert "it failed: IndexError: no such expert" in out and "in fails" in out and "  a line" in out
+    out = runlog("show", tmp_path)
+    assert "IndexError: no such expert" in out and "in fails" in out.split("the end of log.txt")[1]
     assert str(ROOT) not in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
-def test_why_names_the_step_and_what_led_to_it(tmp_path, runlog):
+def test_show_names_the_step_that_is_not_finite(tmp_path, runlog):
     with RunLog(tmp_path, "gpt2", {**SHAPE}) as log:
         for step in range(6):
             log.metric(step, "train", loss=5.0 if step < 5 else float("nan"), grad_norm=2.0**step, lr=1e-3)
         log.finish("diverged", reason="the loss of step 5 is not finite")
-    out = runlog("why", tmp_path)
-    assert "it diverged at step 5 of 20: the loss of step 5 is not finite" in out
-    assert "no number stands at step 5" in out and "rose from 1 to 32" in out and "|    4 | 5.0000 |" in out
+    out = runlog("show", tmp_path)
+    assert "gpt2, diverged, step 5 of 20" in out and cells(out, "reason")[-1] == "finite"
+    assert "not finite is at step 5" in out
 
 
-def test_why_checks_the_checkpoints_that_are_left(tmp_path, runlog):
+def test_show_checks_the_checkpoints_that_are_left(tmp_path, runlog):
     gpt2_run(tmp_path, steps=5, status="preempted", reason="received SIGTERM")
     (tmp_path / "ckpt").mkdir()
     for name, text in (("a.pt", "whole"), ("b.pt", "altered")):
@@ -266,9 +253,8 @@ def test_why_checks_the_checkpoints_that_are_left(tmp_path, runlog):
     digest = file_sha256(tmp_path / "ckpt/a.pt")
     for name in ("a.pt", "b.pt"):
         (tmp_path / f"ckpt/{name}.sha256").write_text(f"{digest}  {name}\n")
-    out = runlog("why", tmp_path)
-    assert "it was stopped, and saved at step 5 of 20: received SIGTERM" in out
-    assert "kept: a.pt, whole" in out and "kept: b.pt, damaged" in out
+    out = runlog("show", tmp_path)
+    assert "checkpoint a.pt: whole" in out and "checkpoint b.pt: damaged" in out and "received SIGTERM" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,41 +271,14 @@ def test_a_moved_run_reads_like_the_first(runs, tmp_path, runlog):
     assert "the settings are the same" in out
 
 
-RECORDS = sorted(path.parent for path in (ROOT / "runs").rglob("config.json") if (path.parent / "env.json").exists())
+RECORDS = sorted(path.parent for path in (ROOT / "records").rglob("record.json"))
 
 
 def test_every_committed_record_reads_with_every_command(runlog, tmp_path):
     assert len(RECORDS) >= 9
-    listed = runlog("ls")
+    listed = runlog("ls", "records")
     for record in RECORDS:
-        assert record.name in listed
-        for command in (["show"], ["why"], ["csv"], ["watch", "--once"]):
-            assert runlog(*command, record)
+        assert record.name in listed and len(list(record.iterdir())) <= 4
+        for command in ("show", "csv"):
+            assert runlog(command, record)
         assert runlog("compare", record, RECORDS[0], "--out", tmp_path / "c.png")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the parts
-
-
-def test_table_pads_and_aligns():
-    assert table(["run", "loss"], [["a", 4.5], ["bc", None]]).splitlines() == [
-        *("| run |   loss |", "| --- | -----: |", "| a   | 4.5000 |", "| bc  |      - |")
-    ]
-    assert spread([1.0, 3.0]) == "2.0000 ± 1.4142" and spread([2.0]) == "2.0000" and spread([]) is None
-
-
-def test_draw_puts_the_ends_into_the_corners():
-    lines = draw([("*", [0, 10], [4.0, 2.0])], width=20, height=5)
-    assert lines[0] == "   4.000 |*" and lines[4] == "   2.000 |" + " " * 19 + "*"
-
-
-def test_interpolate():
-    assert interpolate([0, 10], [4.0, 3.0], 5) == 3.5 and interpolate([0, 10], [4.0, 3.0], 10) == 3.0
-    assert interpolate([0, 10], [4.0, 3.0], 11) is None and interpolate([2], [4.0], 1) is None
-
-
-def test_runs_that_differ_in_more_than_the_seed_are_no_group(tmp_path):
-    runs = [read_run(gpt2_run(tmp_path / name, *how)) for name, how in
-            [("a", ("adamw", 1)), ("b", ("adamw", 2)), ("c", ("muon", 1))]]  # fmt: skip
-    assert [len(g.runs) for g in group(runs)] == [2, 1]

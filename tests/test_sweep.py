@@ -13,7 +13,7 @@ from lora.concurrent_trainer import Slot
 from lora.sweep import SweepConfig, run_sweep
 from lora.sweep_report import interval, replay_halving, varied
 from lora.train_lora import TrainConfig
-from runlog import Run, learned, read_run
+from runlog import Run, comparable_metrics, read_run
 
 SETTINGS = {
     "max_steps": 12, "eval_every": 4, "log_every": 1, "batch_size": 2, "metric_rows": 2, "eval_rows": 4,
@@ -144,7 +144,7 @@ def assert_same(one, other):
     assert list(adapters(one)) == list(adapters(other))
     for name, folder in adapters(one).items():
         twin = adapters(other)[name]
-        assert learned(folder) == learned(twin), name
+        assert comparable_metrics(folder) == comparable_metrics(twin), name
         assert weights(folder) == weights(twin), name
         assert (folder / "samples.txt").read_text() == (twin / "samples.txt").read_text()
     assert (Path(one) / "table.md").read_text() == (Path(other) / "table.md").read_text()
@@ -268,7 +268,9 @@ def test_complaint_base_mutated_so_the_next_starts_from_trained_biases_peft_940(
     run_sweep(config(both, base, rows, tmp_path / "both", engine="trainer"))
     run_sweep(config(one, base, rows, tmp_path / "one", engine="trainer"))
     assert weights(tmp_path / "both/adapters/001_lr0.01") == weights(tmp_path / "one/adapters/000_lr0.01")
-    assert learned(tmp_path / "both/adapters/001_lr0.01") == learned(tmp_path / "one/adapters/000_lr0.01")
+    assert comparable_metrics(tmp_path / "both/adapters/001_lr0.01") == comparable_metrics(
+        tmp_path / "one/adapters/000_lr0.01"
+    )
 
 
 def test_what_the_engine_cannot_do_goes_to_the_trainer(base, rows, tmp_path):

@@ -20,7 +20,7 @@ from gpt2 import checkpoint, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main, parse
-from runlog import learned, read_run
+from runlog import comparable_metrics, read_run
 
 TINY = [
     *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--device", "cpu"),
@@ -72,7 +72,7 @@ def weights(run_dir):
 def identical(a, b):
     """Whether two runs are identical: metrics without time and memory, and the final weights."""
     wa, wb = weights(a), weights(b)
-    return learned(a) == learned(b) and all(torch.equal(wa[k], wb[k]) for k in wa)
+    return comparable_metrics(a) == comparable_metrics(b) and all(torch.equal(wa[k], wb[k]) for k in wa)
 
 
 def parse_only():
@@ -133,7 +133,7 @@ def test_the_result_does_not_depend_on_processes_or_micro_batches(
     """karpathy/nanoGPT#145, #225, #468: results that depend on the number of GPUs."""
     flags = ["--micro-batch-size", str(micro_batch_size)]
     torchrun(tmp_path / "run", corpus, *flags, nproc=world_size, before=["--standalone"])
-    ours, theirs = learned(reference[0]), learned(tmp_path / "run")
+    ours, theirs = comparable_metrics(reference[0]), comparable_metrics(tmp_path / "run")
     assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
 
@@ -258,8 +258,8 @@ def test_settings_that_do_not_change_what_is_learned_may_differ(train, reference
     train(tmp_path / "run", "--stop-after-minutes", "0.0000001")
     assert read_run(tmp_path / "run").result["status"] == "preempted"
     train(tmp_path / "run", "--val-every", "5", "--log-every", "3", "--keep-checkpoints", "1")
-    rows = [r for r in learned(tmp_path / "run") if r["kind"] == "train"]
-    assert rows == [r for r in learned(reference[0]) if r["kind"] == "train"]
+    rows = [r for r in comparable_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert rows == [r for r in comparable_metrics(reference[0]) if r["kind"] == "train"]
     stretched = train(tmp_path / "run", "--max-steps", "22", "--allow-config-change")
     assert "changed on resume: max_steps 20 -> 22" in stretched
     assert read_run(tmp_path / "run").result["step"] == 22

@@ -11,7 +11,7 @@ from lora_models import tiny_model
 from common import UsageError
 from lora import train_lora
 from lora.train_lora import TrainConfig
-from runlog import learned, read_run
+from runlog import comparable_metrics, read_run
 
 QUICK = ("--device", "cpu", "--max-steps", "6", "--eval-every", "3", "--log-every", "1", "--batch-size", "2")
 QUICK += ("--max-new-tokens", "8", "--metric-rows", "2", "--eval-rows", "4", "--held-out", "0.2", "--lr", "1e-2")
@@ -103,7 +103,7 @@ def killed(moment, base, rows, run_dir, **changes):
 
 def same_run(one, other):
     """Equal metrics, weights and results, but for what time it took."""
-    assert learned(one) == learned(other)
+    assert comparable_metrics(one) == comparable_metrics(other)
     name = "ckpt/adapter/adapter_model.safetensors"
     assert (one / name).read_bytes() == (other / name).read_bytes()
     results = [read_run(run_dir).result for run_dir in (one, other)]

@@ -1,21 +1,28 @@
 """`python -m runlog verify`: it passes on what a run computed, and finds what was changed afterwards."""
 
 import json
+import math
 import shutil
 
 import pytest
 from conftest import ROOT
 from lora_models import save_tiny
-from test_train_gpt2 import TINY
 
 from bpe import train_bpe
 from common import write_json
 from gpt2 import train_gpt2
 from lora import train_lora
 from runlog import read_run
-from runlog.commands import main
+from runlog.__main__ import main
 from runlog.run import metrics_sha256
+from runlog.verify import Report, compare_figures
 
+TINY = [
+    *("quickstart", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "32", "--device", "cpu"),
+    *("--total-batch-size", "256", "--micro-batch-size", "8", "--max-steps", "20", "--val-tokens", "1024"),
+    *("--val-every", "10", "--sample-every", "0", "--checkpoint-every", "5", "--log-every", "1"),
+    *("--optimizer", "adamw"),
+]
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
@@ -95,7 +102,7 @@ def third_digit(text):
 
 def test_a_run_as_it_was_computed_passes_to_the_last_bit(run_dir, verify):
     out = verify(run_dir)
-    assert "the 23 rows of metrics.jsonl have the sum" in out and "result.json agrees with the rows" in out
+    assert "the 23 rows of metrics.jsonl match the checksum" in out and "result.json agrees with the rows" in out
     assert "the shards in" in out and "as the run read them" in out
     for part in ("step 0 to 5, from the start", "step 15 to 20, from step_000015.pt", "step 20 to 20, from step_"):
         line = next(line for line in out.splitlines() if part in line)
@@ -170,7 +177,7 @@ def test_on_another_machine_it_allows_a_tolerance_and_says_why(run_dir, verify):
 def test_a_record_from_before_the_sums_and_without_its_corpus(verify, tmp_path, corpus, run_dir):
     result = read_run(run_dir).result
     write_json(run_dir / "result.json", {k: v for k, v in result.items() if k != "metrics_file_sha256"})
-    assert "no sum over metrics.jsonl is recorded" in verify(run_dir, "--steps", "0")
+    assert "no checksum of metrics.jsonl is recorded" in verify(run_dir, "--steps", "0")
 
 
 def test_a_run_still_being_written_is_replayed_as_far_as_it_is(run_dir, verify):
@@ -284,14 +291,47 @@ def test_a_sweep_is_verified_adapter_by_adapter(adapter, verify, tmp_path):
 
 
 def test_hellaswags_accuracies_follow_from_its_items(verify, tmp_path):
-    out = verify(ROOT / "runs/hellaswag_stories260K_turns")
+    out = verify(ROOT / "records/hellaswag_stories260K_turns")
     assert "accuracies of 512 items from hellaswag.jsonl: 10 figures, the same to the last bit" in out
-    copy = shutil.copytree(ROOT / "runs/hellaswag_stories260K_turns", tmp_path / "copy")
-    result = read_run(copy).result
-    write_json(copy / "result.json", {**result, "acc_norm": result["acc_norm"] + 1 / 512})
+    copy = shutil.copytree(ROOT / "records/hellaswag_stories260K_turns", tmp_path / "copy")
+    record = json.loads((copy / "record.json").read_text(encoding="utf-8"))
+    record["result"]["acc_norm"] += 1 / 512
+    write_json(copy / "record.json", record)
     assert "acc_norm" in verify(copy, ok=False)
 
 
 def test_committed_records_are_not_contradicted(verify):
-    for name in ("bpe_bench_handbook", "quickstart-record"):
-        assert "unproved" in verify(ROOT / "runs" / name, "--steps", "0")
+    for name in ("bench_bpe_handbook", "quickstart", "lora-blowup-smollm2"):
+        assert "unproved" in verify(ROOT / "records" / name, "--steps", "0")
+
+
+def test_an_adapter_edited_inside_a_record_is_found(verify, tmp_path):
+    copy = shutil.copytree(ROOT / "records/lora-blowup-smollm2", tmp_path / "copy")
+    lines = (copy / "adapters.jsonl").read_text(encoding="utf-8").splitlines()
+    adapter = json.loads(lines[1])
+    adapter["metrics"][0]["loss"] += 1e-9
+    (copy / "adapters.jsonl").write_text("\n".join([lines[0], json.dumps(adapter), ""]), encoding="utf-8")
+    out = verify(copy, ok=False)
+    assert out.count("metrics.jsonl was changed after the run") == 1 and "match the checksum" in out
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "recorded, again, reasons, says",
+    [
+        (1.5, 1.5, [], "ok"),
+        (1.5, 1.5000001, [], "FAIL"),
+        (1.5, 1.5000001, ["another CPU"], "ok"),
+        (1.5, 1.6, ["another CPU"], "FAIL"),
+        (1.5, math.nan, ["another CPU"], "FAIL"),
+        (math.nan, 1.5, ["another CPU"], "FAIL"),
+        (None, 1.5, ["another CPU"], "FAIL"),
+        (math.nan, math.nan, [], "ok"),
+        (None, math.nan, [], "ok"),  # what is not finite is recorded as null
+    ],
+)
+def test_figures_are_compared_to_the_bit_or_within_a_tolerance(capsys, recorded, again, reasons, says):
+    report = Report()
+    report.reasons += reasons
+    compare_figures(report, "the loss", {"loss": recorded}, {"loss": again}, 1e-4)
+    assert capsys.readouterr().out.startswith(says) and report.failed == (says == "FAIL")
