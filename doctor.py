@@ -7,7 +7,6 @@ is MISSING; a note slows a run down or leaves something out. What a preset takes
 `python gpt2/train_gpt2.py PRESET --plan`.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import re
@@ -20,16 +19,11 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_PYTHON = (3, 11)
-QUICKSTART_GB = 1  # corpus, checkpoints and the exported model
 INSTALL = "pip install -r requirements.txt"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the checks: each returns what it saw and, where that is a problem, the fix; else None
 
 
 def check_python():
-    old = sys.version_info < OLDEST_PYTHON
+    old = sys.version_info < (3, 11)
     return f"{sys.version.split()[0]}, {sys.executable}", "make .venv with Python 3.11 or later" if old else None
 
 
@@ -104,8 +98,8 @@ def check_threads():
 
 def check_disk():
     free = shutil.disk_usage(ROOT).free / 2**30
-    text = f"{free:.2f} GB free in {ROOT}, the quickstart takes {QUICKSTART_GB} GB"
-    return text, "free some, or clone onto another disk" if free < QUICKSTART_GB else None
+    text = f"{free:.2f} GB free in {ROOT}, the quickstart takes one"
+    return text, "free some, or clone onto another disk" if free < 1.0 else None
 
 
 def check_hub():
@@ -114,8 +108,9 @@ def check_hub():
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return "offline, as HF_HUB_OFFLINE says", None
     try:
-        with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
-            urllib.request.urlopen(endpoint, timeout=5).close()
+        urllib.request.urlopen(endpoint, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, too
     except OSError as e:
         return f"{endpoint} does not answer ({e})", "export HF_ENDPOINT=MIRROR, or HF_HUB_OFFLINE=1 and local files"
     return f"{endpoint} answers", None
@@ -126,6 +121,7 @@ def check_utf8():
     return f"stdout is {sys.stdout.encoding}", None if utf8 else "export PYTHONUTF8=1, or samples may not print"
 
 
+# Each check returns what it saw and, where that is a problem, the fix; else None.
 CHECKS = {"MISSING": (check_python, check_environment, check_packages, check_torch, check_disk)}
 CHECKS |= {"note": (check_compile, check_threads, check_hub, check_utf8)}
 
