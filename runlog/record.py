@@ -96,7 +96,7 @@ class RunLog:
             self._metrics.flush()
             self._remember_loss(row)
             for mirror in self._mirrors:
-                mirror.add(step, {f"{kind}/{k}": v for k, v in row.items() if k in fields and _is_number(v)})
+                mirror.add(step, {f"{kind}/{k}": row[k] for k in fields if type(row[k]) in (int, float)})
 
     def _remember_loss(self, row):
         if row["kind"] in self._losses and row.get("loss") is not None:
@@ -136,18 +136,16 @@ class RunLog:
 
 
 def _lock(run_dir):
-    """Take the lock of a run directory -> the lock; UsageError if another process has it.
+    """Take the operating system's lock of a run directory; UsageError if another process, here or elsewhere, has it.
 
-    It is the operating system's, which drops it when its holder dies, here or on another node; the file that stays
-    behind means nothing. Where the file system has no locks, nothing is locked.
+    It is dropped when its holder dies; the file that stays behind means nothing.
     """
     lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0.3)  # `is_locked` may hold it for an instant
     except filelock.Timeout:
-        raise UsageError(
-            f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
-        ) from None
+        message = f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
+        raise UsageError(message) from None
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
@@ -177,11 +175,8 @@ def provenance():
     changes = git("status", "--porcelain", "--untracked-files=no")
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
-    return {
-        "argv": [script.as_posix(), *sys.argv[1:]],
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-    }
+    code = {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+    return {"argv": [script.as_posix(), *sys.argv[1:]], **code}
 
 
 def environment():
@@ -268,10 +263,6 @@ class Wandb:
 MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # a compact record
 
@@ -316,5 +307,5 @@ def export_record(run_dir, out, keep=None):
 def _adapter_row(adapter, sweep):
     """An adapter's line in adapters.jsonl, with the checksums of its inputs, which the sweep keeps once for all."""
     config = {**adapter.config, "settings": {"inputs": sweep.settings.get("inputs"), **adapter.settings}}
-    rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").splitlines()]
+    rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").split("\n")[:-1]]
     return {"name": adapter.name, "config": config, "env": adapter.env, "result": adapter.result, "metrics": rows}

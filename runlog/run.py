@@ -54,13 +54,12 @@ class Run:
     def axis(self, x):
         """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
 
-        tokens and FLOP are those spent before the row's step. seconds are those of the steps where they are timed
-        (evaluations and pauses left out), else the clock since the first row.
+        tokens and FLOP (as the run recorded `flops_per_token`) are those spent before the row's step. seconds are those
+        of the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
         """
         if x in ("tokens", "flops"):
-            factor = self.settings.get("total_batch_size") if self.kind == "gpt2" else None
-            if x == "flops":
-                factor = factor and self.flops_per_token and factor * self.flops_per_token
+            per_token = 1 if x == "tokens" else self.result.get("flops_per_token", self.settings.get("flops_per_token"))
+            factor = (self.settings.get("total_batch_size") or 0) * (per_token or 0) if self.kind == "gpt2" else 0
             if not factor:
                 raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
             return lambda row: row["step"] * factor
@@ -72,11 +71,6 @@ class Run:
             steps, spent = [step for step, _ in timed], [0.0, *accumulate(seconds for _, seconds in timed)]
             return lambda row: spent[bisect_left(steps, row["step"])]
         return lambda row: row.get(x)
-
-    @property
-    def flops_per_token(self):
-        """Training FLOPs per token as the run recorded them (gpt2.model defines them), or None."""
-        return self.result.get("flops_per_token") or self.settings.get("flops_per_token")
 
     @property
     def status(self):

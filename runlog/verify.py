@@ -6,11 +6,11 @@ compute again is its station's `replay_run(run, report, *, steps, whole, data)`,
 
 import importlib
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import ROOT, UsageError
 from runlog.record import environment, git
-from runlog.run import read_run
 
 REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.replay_bpe", "lora": "lora.replay_lora"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
@@ -18,15 +18,13 @@ PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
 STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_byte")}
 
 
+@dataclass
 class Report:
-    """What was found, line by line, printed as it comes.
+    """What was found, line by line, printed as it comes."""
 
-    failed: how many checks show the record to be wrong; unproved: what could neither be shown nor refuted.
-    reasons: why a replay here may give other bits.
-    """
-
-    def __init__(self):
-        self.failed, self.unproved, self.reasons = 0, 0, []
+    failed: int = 0  # checks that show the record to be wrong
+    unproved: int = 0  # what could neither be shown nor refuted
+    reasons: list = field(default_factory=list)  # why a replay here may give other bits
 
     def ok(self, text):
         print(f"ok        {text}", flush=True)
@@ -46,12 +44,12 @@ class Report:
 
 
 def verify(run, steps=5, whole=False, data=None):
-    """Check one run (a Run or its folder) and print what is found -> whether nothing failed.
+    """Check a Run and print what is found -> whether nothing failed.
 
     steps: optimizer steps to replay from the start and from each kept checkpoint. whole: replay all of them.
     data: where the corpus, text or rows lie now, if not where the record says.
     """
-    run, report = run if hasattr(run, "metrics") else read_run(run), Report()
+    report = Report()
     print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}")
     check_metrics(run, report)
     check_result(run, report)
@@ -88,9 +86,9 @@ def check_metrics(run, report):
 def check_result(run, report):
     """Figures of result.json against the rows that they were taken from."""
     expected = {}
-    for name, (kind, field) in STATED_TWICE.items():
-        rows = [row for row in run.rows(kind) if field in row]
-        expected |= {name: rows[-1][field]} if rows else {}
+    for name, (kind, y) in STATED_TWICE.items():
+        rows = [row for row in run.rows(kind) if y in row]
+        expected |= {name: rows[-1][y]} if rows else {}
     if run.settings.get("total_batch_size") and run.result.get("step") is not None:
         expected["tokens"] = run.result["step"] * run.settings["total_batch_size"]
     stated = {name: run.result[name] for name in expected if run.result.get(name) is not None}

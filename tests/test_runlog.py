@@ -181,7 +181,10 @@ def test_a_record_reads_like_its_run_and_has_four_files(tmp_path):
 def test_a_sweeps_record_has_its_adapters_in_one_table(tmp_path):
     with RunLog(tmp_path / "sweep", "lora_sweep", {"inputs": {"base_sha256": "12ab"}}) as log:
         for name in ("000_r4", "001_r8"):
-            write_run(tmp_path / "sweep/adapters" / name, (3.0, 1 / 3))
+            with RunLog(tmp_path / "sweep/adapters" / name, "lora", {"r": 4}) as adapter:
+                adapter.metric(0, "train", loss=1 / 3, text="line\u2028separator 北")
+                adapter.metric(0, "train", loss=3e-5)  # the row before it is kept, too
+                adapter.finish("success")
         (tmp_path / "sweep/lora_experiments_imdb.log").write_text("PARAMETERS\n", encoding="utf-8")
         (tmp_path / "sweep/table.md").write_text("| lr |\n", encoding="utf-8")
         log.finish("success")
