@@ -235,6 +235,26 @@ def test_tensorboard_shows_the_rows_and_a_resumed_run_once(tmp_path):
     assert read_run(tmp_path).curve("train") == ([0, 1, 2], [3.0, 2.0, 1.0])
 
 
+def test_tensorboards_writer_gets_the_rows(tmp_path, monkeypatch):
+    """A module in its place, as for wandb below: the step from which a resumed run is written again is purged."""
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            calls.append(("open", purge_step))
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, value, step))
+
+        flush = close = lambda self: None
+
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__=object()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    with RunLog(tmp_path, "test", {}, tensorboard=True) as log:
+        log.metric(4, "train", loss=2.0, note="no number", better=True, nothing=None)
+    assert calls == [("open", 4), ("train/loss", 2.0, 4)]
+
+
 def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeypatch):
     """A module in wandb's place: no account is needed to see what it would be given."""
     runs = []
