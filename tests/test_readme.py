@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -15,6 +14,8 @@ import pytest
 import tyro
 from conftest import ROOT, SHARED
 from figures import paths, table_rows, wrong_figures
+
+from runlog import read_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = ROOT / "README.zh.md"
@@ -163,9 +164,8 @@ def test_the_laptop_size_commands_run_in_their_order(tmp_path):
 
 
 def test_the_figures_of_the_quickstart_are_its_records():
-    record = ROOT / "runs/quickstart-record"
-    result = json.loads((record / "result.json").read_text(encoding="utf-8"))
-    log = (record / "log.txt").read_text(encoding="utf-8").splitlines()
+    record = read_run(ROOT / "records/quickstart")
+    result, log = record.result, record.log_lines()
     shown = next(lines for _, _, lines in blocks(README) if lines[0].startswith("unigram entropy"))
     assert all(line in log for line in shown)
     assert f"validation loss {result['val_loss']}" in "\n".join(shown)
