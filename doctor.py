@@ -7,6 +7,7 @@ is MISSING; a note slows a run down or leaves something out. What a preset takes
 `python gpt2/train_gpt2.py PRESET --plan`.
 """
 
+import argparse
 import importlib.metadata
 import os
 import re
@@ -14,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -109,10 +109,9 @@ def check_hub():
         return "offline, as HF_HUB_OFFLINE says", None
     try:
         urllib.request.urlopen(endpoint, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, too
     except OSError as e:
-        return f"{endpoint} does not answer ({e})", "export HF_ENDPOINT=MIRROR, or HF_HUB_OFFLINE=1 and local files"
+        if not hasattr(e, "code"):  # an HTTP error is an answer, too
+            return f"{endpoint} does not answer ({e})", "export HF_ENDPOINT=MIRROR, or HF_HUB_OFFLINE=1 and local files"
     return f"{endpoint} answers", None
 
 
@@ -122,19 +121,20 @@ def check_utf8():
 
 
 # Each check returns what it saw and, where that is a problem, the fix; else None.
-CHECKS = {"MISSING": (check_python, check_environment, check_packages, check_torch, check_disk)}
-CHECKS |= {"note": (check_compile, check_threads, check_hub, check_utf8)}
+BREAKS = (check_python, check_environment, check_packages, check_torch, check_disk)
+SLOWS = (check_compile, check_threads, check_hub, check_utf8)
 
 
 def main():
     """All checks, a line each; exit status 1 if something is missing."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     missing = 0
-    for severity, check in ((severity, check) for severity, checks in CHECKS.items() for check in checks):
+    for check in (*BREAKS, *SLOWS):
         try:
             text, fix = check()
         except Exception as e:  # whatever a damaged or absent installation raises
             text, fix = f"could not be checked ({type(e).__name__}: {e})", INSTALL
-        state = severity if fix else "ok"
+        state = "ok" if not fix else "MISSING" if check in BREAKS else "note"
         missing += state == "MISSING"
         print(f"{state:<8} {check.__name__[6:]:<12} {text}" + (f"; fix: {fix}" if fix else ""), flush=True)
     print(f"{missing} missing" if missing else "nothing is missing")
