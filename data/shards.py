@@ -6,14 +6,17 @@ carries a manifest, `meta.json`, and the tokenizer that made them, `tokenizer.mo
 
     {"format": "bytes-to-lora/shards", "version": 1, "name": "pydocs",
      "source": {...}, "tokenizer": {"name", "sha256"}, "vocab_size": 4353, "eot": 4352,
-     "shards": [{"file", "split": "train" | "val", "documents", "tokens", "bytes", "sha256"}, ...]}
+     "shards": [{"file", "split": "train" | "val", "documents", "tokens", "bytes", "sha256"}, ...],
+     "unigram_counts": "1280 0 31 ..."}
 
 "bytes" counts the UTF-8 bytes of the text in a shard (what bits per byte are per), "documents" those that start in it;
-every document starts with the end-of-text token, and a shard may end in the middle of one.
+every document starts with the end-of-text token, and a shard may end in the middle of one. "unigram_counts" says how
+often each id occurs in the first 100M training tokens: vocab_size numbers in one line of text.
 
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,10 +32,10 @@ HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 1 << 16  # ids are uint16
 FORMAT, FORMAT_VERSION = "bytes-to-lora/shards", 1
 SPLITS = ("train", "val")
+UNIGRAM_TOKENS = 100_000_000  # frequencies are taken over so many tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one shard
+# --- one shard
 
 
 def write_shard(path, ids):
@@ -61,9 +64,7 @@ def read_shard(path):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is missing; prepare the corpus again")
-    with open(path, "rb") as f:
-        raw = f.read(HEADER_BYTES)
-    header = np.frombuffer(raw[: len(raw) // 4 * 4], dtype="<i4")
+    header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UsageError(f"{path} is not a token shard: its header is not llm.c's (magic {MAGIC})")
     if header[1] != VERSION:
@@ -74,6 +75,11 @@ def read_shard(path):
             f"{path} is truncated or damaged: its header promises {tokens:,} tokens, "
             f"its {size:,} bytes hold {(size - HEADER_BYTES) / 2:,.10g}"
         )
+    return map_shard(path, tokens)
+
+
+def map_shard(path, tokens):
+    """Map a shard whose header has been checked -> (tokens,) uint16."""
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
@@ -85,27 +91,24 @@ def count_ids(ids):
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a folder of shards
+# --- a folder of shards
 
 
 def write_meta(data_dir, *, name, source, tokenizer, vocab_size, eot, shards):
     """Write the manifest; it comes last, so a folder with a meta.json is a whole one."""
     meta = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "source": source, "tokenizer": tokenizer}
-    write_json(Path(data_dir) / "meta.json", {**meta, "vocab_size": vocab_size, "eot": eot, "shards": shards})
+    meta |= {"vocab_size": vocab_size, "eot": eot, "shards": shards}
+    write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": _count_unigrams(data_dir, meta)})
 
 
 def read_meta(data_dir):
     """The manifest of a folder of shards, as a dict (see the top of this file). UsageError where there is none."""
-    data_dir = Path(data_dir)
-    path = data_dir / "meta.json"
+    path = Path(data_dir) / "meta.json"
     if not path.exists():
-        if any(data_dir.glob("*.bin")):
-            raise UsageError(
-                f"{data_dir} has shards but no meta.json: finish data/prepare.py there, "
-                f"or take in shards of another project with `data/prepare.py adopt {data_dir} --tokenizer gpt2`"
-            )
-        raise UsageError(f"{data_dir} has no meta.json; make the corpus with data/prepare.py … --out {data_dir}")
+        raise UsageError(
+            f"{data_dir} has no meta.json; make the corpus with data/prepare.py … --out {data_dir}, "
+            f"or take in shards of another project with `data/prepare.py adopt {data_dir} --tokenizer gpt2`"
+        )
     meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UsageError(f"{path} is not the manifest of a folder of shards")
@@ -115,7 +118,7 @@ def read_meta(data_dir):
 
 
 def check_folder(data_dir):
-    """Headers and sizes of every shard against the manifest, and no shard that the manifest does not know -> manifest.
+    """Check headers and sizes of all shards against the manifest, and that it knows every shard -> the manifest.
 
     Reads a kilobyte a shard: this is what a start of the trainer pays.
     """
@@ -131,22 +134,43 @@ def check_folder(data_dir):
     return meta
 
 
-def open_split(data_dir, split):
+def open_split(data_dir, split, meta=None):
     """The shards of one split ("train" or "val") as a list of memory maps (tokens,) uint16, in the manifest's order.
 
-    Checks headers, sizes and the manifest, not the sums (that is `verify`).
+    meta: what `check_folder` returned; without it the folder is checked here. Checksums are not read: see `verify`.
     """
-    meta = check_folder(data_dir)
-    shards = [read_shard(Path(data_dir) / s["file"]) for s in meta["shards"] if s["split"] == split]
+    meta = meta or check_folder(data_dir)
+    shards = [map_shard(Path(data_dir) / s["file"], s["tokens"]) for s in meta["shards"] if s["split"] == split]
     if not shards:
-        raise UsageError(
-            f"{data_dir} has no {split} shard; it holds {sum(s['tokens'] for s in meta['shards']):,} tokens"
-        )
+        raise UsageError(f"{data_dir} has no {split} shard, only {len(meta['shards'])} of the other split")
     return shards
 
 
+def unigram_counts(data_dir, meta):
+    """How often each id occurs in the first 100M tokens of the train split -> (vocab_size,) int64, from the manifest.
+
+    Where an earlier version wrote the manifest they are counted and, if the folder is writable, added to it.
+    """
+    counts = meta.get("unigram_counts")
+    if counts is None:
+        counts = _count_unigrams(data_dir, meta)
+        with suppress(OSError):  # a read-only folder: the next start counts again
+            write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": counts})
+    return np.array(counts.split(), dtype=np.int64)
+
+
+def _count_unigrams(data_dir, meta):
+    counts, left = np.zeros(MAX_VOCAB, dtype=np.int64), UNIGRAM_TOKENS
+    for shard in meta["shards"]:
+        if shard["split"] == "train" and left:
+            ids = map_shard(Path(data_dir) / shard["file"], shard["tokens"])[:left]
+            counts += count_ids(ids)
+            left -= len(ids)
+    return " ".join(map(str, counts[: meta["vocab_size"]].tolist()))  # one line; an indented list would be 50,000
+
+
 def verify(data_dir):
-    """Read every byte of a folder: sums, ids below vocab_size, the tokenizer's presence -> manifest.
+    """Read every byte of a folder: checksums, ids below vocab_size, the tokenizer's presence -> manifest.
 
     UsageError names the first file that is corrupt, truncated, foreign or missing.
     """
@@ -156,7 +180,7 @@ def verify(data_dir):
         path = data_dir / shard["file"]
         if file_sha256(path) != shard["sha256"]:
             raise UsageError(f"{path} is corrupt: its sha256 is not the one in meta.json; prepare or download it again")
-        highest = int(read_shard(path).max())
+        highest = int(map_shard(path, shard["tokens"]).max())
         if highest >= meta["vocab_size"]:
             raise UsageError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}")
     tokenizer = data_dir / "tokenizer.model"
@@ -166,8 +190,20 @@ def verify(data_dir):
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+def summary(shards):
+    """Rows of a manifest -> a table: shards, documents, tokens and bytes a token of each split."""
+    lines = []
+    for split in SPLITS:
+        rows = [s for s in shards if s["split"] == split]
+        documents, tokens, size = (sum(s[k] for s in rows) for k in ("documents", "tokens", "bytes"))
+        lines.append(
+            f"{split:<5} {len(rows):>5} shards {documents:>12,} documents {tokens:>15,} tokens "
+            f"{size / max(tokens, 1):.2f} bytes/token"
+        )
+    return "\n".join(lines)
+
+
+# --- command line
 
 
 @dataclass
@@ -175,18 +211,13 @@ class Config:
     """Read every byte of a folder of shards and check it against its manifest."""
 
     command: tyro.conf.Positional[Literal["verify"]]
-    data_dir: tyro.conf.Positional[Path]
-    """Folder with meta.json."""
+    data_dir: tyro.conf.Positional[Path]  # folder with meta.json
 
 
 def main():
-    args = tyro.cli(Config)
-    meta = verify(args.data_dir)
-    for split in SPLITS:
-        shards = [s for s in meta["shards"] if s["split"] == split]
-        documents, tokens = (sum(s[k] for s in shards) for k in ("documents", "tokens"))
-        print(f"{split:<5} {len(shards):>5} shards {documents:>12,} documents {tokens:>15,} tokens")
-    print(f"{args.data_dir}: every sum is right")
+    cfg = tyro.cli(Config)
+    print(summary(verify(cfg.data_dir)["shards"]))
+    print(f"{cfg.data_dir}: checksums match")
 
 
 if __name__ == "__main__":

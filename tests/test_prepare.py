@@ -354,7 +354,7 @@ def test_two_corpora_do_not_share_a_folder(undisturbed, foreign, refuses):
     args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 1, "--input", foreign)
     refuses(*args, "--out", ours, says="another source (jsonl)")
     assert (ours / "meta.json").read_bytes() == before and not list(ours.glob("finewebedu_*"))
-    (foreign / "plan.json").write_text("{}")
+    (foreign / "blocks").mkdir()
     refuses(*args, "--out", foreign, says="being prepared")
 
 

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 
 from common import UsageError, file_sha256, read_json, write_json
-from data.shards import open_split, read_meta, read_shard, verify, write_meta, write_shard
+from data import shards
+from data.shards import (
+    check_folder,
+    open_split,
+    read_meta,
+    read_shard,
+    unigram_counts,
+    verify,
+    write_meta,
+    write_shard,
+)
 
 
 @pytest.fixture
@@ -22,6 +32,7 @@ def corpus(tmp_path):
     return tmp_path
 
 
+@pytest.mark.core
 def test_the_bytes_are_those_of_llm_c(tmp_path):
     write_shard(tmp_path / "a.bin", [1, 2, 65535])
     raw = (tmp_path / "a.bin").read_bytes()
@@ -43,10 +54,44 @@ def test_an_id_that_does_not_fit_is_refused_and_leaves_no_file(tmp_path, ids):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.core
 def test_a_folder_opens_by_split(corpus):
     assert [len(ids) for ids in open_split(corpus, "train")] == [51, 52]
     assert [len(ids) for ids in open_split(corpus, "val")] == [50]
     assert verify(corpus) == read_meta(corpus)
+
+
+def test_headers_are_read_once_where_the_manifest_is_handed_on(corpus, monkeypatch):
+    meta = check_folder(corpus)
+    monkeypatch.setattr(shards, "read_shard", None)
+    assert [len(ids) for ids in open_split(corpus, "train", meta)] == [51, 52]
+
+
+@pytest.mark.core
+def test_unigram_counts_stand_in_the_manifest(corpus, monkeypatch):
+    train = np.concatenate(open_split(corpus, "train"))
+    counts = unigram_counts(corpus, read_meta(corpus))
+    assert counts.dtype == np.int64 and np.array_equal(counts, np.bincount(train, minlength=300))
+    monkeypatch.setattr(shards, "count_ids", None)  # nothing is counted again
+    assert np.array_equal(unigram_counts(corpus, read_meta(corpus)), counts)
+
+
+def test_unigram_counts_are_added_to_an_older_manifest(corpus, monkeypatch):
+    meta = read_meta(corpus)
+    older = {key: value for key, value in meta.items() if key != "unigram_counts"}
+    monkeypatch.setattr(shards, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError))
+    write_json(corpus / "meta.json", older)
+    counts = unigram_counts(corpus, older)
+    assert counts.sum() == 103 and read_meta(corpus) == older  # a read-only folder
+    monkeypatch.undo()
+    assert np.array_equal(unigram_counts(corpus, older), counts) and read_meta(corpus) == meta
+
+
+def test_unigram_counts_are_those_of_the_first_tokens(corpus, monkeypatch):
+    monkeypatch.setattr(shards, "UNIGRAM_TOKENS", 60)
+    older = {key: value for key, value in read_meta(corpus).items() if key != "unigram_counts"}
+    first = np.concatenate(open_split(corpus, "train"))[:60]
+    assert np.array_equal(unigram_counts(corpus, older), np.bincount(first, minlength=300))
 
 
 def damage(corpus, how):
@@ -101,7 +146,7 @@ def test_damage_is_named(corpus, refuses, how):
         with pytest.raises(UsageError, match=SEEN_AT_START[how]):
             open_split(corpus, "train")
     else:
-        open_split(corpus, "train")  # sums are verify's business
+        open_split(corpus, "train")  # checksums are read by verify alone
         with pytest.raises(UsageError, match=SEEN_BY_VERIFY[how]):
             verify(corpus)
     if how == "flipped":
@@ -129,4 +174,4 @@ def test_a_missing_split_and_another_version_are_named(corpus):
 
 def test_verify_prints_the_counts(corpus, script):
     out = script("data/shards.py", "verify", corpus).stdout
-    assert "every sum is right" in out and "103 tokens" in out
+    assert "checksums match" in out and "103 tokens" in out

@@ -9,7 +9,7 @@ import pytest
 
 from common import UsageError
 from data import sources
-from data.sources import cut, docstrings, documents, is_validation
+from data.sources import Corpus, cut, docstrings, documents, is_validation
 
 
 def lines_of(path):
@@ -87,6 +87,7 @@ print(sources.file_sha256(sources.pydocs_rows()))
 # --- text files
 
 
+@pytest.mark.core
 def test_text_is_cut_at_blank_lines_and_loses_nothing_but_them():
     paragraphs = [f"paragraph {i} " + "word " * (i % 90) for i in range(400)]
     text = "\n\n".join(paragraphs)
@@ -106,6 +107,7 @@ def test_one_endless_line_streams(tmp_path):
     assert "".join(documents("files", [tmp_path / "a.txt"])) == "ab" * 200_000
 
 
+@pytest.mark.core
 def test_separators_win_over_blank_lines(tmp_path):
     stories = ["one\n\n" + "x" * 9000, "two", "three\n"]
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
@@ -138,6 +140,7 @@ def test_local_files_of_every_kind_read_alike(tmp_path, kind):
     assert list(documents("jsonl", [path, path])) == TEXTS * 2
 
 
+@pytest.mark.core
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b\\ud83d\\ude00"}\n')
     assert list(documents("jsonl", [tmp_path / "a.jsonl"])) == ["a\ufffd b😀"]
@@ -153,32 +156,82 @@ def test_another_column(tmp_path):
 # --- the hub
 
 
-def test_the_hub_files_are_read_in_order(tmp_path, monkeypatch):
-    """A stand-in for the hub's snapshot folder, laid out as the hub lays it out."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub's cache, laid out as the hub does: hub(repository, {file: rows}); `hub.asked` records."""
     import huggingface_hub
+    import pyarrow
+    import pyarrow.parquet
 
-    asked = []
+    def folder(repo):
+        return tmp_path / "test_hub" / repo.replace("/", "--") / "0123abcd"
 
     def snapshot(repo, *, repo_type, revision, allow_patterns, max_workers):
-        asked.append((repo, repo_type, revision, allow_patterns))
-        return str(tmp_path / repo.replace("/", "--") / "0123abcd")
+        put.asked.append((repo, repo_type, revision, allow_patterns))
+        return str(folder(repo))
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    shakespeare = {"default/test/0000": "C", "default/train/0000": "A", "default/validation/0000": "B"}
-    fineweb = {"sample/10BT/001_00000": "Y", "sample/10BT/000_00000": "X", "sample/100BT/000_00000": "Z"}
-    layout = {"karpathy--tiny_shakespeare": shakespeare, "HuggingFaceFW--fineweb-edu": fineweb}
-    for repo, files in layout.items():
-        for name, text in files.items():
-            path = tmp_path / repo / "0123abcd" / f"{name}.parquet"
+    def put(repo, files):
+        for name, rows in files.items():
+            path = folder(repo) / f"{name}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_parquet(path, [f"{text}\n"])
-    assert list(documents("shakespeare")) == ["A", "B", "C"]
-    assert list(documents("fineweb-edu", subset="sample-10BT")) == ["X\n", "Y\n"]
-    assert asked[-1][3] == ["sample/10BT/*.parquet"]
-    record = sources.describe("fineweb-edu", subset="sample-10BT")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    put.asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return put
+
+
+@pytest.mark.core
+def test_the_hub_files_are_read_in_order(hub):
+    fineweb = {"sample/10BT/001_00000": "Y", "sample/10BT/000_00000": "X", "sample/100BT/000_00000": "Z"}
+    fineweb["data/CC-MAIN-2024-10/000_00000"] = "W"
+    hub("HuggingFaceFW/fineweb-edu", {name: [{"text": text}] for name, text in fineweb.items()})
+    corpus = Corpus("fineweb-edu")
+    assert list(corpus.documents()) == ["X", "Y"] == list(corpus.documents())
+    assert [request[3] for request in hub.asked] == [["sample/10BT/*.parquet"]]  # once
+    record = corpus.describe()
     assert record["revision"] == "0123abcd" and record["files"][0]["file"] == "000_00000.parquet"
+    assert (
+        list(documents("fineweb-edu", subset="CC-MAIN-2024-10"))
+        == ["W"]
+        == list(documents("fineweb-edu", subset="default"))
+    )
     with pytest.raises(UsageError, match="CC-MAIN-2099-01"):
         list(documents("fineweb-edu", subset="CC-MAIN-2099-01"))
+
+
+def test_shakespeare_comes_as_published(hub, shared_data, in_process, tmp_path):
+    """The hub has the play in three parts, cut at nine tenths and again in the middle of the rest, inside of lines."""
+    raw = (shared_data / "tinyshakespeare.txt").read_bytes()
+    text = raw.decode("utf-8")
+    a = int(len(text) * 0.9)
+    b = a + int((len(text) - a) * 0.5)
+    parts = {"train": text[:a], "validation": text[a:b], "test": text[b:]}
+    hub("karpathy/tiny_shakespeare", {f"default/{name}/0000": [{"text": part}] for name, part in parts.items()})
+    assert list(documents("shakespeare")) == list(documents("shakespeare", [shared_data / "tinyshakespeare.txt"]))
+    code, out, _ = in_process(sources.main, "shakespeare", "--out", tmp_path / "play.txt")
+    assert code == 0 and (tmp_path / "play.txt").read_bytes() == raw and "sha256 86c4e6aa" in out
+
+
+def test_hellaswag_comes_with_all_its_fields(hub, in_process, tmp_path):
+    items = [{"ind": i, "ctx_a": "A", "ctx": f"a {i}", "endings": ["b", "c", "d", "é"], "label": "3"} for i in range(3)]
+    hub("Rowan/hellaswag", {"data/validation-00000-of-00001": items, "data/train-00000-of-00001": items[:1]})
+    assert in_process(sources.main, "hellaswag", "--out", tmp_path / "items.jsonl")[0] == 0
+    assert [json.loads(line) for line in (tmp_path / "items.jsonl").read_text("utf-8").splitlines()] == items
+
+
+def test_a_sample_of_fineweb_edu_is_streamed(monkeypatch, in_process, tmp_path):
+    import datasets
+    import huggingface_hub
+
+    def load_dataset(*args, **options):
+        assert args == ("HuggingFaceFW/fineweb-edu", "sample-10BT") and options["streaming"]
+        return ({"text": f"document {i}"} for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    assert in_process(sources.main, "fineweb-edu", "--max-bytes", 25, "--out", tmp_path / "a.jsonl")[0] == 0
+    assert lines_of(tmp_path / "a.jsonl") == ["document 0", "document 1"]
 
 
 def test_without_a_network_the_local_way_is_named(refuses, tmp_path):
