@@ -337,16 +337,12 @@ def write_manifest(out, name, source, tokenizer_name, tokenizer, paths):
 # --- shards of other projects
 
 
-def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2"):
+def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.conf.Suppress[str] = ""):
     """Write the manifest for shards of another project (llm.c, modded-nanogpt), so that they train here.
 
     OUT has NAME_train_000001.bin … and NAME_val_000000.bin; TOKENIZER is the one that made them.
     """
-    adopt_from({"source": "adopted"}, out, tokenizer)
-
-
-def adopt_from(source, out, tokenizer_name):
-    """Write tokenizer.model and meta.json beside shards; source: where they are from, for the manifest."""
+    source = {"source": "download", "hub": hub} if hub else {"source": "adopted"}
     refuse_another_corpus(out, source)
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
     if not paths:
@@ -355,7 +351,7 @@ def adopt_from(source, out, tokenizer_name):
         if "_val_" not in path.name and "_train_" not in path.name:
             raise UsageError(f"{path} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
     shards = [("val" if "_val_" in path.name else "train", path) for path in paths]
-    write_manifest(out, paths[0].name.partition("_")[0], source, *load(tokenizer_name), shards)
+    write_manifest(out, paths[0].name.partition("_")[0], source, *load(tokenizer), shards)
 
 
 def refuse_another_corpus(out, source):
@@ -393,7 +389,7 @@ def download(
         else:
             with open(input / name, "rb") as source, atomic_open(out / name, "wb") as target:
                 shutil.copyfileobj(source, target)
-    adopt_from({"source": "download", "hub": repo}, out, "gpt2")
+    adopt(out, hub=repo)
 
 
 def main():

@@ -14,8 +14,9 @@ import tiktoken
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
+from data import prepare
 from data.prepare import blocks
-from data.shards import open_split, read_meta, read_shard, verify, write_shard
+from data.shards import open_split, read_meta, read_shard, unigram_counts, verify, write_shard
 from data.sources import documents, is_validation
 
 # Small blocks, so that a small corpus has many; small shards, so that it has several.
@@ -69,6 +70,35 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 # --- what stands in the shards
+
+
+@pytest.mark.core
+def test_documents_become_shards(in_process, tmp_path):
+    texts = [f"document {i}, naïve and long enough to be more than a word" for i in range(200)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer(pattern="gpt2")
+    tokenizer.train(texts, 270)
+    tokenizer.register_special_tokens({"<|endoftext|>": 270})
+    tokenizer.save(tmp_path / "own")
+    args = (
+        "jsonl",
+        "--input",
+        tmp_path / "in.jsonl",
+        "--tokenizer",
+        tmp_path / "own.model",
+        "--out",
+        tmp_path / "mine",
+    )
+    options = ("--shard-tokens", 1000, "--block-chars", 500, "--val-share", 0.2, "--workers", 1)
+    assert in_process(prepare.main, *args, *options)[0] == 0
+    meta = verify(tmp_path / "mine")
+    for split in ("train", "val"):
+        expected = [text for text in texts if is_validation(text, 0.2) == (split == "val")]
+        ids = [i for text in expected for i in (270, *tokenizer.encode_ordinary(text))]
+        assert np.concatenate(open_split(tmp_path / "mine", split, meta)).tolist() == ids
+        if split == "train":
+            assert unigram_counts(tmp_path / "mine", meta).tolist() == np.bincount(ids, minlength=271).tolist()
+    assert "nothing to do" in in_process(prepare.main, *args, *options)[1]
 
 
 def test_hash_split_against_encoding_by_hand(undisturbed, corpus):
@@ -201,7 +231,7 @@ def test_killed_at_many_moments(undisturbed, corpus, script, tmp_path, source, w
 
 
 @pytest.mark.parametrize("moment", ["a block", "the join", "the manifest", "the cleaning up"])
-def test_killed_at_the_tender_moments(undisturbed, corpus, tmp_path, script, moment):
+def test_killed_while_files_are_half_written(undisturbed, corpus, tmp_path, script, moment):
     """SIGKILL from inside, right where a file is half-written or the blocks are half-deleted."""
     out = tmp_path / "mine"
     code = f"""
@@ -300,7 +330,7 @@ def test_a_damaged_block_is_named(corpus, script, refuses, tmp_path):
     refuses(*command("jsonl", corpus, out, "--shard", "0/2", "--val-share", "0.5"), says="unfinished corpus")
 
 
-# --- mistakes leave nothing behind
+# --- usage errors leave nothing behind
 
 
 @pytest.mark.parametrize(
@@ -315,7 +345,7 @@ def test_a_damaged_block_is_named(corpus, script, refuses, tmp_path):
         (("jsonl", "--input", "{tiny}", "--tokenizer", "nowhere.model"), "nowhere.model"),
     ],
 )
-def test_mistakes_are_one_line(refuses, tmp_path, args, says):
+def test_usage_errors_are_one_line(refuses, tmp_path, args, says):
     (tmp_path / "broken.jsonl").write_text("no json\n")
     (tmp_path / "tiny.jsonl").write_text('{"text": "just one"}\n')
     args = [a.format(broken=tmp_path / "broken.jsonl", tiny=tmp_path / "tiny.jsonl") for a in args]
@@ -376,4 +406,4 @@ def test_ready_made_shards_are_fetched(foreign, script, refuses, tmp_path, monke
     script(*args)
     refuses("data/prepare.py", "adopt", tmp_path / "got", says="already holds a corpus from another source (download)")
     refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
-    refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="cannot be had from the hub")
+    refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="name a folder with --input")

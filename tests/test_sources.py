@@ -267,7 +267,7 @@ def test_max_bytes_is_a_limit(tmp_path, script):
     assert lines_of(tmp_path / "o.jsonl") == ["éé", "éé"] and "8 bytes" in done.stdout and "sha256" in done.stdout
 
 
-MISTAKES = {
+USAGE_ERRORS = {
     "missing": (None, "does not exist"),
     "not UTF-8": (b"fine\nbad \xff\xfe\n", "is not UTF-8"),
     "not JSON": (b'{"text": "a"}\n{"text": \n', "line 2"),
@@ -277,9 +277,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("what", MISTAKES)
-def test_mistakes_are_one_line(tmp_path, refuses, what):
-    raw, says = MISTAKES[what]
+@pytest.mark.parametrize("what", USAGE_ERRORS)
+def test_usage_errors_are_one_line(tmp_path, refuses, what):
+    raw, says = USAGE_ERRORS[what]
     path = tmp_path / "in" / "a.jsonl"
     path.parent.mkdir()
     if raw is not None:
