@@ -16,36 +16,37 @@ import shutil
 import sys
 import unicodedata
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from bpe.interop import answers
 from bpe.reference import render_token, replace_control_character
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from common import UsageError, atomic_open, cli, read_json
+from common import UsageError, atomic_open, cli, from_hub, read_json
 from runlog import RunLog
 
-ANSI = (48, 5, 153), (48, 5, 223), (48, 5, 157), (48, 5, 218), (48, 5, 189)  # pastels, with black text on them
+ANSI = 153, 223, 157, 218, 189  # pastels of the 256 colours, with black text on them
 HTML = "#a8d8ff", "#ffd9a0", "#a9f0b5", "#ffb8d8", "#d5d0ff"
+HEAD = """<!doctype html><meta charset=utf-8><title>Tokenizers compared</title><style>
+body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+td, th { text-align: left; vertical-align: top; padding: .4em .8em; border-top: 1px solid #ddd }
+td:last-child { font: 14px ui-monospace, monospace; line-height: 1.7 }
+span { white-space: pre-wrap; border-radius: 3px }
+</style><h1>Tokenizers compared</h1>
+"""
 
 
 @dataclass
 class Config:
-    texts: tuple[Path, ...]
-    """text files, or .json files of {name: text}"""
-    tokenizers: tuple[str, ...] = ("gpt2",)
-    """tiktoken names, .model, .tiktoken or tokenizer.json files, Hugging Face folders or hub names"""
-    max_tokens: int = 120
-    """tokens of each result to show on the terminal; 0 shows all"""
-    color: Literal["auto", "always", "never"] = "auto"
-    """colours in the output; auto: where it is a terminal"""
-    html: Path | None = None
-    """also write a page with every token"""
-    run_dir: Path | None = None
-    """also write a run directory there"""
+    texts: tuple[Path, ...]  # text files, or .json files of {name: text}
+    tokenizers: tuple[str, ...] = ("gpt2",)  # tiktoken names, .model, .tiktoken, tokenizer.json, Hugging Face names
+    max_tokens: int = 120  # tokens of each result to show on the terminal; 0 shows all
+    color: Literal["auto", "always", "never"] = "auto"  # colours in the output; auto: where it is a terminal
+    html: Path | None = None  # also write a page with every token
+    run_dir: Path | None = None  # also write a run directory there
 
 
 @dataclass
@@ -92,32 +93,29 @@ def read_texts(file):
 
 def load_any(name):
     """Name or path of a tokenizer -> (label, function from text to [(id, the token as text)], n_vocab)."""
-    path = Path(name)
-    if path.suffix == ".model" and path.is_file():
-        return _ours(path.stem, Tokenizer.load(path))
-    if path.suffix == ".json" and path.is_file():
-        return _ours(path.parent.name or path.stem, Tokenizer.from_huggingface(path))
     import tiktoken
 
-    if path.is_file() or name in tiktoken.list_encoding_names():
-        return _ours(path.stem, Tokenizer.from_tiktoken(name))
-    return _transformers(name)
-
-
-def _ours(label, tok):
-    return label, lambda text: [(i, render_token(tok.vocab[i])) for i in tok.encode_ordinary(text)], tok.n_vocab
+    path = Path(name)
+    if path.suffix == ".model" and path.is_file():
+        tok = Tokenizer.load(path)
+    elif path.suffix == ".json" and path.is_file():
+        tok = Tokenizer.from_huggingface(path)
+    elif path.is_file() or name in tiktoken.list_encoding_names():
+        tok = Tokenizer.from_tiktoken(name)
+    else:
+        return _transformers(name)
+    return tok.name, lambda text: [(i, render_token(tok.vocab[i])) for i in tok.encode_ordinary(text)], tok.n_vocab
 
 
 def _transformers(name):
-    from huggingface_hub import constants
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
-    offline = os.path.isdir(name) or not answers(constants.ENDPOINT)
-    try:
-        hf = AutoTokenizer.from_pretrained(name, local_files_only=offline)
-    except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise UsageError(f"{name} is neither a file nor a tiktoken name, and AutoTokenizer says: {reason}") from None
+    folder, files = name, ["*.json", "*.txt", "*.model"]
+    with from_hub(name, "give a file, a tiktoken name or a Hugging Face folder"):
+        if not os.path.isdir(name):
+            folder = snapshot_download(name, allow_patterns=files)  # one request, then from its cache
+        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def encode(text):
         out = hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -141,69 +139,50 @@ def compare(text_name, text, label, encode, n_vocab):
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the two ways to show it
-
-
 def table(results, max_tokens, color):
     """Results -> the type / length / result table as text."""
     width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 160))
     first = max(len("type"), *(len(r.type) for r in results))
-    left = first + 37  # columns before the result
     lines = []
-    for name in dict.fromkeys(r.text_name for r in results):
-        lines += [
-            "",
-            f"{name}",
-            f"{'type':<{first}} {'length':>8} {'bytes/tok':>9} {'chars/tok':>9} {'used':>6}   result",
-        ]
-        for r in results:
-            if r.text_name == name:
-                shown = r.tokens[: max_tokens or None]
-                more = [f"… {r.length - len(shown)} more"] if len(shown) < r.length else []
-                rows = _wrap(shown, width - left, color) + more
-                head = f"{r.type:<{first}} {r.length:>8,} {r.bytes_per_token:>9.2f} {r.chars_per_token:>9.2f}"
-                lines.append(f"{head} {r.vocab_used:>6.1%}   {rows[0] if rows else ''}")
-                lines += [" " * left + row for row in rows[1:]]
-    return "\n".join(lines[1:])
+    for name, of_text in groupby(results, key=lambda r: r.text_name):
+        lines += [name, f"{'type':<{first}} {'length':>8} {'bytes/tok':>9} {'chars/tok':>9} {'used':>6}   result"]
+        for r in of_text:
+            head = f"{r.type:<{first}} {r.length:>8,} {r.bytes_per_token:>9.2f} {r.chars_per_token:>9.2f}"
+            head = f"{head} {r.vocab_used:>6.1%}   "
+            shown = r.tokens[: max_tokens or None]
+            rows = _wrap(shown, width - len(head), color)
+            if len(shown) < r.length:
+                rows.append(f"… {r.length - len(shown):,} more")
+            lines += [f"{start}{row}" for start, row in zip([head, *[" " * len(head)] * len(rows)], rows)]
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def _wrap(tokens, width, color):
     """Tokens -> lines of at most `width` terminal columns, coloured in turn, or with a bar between them."""
-    lines, line, used = [], "", 0
+    lines, used = [""], 0
     for k, token in enumerate(tokens):
         columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in token) + (not color)
-        if used + columns > width and line:
-            lines.append(line)
-            line, used = "", 0
-        style = ";".join(map(str, ANSI[k % len(ANSI)]))
-        line += f"\x1b[30;{style}m{token}\x1b[0m" if color else f"{token}|"
+        if used + columns > width and used:
+            lines.append("")
+            used = 0
+        lines[-1] += f"\x1b[30;48;5;{ANSI[k % len(ANSI)]}m{token}\x1b[0m" if color else f"{token}|"
         used += columns
-    return [*lines, line] if line else lines
+    return lines
 
 
 def page(results):
     """Results -> one HTML page without scripts or links."""
-    body = []
-    for name in dict.fromkeys(r.text_name for r in results):
-        body.append(f"<h2>{html.escape(name)}</h2><table><tr><th>type<th>length<th>bytes per token<th>result</tr>")
-        for r in results:
-            if r.text_name == name:
-                spans = "".join(
-                    f'<span style="background:{HTML[k % len(HTML)]}">{html.escape(token)}</span>'
-                    for k, token in enumerate(r.tokens)
-                )
-                cells = f"<td>{html.escape(r.type)}<td>{r.length:,}<td>{r.bytes_per_token:.2f}"
-                body.append(f"<tr>{cells}<td class=result>{spans}</tr>")
-        body.append("</table>")
-    style = (
-        "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}"
-        "td,th{text-align:left;vertical-align:top;padding:.4em .8em;border-top:1px solid #ddd}"
-        ".result{font:14px ui-monospace,monospace;line-height:1.7}"
-        ".result span{white-space:pre-wrap;border-radius:3px;padding:1px 0}"
-    )
-    head = f"<meta charset=utf-8><title>Tokenizers compared</title><style>{style}</style>"
-    return f"<!doctype html>{head}<h1>Tokenizers compared</h1>{''.join(body)}\n"
+    parts = [HEAD]
+    for name, of_text in groupby(results, key=lambda r: r.text_name):
+        parts.append(f"<h2>{html.escape(name)}</h2><table><tr><th>type<th>length<th>bytes per token<th>result</tr>\n")
+        for r in of_text:
+            parts.append(f"<tr><td>{html.escape(r.type)}<td>{r.length:,}<td>{r.bytes_per_token:.2f}<td>")
+            for k, token in enumerate(r.tokens):
+                parts.append(f'<span style="background:{HTML[k % len(HTML)]}">{html.escape(token)}</span>')
+            parts.append("</tr>\n")
+        parts.append("</table>\n")
+    return "".join(parts)
 
 
 if __name__ == "__main__":
