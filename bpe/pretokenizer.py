@@ -5,7 +5,8 @@ A pattern is `"none"` (the whole text is one chunk), `"gpt2"`, `"gpt4"`, or a re
 """
 
 import re
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
 import regex
@@ -30,7 +31,13 @@ _WELL_KNOWN = {GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, CL100K_SPLIT_PATTERN}
 _CUT = re.compile(r"\S(?= )")
 # Non-ASCII characters, and ASCII in between if it is short.
 _ISLAND = re.compile(r"[^\x00-\x7f](?:[\x00-\x7f]{0,63}+[^\x00-\x7f])*+")
-BLOCK = 1 << 13  # characters that are split at a time; so few that the chunks stay in the processor's cache
+BLOCK = 1 << 13  # characters that are split at a time; so few that the chunks stay in the CPU's cache
+
+
+def check_pattern(pattern):
+    """UsageError for a pattern that is meant as a name ("GPT4", "cl100k_base"): as a regex it would match that word."""
+    if pattern not in ("none", *PATTERNS) and re.fullmatch(r"[A-Za-z][\w-]+", pattern):
+        raise UsageError(f"there is no pattern named {pattern}; use none, gpt2, gpt4 or a regular expression")
 
 
 class Splitter:
@@ -60,7 +67,7 @@ class Splitter:
         return chunks
 
     def split_block(self, block):
-        """One of `blocks` -> its chunks: by the standard re where the block is ASCII, else by regex."""
+        """One of `blocks` -> its chunks: by the standard `re` where the block is ASCII, else by `regex`."""
         if self.pattern == "none":
             return [block] if block else []
         if self._ascii is not None:
@@ -72,11 +79,11 @@ class Splitter:
             return chunks
         chunks = self._findall(block)
         if sum(map(len, chunks)) != len(block):
-            raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters; mend it")
+            raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters")
         return chunks
 
     def blocks(self, text, size=BLOCK):
-        """Cut a long text where no chunk can be hurt; one block if the pattern is not known to allow it."""
+        """Cut a long text where no chunk is cut; one block if the pattern is not known to allow it."""
         if self.pattern == "none" or self._ascii is None:
             return [text]
         blocks, start = [], 0
@@ -99,7 +106,7 @@ class Splitter:
 
 
 def _pieces(text):
-    """Cut a text at safe places into pieces, most of them ASCII: one "’" shall not slow the rest down."""
+    """Cut a text at safe places into pieces, most of them ASCII, so that one "’" does not slow the rest down."""
     start = 0
     for island in _ISLAND.finditer(text):
         if island.end() <= start:
@@ -123,9 +130,7 @@ def _compile(pattern):
     try:
         return regex.compile(pattern)
     except regex.error as e:
-        raise UsageError(
-            f"the pattern is neither none, gpt2 nor gpt4 nor a valid regular expression ({e}): {pattern!r}"
-        ) from None
+        raise UsageError(f"pattern {pattern!r} is neither none, gpt2, gpt4 nor a valid regular expression: {e}") from None
 
 
 def lossless_pattern(source):
@@ -144,7 +149,7 @@ def lossless_pattern(source):
 def ascii_twin(source):
     """Rewrite a pattern for the standard `re` on ASCII text, where it is three times faster than `regex`.
 
-    Whitespace is spelled out, because `re` counts \\x1c-\\x1f to it, as `regex` and Rust do not.
+    Whitespace is spelled out, because `re` counts \\x1c-\\x1f to it, `regex` and Rust do not.
     """
     sets = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\s": r" \t\n\x0b\x0c\r"}
     twin, in_set = "", False
@@ -161,7 +166,7 @@ def ascii_twin(source):
 
 
 def utf8(text):
-    """str -> UTF-8. Lone surrogates, which UTF-8 cannot hold, become U+FFFD, as tiktoken has it."""
+    """str -> UTF-8. Lone surrogates, which UTF-8 cannot hold, become U+FFFD, as in tiktoken."""
     return valid(text).encode("utf-8")
 
 
@@ -174,3 +179,50 @@ def valid(text):
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# counting chunks, over several processes
+
+
+def count_chunks(splitter, documents, num_workers, advance):
+    """Iterable of str -> {chunk in UTF-8: how often}, in order of first appearance.
+
+    num_workers: processes that split the text. advance: called with the number of characters handed out.
+    """
+    groups, total = _groups(splitter, documents, advance), Counter()
+    if num_workers <= 1:
+        for group in groups:
+            total.update(splitter.count(group))
+    else:
+        with ProcessPoolExecutor(num_workers) as pool:
+            for counter in _in_order(pool, splitter.count, groups, ahead=2 * num_workers):
+                total.update(counter)
+    return {utf8(chunk): n for chunk, n in total.items()}
+
+
+def _groups(splitter, documents, advance, size=1 << 20):
+    """Documents -> lists of blocks of about `size` characters together."""
+    group, waiting = [], 0
+    for document in documents:
+        if not isinstance(document, str):
+            raise UsageError(f"the text to train on is a str or an iterable of str, not of {type(document).__name__}")
+        for block in splitter.blocks(valid(document), size):
+            group.append(block)
+            waiting += len(block)
+            advance(len(block))
+            if waiting >= size:
+                yield group
+                group, waiting = [], 0
+    yield group
+
+
+def _in_order(pool, function, items, ahead):
+    """`pool.map` that reads only `ahead` items ahead, so that memory is bounded for any iterable."""
+    running = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()

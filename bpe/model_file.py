@@ -1,0 +1,126 @@
+"""The model file: PREFIX.model is versioned JSON, PREFIX.vocab one rendered token a line, for people.
+
+Here and in interop.py a tokenizer is its state, a plain dict:
+
+    pattern         how text is split before merging
+    merges          {(int, int): int} in the order in which they were learned
+    byte_ids        the id of each of the 256 bytes; GPT-2 has its own order
+    special_tokens  {str: int}
+    name            where it comes from, for people
+    training        what `bpe/train_bpe.py` records about its input
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from bpe.reference import render_token
+from common import UsageError, atomic_open, read_json
+
+FORMAT, VERSION = "byte-level-bpe", 1
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
+
+
+def require(holds, source, what):
+    """UsageError that names the source (a file or a vocabulary) and what is wrong with it, unless `holds`."""
+    if not holds:
+        raise UsageError(f"{source} cannot be used: {what}")
+
+
+def is_id(value):
+    """Whether a value can be a token id: a plain int that fits into int32, the largest one excepted."""
+    return type(value) is int and 0 <= value < 2**31 - 1
+
+
+def _content(state):
+    """What decides the ids, as plain JSON. `byte_ids` and the third number of a merge appear only where needed."""
+    merges, specials = state["merges"], state["special_tokens"]
+    content = {"pattern": state["pattern"], "special_tokens": dict(sorted(specials.items(), key=lambda s: s[1]))}
+    usual = state["byte_ids"] == list(range(256)) and list(merges.values()) == list(range(256, 256 + len(merges)))
+    if not usual:
+        content["byte_ids"] = state["byte_ids"]
+    content["merges"] = [[p, q] if usual else [p, q, token] for (p, q), token in merges.items()]
+    return content
+
+
+def state_sha256(state):
+    """Hex digest of what decides the ids: pattern, merges, special tokens."""
+    return hashlib.sha256(json.dumps(_content(state)).encode("ascii")).hexdigest()
+
+
+def _checksum(fields):
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def write_model(file, state):
+    """State -> model file: JSON with one merge a line, under a checksum over all fields."""
+    fields = {**_content(state), "sha256": state_sha256(state), "training": state["training"]}
+    fields = {"format": FORMAT, "version": VERSION, **fields, "checksum": _checksum(fields)}
+    lines = {key: json.dumps(value) for key, value in fields.items()}
+    lines["merges"] = "[\n  " + ",\n  ".join(map(json.dumps, fields["merges"])) + "\n ]"
+    with atomic_open(file) as f:
+        f.write("{\n " + ",\n ".join(f'"{key}": {line}' for key, line in lines.items()) + "\n}\n")
+
+
+def write_vocab(file, vocab, merges):
+    """Write `[left][right] -> [token] id` for a merge, `[token] id` for the rest, by id."""
+    made_of = {token: pair for pair, token in reversed(merges.items())}
+    with atomic_open(file) as f:
+        for token, data in sorted(vocab.items()):
+            parts = "".join(f"[{render_token(vocab[part])}]" for part in made_of.get(token, ()))
+            f.write(f"{parts} -> [{render_token(data)}] {token}\n" if parts else f"[{render_token(data)}] {token}\n")
+
+
+def read_model(file):
+    """Read and check a model file -> state. Nothing in it is executed; a damaged or edited file is a UsageError."""
+    model = read_json(file)
+    require(isinstance(model, dict) and model.get("format") == FORMAT, file, "it is not a tokenizer of this repository")
+    version = model.get("version")
+    supported = f"it has format version {version!r}, this code reads version {VERSION}; train it again"
+    require(version == VERSION, file, supported)
+    fields = {key: value for key, value in model.items() if key not in ("format", "version", "checksum")}
+    require(_checksum(fields) == model.get("checksum"), file, "its checksum does not match; it was edited or damaged")
+    state = checked_state(fields, file, name=Path(file).stem)
+    require(state_sha256(state) == fields.get("sha256"), file, "its sha256 does not match its content")
+    return state
+
+
+def checked_state(fields, source, name):
+    """Check the fields of a model -> state. `source` is named in errors."""
+    pattern, specials, merges = (fields.get(key) for key in ("pattern", "special_tokens", "merges"))
+    require(isinstance(pattern, str), source, "its pattern is not a text")
+    specials_fit = isinstance(specials, dict) and all(map(is_id, specials.values()))
+    require(specials_fit, source, "its special tokens are not {text: id}")
+    require(isinstance(merges, list), source, "its merges are not a list")
+    byte_ids = fields.get("byte_ids", list(range(256)))
+    require(isinstance(byte_ids, list) and all(map(is_id, byte_ids)), source, "its byte_ids are not ids")
+    require(len(byte_ids) == len(set(byte_ids)) == 256, source, "its byte_ids are not 256 different ids")
+    table, lengths = _checked_merges(merges, byte_ids, 3 if "byte_ids" in fields else 2, source)
+    require(sum(lengths.values()) < MAX_VOCAB_BYTES, source, "its tokens are gigabytes long")
+    ids = set(specials.values())
+    apart = len(ids) == len(specials) and not ids & lengths.keys()
+    require(apart, source, "a special token has the id of another token")
+    return {
+        "pattern": pattern, "merges": table, "byte_ids": byte_ids, "special_tokens": specials,
+        "name": name, "training": fields.get("training", {}),
+    }  # fmt: skip
+
+
+def _checked_merges(merges, byte_ids, n, source):
+    """List of [p, q] or [p, q, token] (n ids each) -> {(p, q): token}, {token: length in bytes}."""
+    table, lengths, used = {}, dict.fromkeys(byte_ids, 1), set()
+    for rank, merge in enumerate(merges):
+        shape = isinstance(merge, list) and len(merge) == n and all(map(is_id, merge))
+        require(shape, source, f"merge {rank} is not {n} ids")
+        p, q, token = (*merge, 256 + rank)[:3]
+        known = p in lengths and q in lengths
+        require(known, source, f"merge {rank} refers to a token that is made later, or never")
+        require((p, q) not in table, source, f"merge {rank} repeats an earlier one")
+        # the encoder relies on a token being complete before it is merged on
+        free = token not in used and lengths.get(token, 2) > 1
+        require(free, source, f"merge {rank} makes a token that is in use already")
+        table[p, q] = token
+        lengths[token] = lengths[p] + lengths[q]
+        used |= {p, q}
+    return table, lengths
