@@ -7,104 +7,91 @@ tiktoken and for Hugging Face. `.jsonl` gives one document per line (its "text")
 either may be gzipped. `<|endoftext|>` becomes the token after the last merge.
 
 One process does a megabyte in a fraction of a second; --num-workers splits larger corpora in parallel, with the same
-result. Started again with the same input and settings, it finds its files and leaves at once.
+result. Started again with the same input and settings, it finds its files and exits at once.
 """
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from bpe.interop import to_huggingface, to_tiktoken
 from bpe.pretokenizer import valid
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from common import UsageError, cli, open_text
+from common import ROOT, UsageError, cli, open_text, read_jsonl
 from runlog import RunLog
+from runlog.verify import compare_figures, locate_input
 
-ENOUGH = 20_000_000  # characters that tell the compression
+EXPORTS = ".vocab", ".tiktoken", "-hf/tokenizer.json"  # beside the .model
+ENOUGH = 20_000_000  # characters from which compression is measured
 
 
 @dataclass
 class Config:
-    input: tuple[Path, ...]
-    """files to train on: .jsonl (a document per line) or UTF-8 text, gzipped or not"""
-    out: Path
-    """prefix of the files to write: PREFIX.model, PREFIX.vocab, PREFIX.tiktoken, PREFIX-hf/"""
-    vocab_size: int = 4096
-    """the 256 bytes and the merges; <|endoftext|> comes on top"""
-    pattern: str = "gpt4"
-    """how text is cut before merging: none, gpt2, gpt4 or a regular expression"""
-    held_out: tuple[Path, ...] = ()
-    """files to report compression on; without any it is reported on the input itself"""
-    num_workers: int = 1
-    """processes that cut the text into chunks"""
-    run_dir: Path | None = None
-    """also write a run directory there"""
-    verbose: bool = False
-    """print each merge"""
+    input: tuple[Path, ...]  # files to train on: .jsonl (a document per line) or UTF-8 text, gzipped or not
+    out: Path  # prefix of the files to write: PREFIX.model, PREFIX.vocab, PREFIX.tiktoken, PREFIX-hf/
+    vocab_size: int = 4096  # the 256 bytes and the merges; <|endoftext|> comes on top
+    pattern: str = "gpt4"  # how text is split before merging: none, gpt2, gpt4 or a regular expression
+    held_out: tuple[Path, ...] = ()  # files to report compression on; none: the input itself
+    num_workers: int = 1  # processes that split the text into chunks
+    run_dir: Path | None = None  # also write a run directory there
+    verbose: bool = False  # print each merge
 
 
 def main():
-    """Train, write the files in all formats; leave at once where they are there already."""
+    """Train, write the files in all formats; exit at once where they are already there."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     sources = {"input": fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
-    if _is_done(cfg, sources):
-        print(f"{cfg.out}.model is there already, made from the same input and settings")
+    if is_done(cfg.out, sources):
+        print(f"{cfg.out}.model is already there, made from the same input and settings")
         return
+    for export in (to_tiktoken, to_huggingface):
+        export(Tokenizer(cfg.pattern))  # UsageError for a pattern that they cannot express, before training
     with RunLog(cfg.run_dir or ".", kind="bpe", config=cfg, enabled=cfg.run_dir is not None) as log:
+        say = log.print if log.enabled else print
         started = time.perf_counter()
         tok = train(cfg)
         seconds = time.perf_counter() - started
         tok.training = sources
         save(tok, cfg.out)
-        say(log, f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {seconds:.2f} s")
+        say(f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {seconds:.2f} s")
+        measured_on = "held-out text" if cfg.held_out else "the input itself"
         numbers = round_trip(f"{cfg.out}.model", cfg.held_out or cfg.input)
-        what = "held-out text" if cfg.held_out else "the input itself"
         say(
-            log,
-            f"{numbers['bytes_per_token']:.3f} bytes per token on {what}: {numbers['bytes']:,} bytes, "
-            f"{numbers['tokens']:,} tokens, {numbers['vocab_used']:.0%} of the vocabulary",
+            f"{numbers['bytes_per_token']:.3f} bytes per token on {measured_on}: {numbers['bytes']:,} bytes, "
+            f"{numbers['tokens']:,} tokens, {numbers['vocab_used']:.0%} of the vocabulary"
         )
-        say(log, f"loaded, encoded, decoded, identical: {numbers['round_trip_seconds']:.2f} s")
-        say(log, f"wrote {cfg.out}.model, .vocab, .tiktoken and {cfg.out}-hf/")
-        held_out = {"measured_on": what, **numbers}
-        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, train_seconds=round(seconds, 4), **held_out)
-
-
-def say(log, text):
-    """Print, and keep in the run's log if there is one."""
-    if log.enabled:
-        log.print(text)
-    else:
-        print(text)
+        say(f"loaded, encoded, decoded, identical: {numbers['round_trip_seconds']:.2f} s")
+        say(f"wrote {cfg.out}.model, .vocab, .tiktoken and {cfg.out}-hf/")
+        numbers = {"train_seconds": round(seconds, 4), "measured_on": measured_on, **numbers}
+        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, **numbers)
 
 
 def train(cfg):
     """Config -> Tokenizer with <|endoftext|>."""
-    tok = Tokenizer(cfg.pattern)
-    tok.train(
-        read_documents(cfg.input), cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, progress=not cfg.verbose
-    )
+    tok, documents = Tokenizer(cfg.pattern), read_documents(cfg.input)
+    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, progress=not cfg.verbose)
     tok.register_special_tokens({END_OF_TEXT: 256 + len(tok.merges)})
     return tok
 
 
 def save(tok, prefix):
-    """Write all formats; the .model last, because it stands for the others being there."""
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    """Write all formats, the .model first: it is what counts, should an export fail."""
+    for end in EXPORTS:
+        Path(f"{prefix}{end}").unlink(missing_ok=True)  # an interrupted start must not leave another tokenizer's
     tok.name = prefix.name
+    tok.save(prefix)
     tok.save_tiktoken(f"{prefix}.tiktoken")
     tok.save_huggingface(f"{prefix}-hf")
-    tok.save(prefix)
 
 
 def round_trip(model_file, files):
-    """Load the tokenizer and send text through it and back -> compression and the seconds it took.
+    """Load the tokenizer and send text through it and back -> compression, and the seconds it took.
 
-    Measured on the first ENOUGH characters: bytes and characters per token, and the share of the vocabulary that is
-    used at all.
+    Measured on the first ENOUGH characters: bytes and characters per token, and the share of the vocabulary that
+    occurs at all.
     """
     texts, chars = [], 0
     for text in read_documents(files):
@@ -115,43 +102,32 @@ def round_trip(model_file, files):
     started = time.perf_counter()
     tok = Tokenizer.load(model_file)
     encoded = [tok.encode_ordinary(text) for text in texts]
-    same = all(tok.decode(ids, errors="strict") == text for ids, text in zip(encoded, texts))
-    seconds = time.perf_counter() - started
-    if not same:
+    if any(tok.decode(ids, errors="strict") != text for ids, text in zip(encoded, texts)):
         raise RuntimeError(f"{model_file} does not give the text back that it encoded")
+    seconds = time.perf_counter() - started
     tokens, size = sum(map(len, encoded)), sum(len(text.encode("utf-8")) for text in texts)
-    used = set().union(*encoded)
     return {
         "bytes": size,
         "tokens": tokens,
         "bytes_per_token": round(size / max(tokens, 1), 4),
         "chars_per_token": round(chars / max(tokens, 1), 4),
-        "vocab_used": round(len(used) / tok.n_vocab, 4),
+        "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),
         "round_trip_seconds": round(seconds, 4),
     }
 
 
 def read_documents(files):
     """Yield the documents of .jsonl and text files as str, line ends as they are."""
-    for file in files:
-        file = Path(file)
-        with open_text(file, newline="") as f:
-            if not file.name.removesuffix(".gz").endswith(".jsonl"):
+    for file in map(Path, files):
+        if file.name.removesuffix(".gz").endswith(".jsonl"):
+            for number, row in read_jsonl(file):
+                text = row.get("text") if isinstance(row, dict) else None
+                if not isinstance(text, str):
+                    raise UsageError(f'{file}, line {number} is not a JSON object with a "text"')
+                yield valid(text)  # JSON can spell a lone surrogate
+        else:
+            with open_text(file, newline="") as f:
                 yield f.read()
-                continue
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield _text_of(line, file, number)
-
-
-def _text_of(line, file, number):
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UsageError(f'{file}, line {number} is not a JSON object with a "text"')
-    return valid(text) if "\\u" in line else text  # JSON can spell a lone surrogate
 
 
 def fingerprint(files):
@@ -167,16 +143,39 @@ def fingerprint(files):
     return {"files": [file.name for file in files], "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _is_done(cfg, sources):
-    """Are the files there, and from the same bytes and settings?"""
-    files = [Path(f"{cfg.out}{end}") for end in (".model", ".vocab", ".tiktoken", "-hf/tokenizer.json")]
-    if not all(file.is_file() for file in files):
+def is_done(prefix, sources):
+    """Whether the files are there, and from the same bytes and settings."""
+    if not all(Path(f"{prefix}{end}").is_file() for end in (".model", *EXPORTS)):
         return False
     try:
-        training = Tokenizer.load(files[0]).training
+        return Tokenizer.load(f"{prefix}.model").training == sources
     except UsageError:
         return False
-    return training == sources
+
+
+def replay_run(run, report, *, data=None, **_):
+    """For `runlog verify`: tokenizer and input are the recorded ones, and training again gives the same tokenizer.
+
+    BPE counts whole numbers, so nothing here needs a tolerance: any hardware and any number of workers gives the same.
+    """
+    settings, out = run.settings, Path(run.settings["out"])
+    folders = run.run_dir, out.parent, ROOT / out.parent
+    model = next((path for folder in folders if (path := folder / f"{out.name}.model").exists()), None)
+    if model is None:
+        raise UsageError(f"{out.name}.model is neither in {run.run_dir} nor in {out.parent}: nothing to compare with")
+    tok = Tokenizer.load(model)
+    if tok.sha256 != run.result.get("sha256"):
+        report.fail(f"{model.name} is not the tokenizer of the run: its sha256 is not the one in result.json")
+    files = [locate_input(file, data if len(settings["input"]) == 1 else None) for file in settings["input"]]
+    if fingerprint(files)["sha256"] != tok.training.get("input", {}).get("sha256"):
+        report.fail(f"{', '.join(f.name for f in files)}: not the bytes that the tokenizer was trained on")
+        return
+    report.ok(f"{model.name} and {', '.join(f.name for f in files)} are those of the run")
+    again = train(Config(tuple(files), out, settings["vocab_size"], settings["pattern"]))
+    numbers = round_trip(model, [locate_input(file) for file in settings.get("held_out") or ()] or files)
+    numbers |= {"n_vocab": again.n_vocab, "sha256": again.sha256}
+    recorded = {name: run.result.get(name) for name in numbers if name != "round_trip_seconds"}
+    compare_figures(report, "trained again", recorded, numbers, tolerance=0.0)
 
 
 if __name__ == "__main__":

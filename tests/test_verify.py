@@ -207,10 +207,10 @@ def bpe_run(tmp_path, in_process):
 
 def test_bpe_trains_again_and_compares_the_merges(bpe_run, verify):
     out = verify(bpe_run)
-    assert "trained again: the same 14 merges in the same order" in out and "compression is as recorded" in out
+    assert "trained again: 7 figures, the same to the last bit" in out
     result = read_run(bpe_run).result
     write_json(bpe_run / "result.json", {**result, "tokens": result["tokens"] + 1})
-    assert "result.json says tokens" in verify(bpe_run, ok=False)
+    assert "FAIL      trained again: tokens" in verify(bpe_run, ok=False)
 
 
 def test_bpe_finds_other_merges_and_another_input(bpe_run, verify):
@@ -218,7 +218,6 @@ def test_bpe_finds_other_merges_and_another_input(bpe_run, verify):
     from bpe import Tokenizer
 
     tok = Tokenizer.load(model)
-    items = list(tok.merges.items())
     forged = Tokenizer("gpt4")
     forged.train("the cat sat on the mat and the dog ran after the cat " * 50, 270 - 1)
     forged.register_special_tokens({"<|endoftext|>": 269})
@@ -226,9 +225,7 @@ def test_bpe_finds_other_merges_and_another_input(bpe_run, verify):
     forged.save(str(bpe_run / "tiny"))
     assert "is not the tokenizer of the run" in verify(bpe_run, ok=False)
     write_json(bpe_run / "result.json", {**read_run(bpe_run).result, "sha256": forged.sha256})
-    assert f"trained again: 14 merges instead of 13, different from merge {len(items) - 1} on" in verify(
-        bpe_run, ok=False
-    )
+    assert "FAIL      trained again: " in verify(bpe_run, ok=False)
     (bpe_run.parent / "text.txt").write_text("another text", encoding="utf-8")
     assert "not the bytes that the tokenizer was trained on" in verify(bpe_run, ok=False)
 
