@@ -6,17 +6,14 @@
 A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tiktoken rank file, a tokenizer.json, or what
 `AutoTokenizer` loads: a Hugging Face folder or hub name. A text is a file; a .json file holds several, {name: text}.
 
-"Length" counts tokens. "Result" shows them, one colour after another; a token that is not valid UTF-8 by itself (part
-of a Chinese character, say) is shown as �.
+"Result" shows the tokens in alternating colours; one that is not valid UTF-8 by itself (part of a Chinese character,
+say) is shown as �.
 """
 
 import html
 import os
-import shutil
 import sys
-import unicodedata
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +28,9 @@ from runlog import RunLog
 ANSI = 153, 223, 157, 218, 189  # pastels of the 256 colours, with black text on them
 HTML = "#a8d8ff", "#ffd9a0", "#a9f0b5", "#ffb8d8", "#d5d0ff"
 HEAD = """<!doctype html><meta charset=utf-8><title>Tokenizers compared</title><style>
-body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
-td, th { text-align: left; vertical-align: top; padding: .4em .8em; border-top: 1px solid #ddd }
-td:last-child { font: 14px ui-monospace, monospace; line-height: 1.7 }
-span { white-space: pre-wrap; border-radius: 3px }
+body { font-family: sans-serif; max-width: 70em }
+td, th { text-align: left; vertical-align: top; padding: .4em .8em }
+span { font-family: monospace; line-height: 1.7; white-space: pre-wrap }
 </style><h1>Tokenizers compared</h1>
 """
 
@@ -49,35 +45,22 @@ class Config:
     run_dir: Path | None = None  # also write a run directory there
 
 
-@dataclass
-class Result:
-    """What one tokenizer makes of one text."""
-
-    text_name: str
-    type: str  # the tokenizer
-    length: int  # tokens
-    bytes_per_token: float
-    chars_per_token: float
-    vocab_used: float  # share of the vocabulary that occurs in the text
-    tokens: list  # as text, for people
-
-
 def main():
     """Print each text as each tokenizer cuts it; with --html and --run-dir write it, too."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     texts = [named for file in cfg.texts for named in read_texts(file)]
     tokenizers = [load_any(name) for name in cfg.tokenizers]
-    results = [compare(name, text, *tokenizer) for name, text in texts for tokenizer in tokenizers]
+    rows = [compare(name, text, *tokenizer) for name, text in texts for tokenizer in tokenizers]
     color = cfg.color == "always" or (cfg.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     with RunLog(cfg.run_dir or ".", kind="compare", config=cfg, enabled=cfg.run_dir is not None) as log:
-        print(table(results, cfg.max_tokens, color))
+        print(table(rows, cfg.max_tokens, color))
         if cfg.html:
             with atomic_open(cfg.html) as f:
-                f.write(page(results))
+                f.write(page(rows))
             print(f"wrote {cfg.html}")
         if log.enabled:
-            log.sample(0, table(results, 0, False))
-            log.finish("success", rows=[{k: v for k, v in vars(r).items() if k != "tokens"} for r in results])
+            log.sample(0, table(rows, 0, color=False))
+            log.finish("success", rows=[{k: v for k, v in row.items() if k != "tokens"} for row in rows])
 
 
 def read_texts(file):
@@ -111,78 +94,61 @@ def _transformers(name):
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
-    folder, files = name, ["*.json", "*.txt", "*.model"]
+    files = ["*.json", "*.txt", "*.model"]
     with from_hub(name, "give a file, a tiktoken name or a Hugging Face folder"):
-        if not os.path.isdir(name):
-            folder = snapshot_download(name, allow_patterns=files)  # one request, then from its cache
+        # without network this falls back to the cache after one request; from_pretrained retries for each file
+        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=files)
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def encode(text):
-        out = hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = out["offset_mapping"]
-        shown = [replace_control_character(text[start:end]) for start, end in spans]
-        for k in range(1, len(spans)):
-            if spans[k] == spans[k - 1]:  # parts of one character
-                shown[k - 1] = shown[k] = "�"
-        return list(zip(out["input_ids"], shown))
+        ids = hf(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [(i, replace_control_character(hf.decode([i]))) for i in ids]
 
     return Path(name).name, encode, len(hf)
 
 
 def compare(text_name, text, label, encode, n_vocab):
-    """Encode a text -> Result."""
+    """Encode a text -> a row of the table."""
     encoded = encode(text)
     n = max(len(encoded), 1)
-    return Result(
-        text_name, label, len(encoded), round(len(text.encode("utf-8")) / n, 3), round(len(text) / n, 3),
-        round(len({i for i, _ in encoded}) / n_vocab, 5), [shown for _, shown in encoded],
-    )  # fmt: skip
+    return {
+        "text_name": text_name,
+        "type": label,  # the tokenizer
+        "length": len(encoded),  # tokens
+        "bytes_per_token": round(len(text.encode("utf-8")) / n, 3),
+        "chars_per_token": round(len(text) / n, 3),
+        "vocab_used": round(len({i for i, _ in encoded}) / n_vocab, 5),  # share of the vocabulary that occurs
+        "tokens": [shown for _, shown in encoded],  # as text, for people
+    }
 
 
-def table(results, max_tokens, color):
-    """Results -> the type / length / result table as text."""
-    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 160))
-    first = max(len("type"), *(len(r.type) for r in results))
-    lines = []
-    for name, of_text in groupby(results, key=lambda r: r.text_name):
-        lines += [name, f"{'type':<{first}} {'length':>8} {'bytes/tok':>9} {'chars/tok':>9} {'used':>6}   result"]
-        for r in of_text:
-            head = f"{r.type:<{first}} {r.length:>8,} {r.bytes_per_token:>9.2f} {r.chars_per_token:>9.2f}"
-            head = f"{head} {r.vocab_used:>6.1%}   "
-            shown = r.tokens[: max_tokens or None]
-            rows = _wrap(shown, width - len(head), color)
-            if len(shown) < r.length:
-                rows.append(f"… {r.length - len(shown):,} more")
-            lines += [f"{start}{row}" for start, row in zip([head, *[" " * len(head)] * len(rows)], rows)]
-        lines.append("")
-    return "\n".join(lines[:-1])
+def table(rows, max_tokens, color):
+    """Rows -> the type / length / result table as text; tokens in alternating colours, or with a bar between them."""
+    text, kind = (max(4, *(len(row[key]) for row in rows)) for key in ("text_name", "type"))  # widths of the columns
+    lines = [f"{'text':<{text}}  {'type':<{kind}} {'length':>8} {'bytes/tok':>9} {'chars/tok':>9} {'used':>6}  result"]
+    for row in rows:
+        shown = row["tokens"][: max_tokens or None]
+        if color:
+            result = "".join(f"\x1b[30;48;5;{ANSI[k % len(ANSI)]}m{token}\x1b[0m" for k, token in enumerate(shown))
+        else:
+            result = "|".join(shown)
+        more = f" … {row['length'] - len(shown):,} more" if len(shown) < row["length"] else ""
+        numbers = f"{row['length']:>8,} {row['bytes_per_token']:>9.2f} {row['chars_per_token']:>9.2f}"
+        names = f"{row['text_name']:<{text}}  {row['type']:<{kind}}"
+        lines.append(f"{names} {numbers} {row['vocab_used']:>6.1%}  {result}{more}")
+    return "\n".join(lines)
 
 
-def _wrap(tokens, width, color):
-    """Tokens -> lines of at most `width` terminal columns, coloured in turn, or with a bar between them."""
-    lines, used = [""], 0
-    for k, token in enumerate(tokens):
-        columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in token) + (not color)
-        if used + columns > width and used:
-            lines.append("")
-            used = 0
-        lines[-1] += f"\x1b[30;48;5;{ANSI[k % len(ANSI)]}m{token}\x1b[0m" if color else f"{token}|"
-        used += columns
-    return lines
-
-
-def page(results):
-    """Results -> one HTML page without scripts or links."""
-    parts = [HEAD]
-    for name, of_text in groupby(results, key=lambda r: r.text_name):
-        parts.append(f"<h2>{html.escape(name)}</h2><table><tr><th>type<th>length<th>bytes per token<th>result</tr>\n")
-        for r in of_text:
-            parts.append(f"<tr><td>{html.escape(r.type)}<td>{r.length:,}<td>{r.bytes_per_token:.2f}<td>")
-            for k, token in enumerate(r.tokens):
-                parts.append(f'<span style="background:{HTML[k % len(HTML)]}">{html.escape(token)}</span>')
-            parts.append("</tr>\n")
-        parts.append("</table>\n")
-    return "".join(parts)
+def page(rows):
+    """Rows -> one HTML page without scripts or links."""
+    parts = [HEAD, "<table><tr><th>text<th>type<th>length<th>bytes per token<th>result</tr>\n"]
+    for row in rows:
+        parts.append(f"<tr><td>{html.escape(row['text_name'])}<td>{html.escape(row['type'])}")
+        parts.append(f"<td>{row['length']:,}<td>{row['bytes_per_token']:.2f}<td>")
+        for k, token in enumerate(row["tokens"]):
+            parts.append(f'<span style="background:{HTML[k % len(HTML)]}">{html.escape(token)}</span>')
+        parts.append("</tr>\n")
+    return "".join([*parts, "</table>\n"])
 
 
 if __name__ == "__main__":

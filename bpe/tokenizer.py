@@ -55,6 +55,7 @@ class Tokenizer:
     merges: {(int, int): int}, in the order in which they were learned.
     vocab: {int: bytes}, special tokens included.
     special_tokens: {str: int}.
+    n_vocab: rows that an embedding needs: the highest id + 1 (256 + merges + special tokens where no id is left out).
     name: where it comes from, for people.
     """
 
@@ -89,11 +90,6 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, pattern={self.pattern!r}, n_vocab={self.n_vocab})"
 
     @property
-    def n_vocab(self):
-        """Rows that an embedding needs: the highest id + 1 (256 + merges + special tokens where no id is left out)."""
-        return self._n_vocab
-
-    @property
     def eot_token(self):
         """Id of <|endoftext|>, or None."""
         return self.special_tokens.get(END_OF_TEXT)
@@ -118,13 +114,13 @@ class Tokenizer:
         for text, token in special_tokens.items():
             if not isinstance(text, str) or not text or not is_id(token):
                 raise UsageError(
-                    f"a special token is a non-empty text with an id from 0 to 2,147,483,646, not {text!r}: {token!r}"
+                    f"a special token is a text with an id from 0 to 2,147,483,646, not {text!r}: {token!r}"
                 )
             if token in vocab:
                 raise UsageError(f"special token {text!r} cannot have id {token}: it is taken")
             vocab[token] = text.encode("utf-8")
         self.vocab, self.special_tokens = vocab, dict(special_tokens)
-        self._n_vocab = max(vocab) + 1
+        self.n_vocab = max(vocab) + 1
 
     def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, progress=False):
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
@@ -140,8 +136,9 @@ class Tokenizer:
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
             raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
-        whole = isinstance(text_or_iterable, str)
-        documents, size = ([text_or_iterable], len(text_or_iterable)) if whole else (text_or_iterable, None)
+        documents, size = text_or_iterable, None
+        if isinstance(documents, str):
+            documents, size = [documents], len(documents)
         quiet = None if progress else True  # None: no bar where stderr is not a terminal
         with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=quiet) as bar:
             counts = count_chunks(self._split, documents, num_workers, bar.update)
@@ -169,7 +166,7 @@ class Tokenizer:
             "all"         all of them
             a set         these; any other one in the text is a UsageError
         """
-        _check_text(text)
+        text = valid(text)
         allowed = self._allowed(text, allowed_special)
         ids, start = [], 0
         for match in _any_of(allowed).finditer(text) if allowed else ():
@@ -199,10 +196,7 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens taken for ordinary text."""
-        _check_text(text)
         text = valid(text)
-        if self.pattern == "none":
-            return self._encoder.encode(text.encode("utf-8"))
         cache, ids_of_chunks = self._cache, []
         with self._lock:
             try:
@@ -294,11 +288,6 @@ def load_tokenizer(name_or_file):
     if Path(name_or_file).suffix == ".model":
         return Tokenizer.load(name_or_file)
     return Tokenizer.from_tiktoken(name_or_file)
-
-
-def _check_text(text):
-    if not isinstance(text, str):
-        raise UsageError(f"encode takes a str, not {type(text).__name__}")
 
 
 @lru_cache(maxsize=64)

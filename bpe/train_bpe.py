@@ -20,7 +20,7 @@ import tyro
 from bpe.interop import to_huggingface, to_tiktoken
 from bpe.pretokenizer import valid
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from common import ROOT, UsageError, cli, open_text, read_jsonl
+from common import UsageError, cli, file_sha256, open_text, read_jsonl
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
@@ -34,7 +34,6 @@ class Config:
     out: Path  # prefix of the files to write: PREFIX.model, PREFIX.vocab, PREFIX.tiktoken, PREFIX-hf/
     vocab_size: int = 4096  # the 256 bytes and the merges; <|endoftext|> comes on top
     pattern: str = "gpt4"  # how text is split before merging: none, gpt2, gpt4 or a regular expression
-    held_out: tuple[Path, ...] = ()  # files to report compression on; none: the input itself
     num_workers: int = 1  # processes that split the text into chunks
     run_dir: Path | None = None  # also write a run directory there
     verbose: bool = False  # print each merge
@@ -57,16 +56,14 @@ def main():
         tok.training = sources
         save(tok, cfg.out)
         say(f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {seconds:.2f} s")
-        measured_on = "held-out text" if cfg.held_out else "the input itself"
-        numbers = round_trip(f"{cfg.out}.model", cfg.held_out or cfg.input)
+        numbers = round_trip(f"{cfg.out}.model", cfg.input)
         say(
-            f"{numbers['bytes_per_token']:.3f} bytes per token on {measured_on}: {numbers['bytes']:,} bytes, "
+            f"{numbers['bytes_per_token']:.3f} bytes per token of the input: {numbers['bytes']:,} bytes, "
             f"{numbers['tokens']:,} tokens, {numbers['vocab_used']:.0%} of the vocabulary"
         )
         say(f"loaded, encoded, decoded, identical: {numbers['round_trip_seconds']:.2f} s")
         say(f"wrote {cfg.out}.model, .vocab, .tiktoken and {cfg.out}-hf/")
-        numbers = {"train_seconds": round(seconds, 4), "measured_on": measured_on, **numbers}
-        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, **numbers)
+        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, train_seconds=round(seconds, 4), **numbers)
 
 
 def train(cfg):
@@ -88,11 +85,7 @@ def save(tok, prefix):
 
 
 def round_trip(model_file, files):
-    """Load the tokenizer and send text through it and back -> compression, and the seconds it took.
-
-    Measured on the first ENOUGH characters: bytes and characters per token, and the share of the vocabulary that
-    occurs at all.
-    """
+    """Load a tokenizer, encode the first ENOUGH characters and decode them -> compression, and the seconds it took."""
     texts, chars = [], 0
     for text in read_documents(files):
         texts.append(text[: ENOUGH - chars])
@@ -111,7 +104,7 @@ def round_trip(model_file, files):
         "tokens": tokens,
         "bytes_per_token": round(size / max(tokens, 1), 4),
         "chars_per_token": round(chars / max(tokens, 1), 4),
-        "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),
+        "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),  # share of the ids that occur at all
         "round_trip_seconds": round(seconds, 4),
     }
 
@@ -134,23 +127,18 @@ def fingerprint(files):
     """Total bytes and one sha256 over the input files in order."""
     if not files:
         raise UsageError("--input names no file")
-    digest, size = hashlib.sha256(), 0
-    for file in files:
-        with open(file, "rb") as f:
-            data = hashlib.file_digest(f, "sha256")
-            size += f.tell()
-        digest.update(data.digest())
+    digest = hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files))
+    size = sum(file.stat().st_size for file in files)
     return {"files": [file.name for file in files], "bytes": size, "sha256": digest.hexdigest()}
 
 
 def is_done(prefix, sources):
     """Whether the files are there, and from the same bytes and settings."""
-    if not all(Path(f"{prefix}{end}").is_file() for end in (".model", *EXPORTS)):
-        return False
     try:
-        return Tokenizer.load(f"{prefix}.model").training == sources
+        same = Tokenizer.load(f"{prefix}.model").training == sources
     except UsageError:
         return False
+    return same and all(Path(f"{prefix}{end}").is_file() for end in EXPORTS)
 
 
 def replay_run(run, report, *, data=None, **_):
@@ -159,10 +147,8 @@ def replay_run(run, report, *, data=None, **_):
     BPE counts whole numbers, so nothing here needs a tolerance: any hardware and any number of workers gives the same.
     """
     settings, out = run.settings, Path(run.settings["out"])
-    folders = run.run_dir, out.parent, ROOT / out.parent
-    model = next((path for folder in folders if (path := folder / f"{out.name}.model").exists()), None)
-    if model is None:
-        raise UsageError(f"{out.name}.model is neither in {run.run_dir} nor in {out.parent}: nothing to compare with")
+    model = run.run_dir / f"{out.name}.model"
+    model = model if model.exists() else locate_input(f"{out}.model")
     tok = Tokenizer.load(model)
     if tok.sha256 != run.result.get("sha256"):
         report.fail(f"{model.name} is not the tokenizer of the run: its sha256 is not the one in result.json")
@@ -172,8 +158,7 @@ def replay_run(run, report, *, data=None, **_):
         return
     report.ok(f"{model.name} and {', '.join(f.name for f in files)} are those of the run")
     again = train(Config(tuple(files), out, settings["vocab_size"], settings["pattern"]))
-    numbers = round_trip(model, [locate_input(file) for file in settings.get("held_out") or ()] or files)
-    numbers |= {"n_vocab": again.n_vocab, "sha256": again.sha256}
+    numbers = {"n_vocab": again.n_vocab, "sha256": again.sha256, **round_trip(model, files)}
     recorded = {name: run.result.get(name) for name in numbers if name != "round_trip_seconds"}
     compare_figures(report, "trained again", recorded, numbers, tolerance=0.0)
 
