@@ -48,7 +48,7 @@ class Config:
 def main():
     """Print each text as each tokenizer cuts it; with --html and --run-dir write it, too."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    texts = [named for file in cfg.texts for named in read_texts(file)]
+    texts = [named for file in cfg.texts for named in named_texts(file)]
     tokenizers = [load_any(name) for name in cfg.tokenizers]
     rows = [compare(name, text, *tokenizer) for name, text in texts for tokenizer in tokenizers]
     color = cfg.color == "always" or (cfg.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
@@ -58,12 +58,11 @@ def main():
             with atomic_open(cfg.html) as f:
                 f.write(page(rows))
             print(f"wrote {cfg.html}")
-        if log.enabled:
-            log.sample(0, table(rows, 0, color=False))
-            log.finish("success", rows=[{k: v for k, v in row.items() if k != "tokens"} for row in rows])
+        log.sample(0, table(rows, 0, color=False))
+        log.finish("success", rows=[{k: v for k, v in row.items() if k != "tokens"} for row in rows])
 
 
-def read_texts(file):
+def named_texts(file):
     """Yield (name, text) from a file."""
     if file.suffix == ".json":
         texts = read_json(file)
@@ -94,10 +93,9 @@ def _transformers(name):
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
-    files = ["*.json", "*.txt", "*.model"]
     with from_hub(name, "give a file, a tiktoken name or a Hugging Face folder"):
-        # without network this falls back to the cache after one request; from_pretrained retries for each file
-        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=files)
+        if not os.path.isdir(folder := name):  # one request, then its cache; from_pretrained would retry for each file
+            folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
         hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def encode(text):

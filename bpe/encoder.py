@@ -4,8 +4,8 @@ Three ways to the same ids:
 
     a short chunk           rescanned in plain Python until no pair of it is in the merges
     many short chunks       one row each of a table; each round merges the best pair of every row, in numpy
-    long chunks             one flat array of linked tokens; the ranks that occur are worked off in ascending order,
-                            each at all its places together
+    long chunks             one flat array of linked tokens; the ranks that occur are merged in ascending order, each at
+                            all its positions together
 
 The last one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
 pairs that hold its new token, so a place is looked at when a neighbour changes and never again.
@@ -27,11 +27,11 @@ ROW_WIDTHS = (16, 32)  # bytes; a table of longer rows would be mostly shifting
 
 
 class Encoder:
-    """Merges made ready for encoding.
+    """Merges prepared for encoding.
 
     merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes.
 
-    Inside, ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` leads back to the caller's.
+    Inside, ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` maps back to the caller's.
     """
 
     def __init__(self, merges, byte_ids):
@@ -49,9 +49,6 @@ class Encoder:
     @cached_property
     def _outer_table(self):
         return np.array([*self._outer, SEP])  # SEP is -1: it picks the last entry
-
-    def _outer_ids(self, inner):
-        return self._outer_table[inner].tolist()
 
     def encode(self, data):
         """bytes of one chunk -> list of ids."""
@@ -91,7 +88,7 @@ class Encoder:
         return [outer[i] for i in ids]
 
     def _encode_rows(self, chunks, width):
-        """The same with all chunks at once, one place of each chunk per round."""
+        """The same with all chunks at once, one merge of each chunk per round."""
         tables, n_rows = self.tables, len(chunks)
         tok, rank = tables.rows(chunks, width)  # (n_rows, width) each; rank[i, j] is that of the pair at j and j + 1
         result = np.full((n_rows, width), SEP, np.int32)
@@ -100,7 +97,7 @@ class Encoder:
             best = rank.argmin(axis=1)  # the first of equals, so from the left
             lowest = rank[np.arange(len(rows)), best]
             live = np.flatnonzero(lowest != NO_RANK)
-            if len(live) < 0.8 * len(rows):  # go on with the rows that are not done
+            if len(live) < 0.8 * len(rows):  # continue with the rows that are not done
                 result[rows] = tok
                 rows, tok, rank, best, lowest = (a[live] for a in (rows, tok, rank, best, lowest))
                 live = np.arange(len(rows))
@@ -118,11 +115,11 @@ class Encoder:
             row, left = live[inner], at[inner] - 1
             rank[row, left] = tables.of_pairs(tok[row, left], new[inner])
         used = result != SEP
-        ids, ends = self._outer_ids(result[used]), np.cumsum(used.sum(axis=1)).tolist()
+        ids, ends = self._outer_table[result[used]].tolist(), np.cumsum(used.sum(axis=1)).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends)]
 
     def _encode_long(self, chunks):
-        """Rank by rank, each at all places where it stands."""
+        """Rank by rank, each at all positions where it occurs."""
         tokens = LinkedTokens(chunks)
         todo = _Agenda()
         where, ranks = self.tables.of_bytes(tokens.tok)
@@ -139,7 +136,10 @@ class Encoder:
             else:
                 self._find_many(todo, (new, "after"), done, right)
                 self._find_many(todo, (new, "before"), before, left)
-        return self._collect(tokens, len(chunks))
+        tokens.compact()
+        borders = np.flatnonzero(tokens.tok == SEP).tolist()
+        ids = self._outer_table[tokens.tok].tolist()
+        return [ids[borders[k] + 1 : borders[k + 1]] for k in range(len(chunks))]
 
     def _find_few(self, todo, new, done, before, left, right):
         found, rank_of = {}, self._rank.get
@@ -165,12 +165,6 @@ class Encoder:
             ranks = self.tables.of_neighbours(key, neighbours)
             hits = np.flatnonzero(ranks != NO_RANK)
             todo.add_grouped(where[hits], ranks[hits])
-
-    def _collect(self, tokens, n_chunks):
-        tokens.compact()
-        borders = np.flatnonzero(tokens.tok == SEP).tolist()
-        ids = self._outer_ids(tokens.tok)
-        return [ids[borders[k] + 1 : borders[k + 1]] for k in range(n_chunks)]
 
 
 class _Agenda:
@@ -252,13 +246,10 @@ class _RankTables:
 
     def of_neighbours(self, key, neighbours):
         """Ranks of the pairs of one token with the tokens after it, or before it."""
-        x, ranks = self._partner_arrays(key)
+        if key not in self._arrays:
+            self._arrays[key] = np.array(self.partners[key]).T
+        x, ranks = self._arrays[key]
         self._scratch[x] = ranks
         found = self._scratch[neighbours]
         self._scratch[x] = NO_RANK
         return found
-
-    def _partner_arrays(self, key):
-        if key not in self._arrays:
-            self._arrays[key] = np.array(self.partners[key]).T
-        return self._arrays[key]

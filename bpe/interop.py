@@ -4,22 +4,22 @@ A tiktoken vocabulary is a table of ranks, {bytes: rank}; the merges behind it a
 the tokens of lower rank, which leaves the two it was made of. A Hugging Face `tokenizer.json` holds the merges
 themselves, spelled in GPT-2's printable stand-ins for bytes.
 
-The readers return a tokenizer's state (see model_file.py); the writers take a Tokenizer.
+Readers return a tokenizer's state (see model_file.py), writers take a Tokenizer.
 """
 
 import base64
 import hashlib
 import os
 import tempfile
-import threading
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from bpe.model_file import END_OF_TEXT, checked_state, require
-from bpe.pretokenizer import CL100K_SPLIT_PATTERN, GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, PATTERNS, lossless_pattern
+from bpe.pretokenizer import CL100K_SPLIT_PATTERN, PATTERNS, lossless_pattern
 from common import UsageError, atomic_open, read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
@@ -67,42 +67,31 @@ def read_tiktoken(name_or_file, pattern=None, special_tokens=None):
     if name == "gpt2":
         return _read_gpt2()
     if os.path.isfile(name):
-        ranks = _read_rank_file(Path(name))
-        return _state_of_ranks(ranks, pattern or "none", special_tokens or {}, Path(name).stem)
+        return _state_of_ranks(_read_rank_file(name), pattern or "none", special_tokens or {}, Path(name).stem)
     encoding = _get_encoding(name)
-    named = {GPT2_SPLIT_PATTERN: "gpt2", GPT4_SPLIT_PATTERN: "gpt4"}
+    named = {source: pattern for pattern, source in PATTERNS.items()}
     pattern = named.get(encoding._pat_str, encoding._pat_str)
     return _state_of_ranks(encoding._mergeable_ranks, pattern, encoding._special_tokens, name)
 
 
 def _get_encoding(name):
-    """tiktoken.get_encoding, abandoned after DOWNLOAD_SECONDS: tiktoken itself sets no limit."""
+    """tiktoken.get_encoding, but not for longer than DOWNLOAD_SECONDS: tiktoken itself sets no limit."""
     import tiktoken
 
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise UsageError(f"{name} is neither a file nor a tiktoken vocabulary; those are {', '.join(names)}")
-    result = []
-
-    def get():
-        try:
-            result.append(tiktoken.get_encoding(name))
-        except Exception as e:  # whatever requests or tiktoken raises
-            result.append(e)
-
-    thread = threading.Thread(target=get, daemon=True)
-    thread.start()
-    thread.join(DOWNLOAD_SECONDS)
-    if not result or isinstance(result[0], Exception):
-        why = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS:.0f} s"
-        raise UsageError(f"tiktoken could not get {name} ({why}); give a rank file instead, or set TIKTOKEN_CACHE_DIR")
-    return result[0]
+    try:
+        with ThreadPool(1) as pool:  # its threads are daemons: one that still waits does not delay the exit
+            return pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
+    except Exception as e:  # whatever requests or tiktoken raises, or TimeoutError
+        why = f"{type(e).__name__}; give a rank file instead, or set TIKTOKEN_CACHE_DIR"
+        raise UsageError(f"tiktoken could not get {name}: {why}") from None
 
 
 def _read_rank_file(file):
     try:
-        lines = file.read_bytes().split(b"\n")
-        pairs = (line.split() for line in lines if line.strip())
+        pairs = (line.split() for line in Path(file).read_bytes().split(b"\n") if line.strip())
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         raise UsageError(f"{file} is not a tiktoken rank file: a line of it is not `base64 rank`") from None

@@ -13,7 +13,7 @@ from itertools import chain
 
 import regex
 
-from common import UsageError
+from common import UsageError, valid
 
 GPT2_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT4_SPLIT_PATTERN = (
@@ -28,8 +28,7 @@ CL100K_SPLIT_PATTERN = (
 )
 _WELL_KNOWN = {GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, CL100K_SPLIT_PATTERN}
 
-# In these patterns no chunk reaches from a visible character to a space, and nothing looks back:
-# there a text may be cut.
+# Where a text may be cut: no chunk of these patterns reaches from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
 BLOCK = 1 << 13  # characters that are split at a time; so few that the chunks stay in the CPU's cache
 PIECE = 128  # the same where not all is ASCII: one "’" should not slow the rest of its block down
@@ -46,8 +45,6 @@ class Splitter:
 
     def __init__(self, pattern="none"):
         self.pattern, self._ascii = pattern, None
-        if pattern == "none":
-            return
         source = PATTERNS.get(pattern, pattern)
         self.regex = lossless_pattern(source)
         if source in _WELL_KNOWN:
@@ -82,7 +79,7 @@ class Splitter:
 
     def blocks(self, text, size=BLOCK):
         """Cut a long text where no chunk is cut; one block if the pattern is not known to allow it."""
-        if self.pattern == "none" or self._ascii is None:
+        if self._ascii is None:
             return [text]
         blocks, start = [], 0
         while len(text) - start > size:
@@ -107,16 +104,11 @@ def _compile(pattern):
     try:
         return regex.compile(pattern)
     except regex.error as e:
-        raise UsageError(
-            f"pattern {pattern!r} is neither none, gpt2, gpt4 nor a valid regular expression: {e}"
-        ) from None
+        raise UsageError(f"{pattern!r} is neither a pattern's name nor a valid regular expression: {e}") from None
 
 
 def lossless_pattern(source):
-    """Extend a pattern by an alternative for what it passes over, so that no character is lost.
-
-    "none" becomes a pattern that takes everything.
-    """
+    """Extend a pattern by an alternative for what it does not match, so that no character is lost; "none" takes all."""
     if source == "none":
         return r"[\s\S]+"
     if source in _WELL_KNOWN:
@@ -142,19 +134,6 @@ def ascii_twin(source):
 def utf8(text):
     """str -> UTF-8. Lone surrogates, which UTF-8 cannot hold, become U+FFFD, as in tiktoken."""
     return valid(text).encode("utf-8")
-
-
-def valid(text):
-    """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD; UsageError for what is no str."""
-    if not isinstance(text, str):
-        raise UsageError(f"text is a str, or for training an iterable of str; here is {type(text).__name__}")
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def count_chunks(splitter, documents, num_workers, advance):

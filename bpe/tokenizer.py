@@ -59,9 +59,9 @@ class Tokenizer:
     name: where it comes from, for people.
     """
 
-    def __init__(self, pattern="none", **state):
+    def __init__(self, pattern="none"):
         check_pattern(pattern)
-        self.__setstate__({"pattern": pattern, **state})
+        self.__setstate__({"pattern": pattern})
 
     def __getstate__(self):
         keys = ("pattern", "merges", "byte_ids", "special_tokens", "name", "training")
@@ -113,37 +113,32 @@ class Tokenizer:
         vocab = {token: data for token, data in self.vocab.items() if token not in earlier}
         for text, token in special_tokens.items():
             if not isinstance(text, str) or not text or not is_id(token):
-                raise UsageError(
-                    f"a special token is a text with an id from 0 to 2,147,483,646, not {text!r}: {token!r}"
-                )
+                raise UsageError(f"a special token is a text with an id from 0 to 2**31 - 2, not {text!r}: {token!r}")
             if token in vocab:
                 raise UsageError(f"special token {text!r} cannot have id {token}: it is taken")
             vocab[token] = text.encode("utf-8")
         self.vocab, self.special_tokens = vocab, dict(special_tokens)
         self.n_vocab = max(vocab) + 1
 
-    def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, progress=False):
+    def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1):
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
 
         vocab_size: the 256 bytes and the merges; special tokens come on top, and earlier ones are dropped.
         verbose: print each merge with its token and count.
         num_workers: processes that split the text into chunks. The merges do not depend on it.
-        progress: show a progress bar on a terminal.
 
         Memory is bounded by the different chunks, not by the length of an iterable. Fewer merges are learned, with a
-        message, when no pair is left.
+        message, when no pair is left. On a terminal there are progress bars.
         """
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
             raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
-        documents, size = text_or_iterable, None
-        if isinstance(documents, str):
-            documents, size = [documents], len(documents)
-        quiet = None if progress else True  # None: no bar where stderr is not a terminal
-        with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=quiet) as bar:
+        size = len(text_or_iterable) if isinstance(text_or_iterable, str) else None
+        documents = text_or_iterable if size is None else [text_or_iterable]
+        with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=None) as bar:
             counts = count_chunks(self._split, documents, num_workers, bar.update)
         wanted, merges, vocab = vocab_size - 256, {}, {b: bytes([b]) for b in range(256)}
-        with tqdm(total=wanted, unit="merge", desc="merge", disable=quiet) as bar:
+        with tqdm(total=wanted, unit="merge", desc="merge", disable=None) as bar:
             for (p, q), token, count in learn_merges(counts, vocab_size):
                 merges[p, q] = token
                 vocab[token] = vocab[p] + vocab[q]
@@ -152,8 +147,8 @@ class Tokenizer:
                     shown = f"({p}, {q}) -> {token} [{render_token(vocab[token])}]"
                     tqdm.write(f"merge {len(merges)}/{wanted}: {shown} had {count} occurrences")
         if len(merges) < wanted:
-            size = f"the vocabulary has {len(vocab)} tokens, not {vocab_size}"
-            tqdm.write(f"no pair is left after {len(merges)} merges: {size}", file=sys.stderr)
+            outcome = f"the vocabulary has {len(vocab)} tokens, not {vocab_size}"
+            tqdm.write(f"no pair is left after {len(merges)} merges: {outcome}", file=sys.stderr)
         self.__setstate__({"pattern": self.pattern, "merges": merges})
 
     def encode(self, text, allowed_special="none_raise"):
@@ -188,10 +183,8 @@ class Tokenizer:
         if unknown := next((special for special in allowed - known if special in text), None):
             raise UsageError(f"{unknown!r} is allowed as a special token and is in the text, but is unknown here")
         if found := known - allowed and _any_of(known - allowed).search(text):
-            raise UsageError(
-                f"the text contains the special token {found.group()!r}; pass allowed_special='all' to encode it as "
-                "one, or 'none' to encode it as text"
-            )
+            how = "pass allowed_special='all' to encode it as one, or 'none' to encode it as text"
+            raise UsageError(f"the text contains the special token {found.group()!r}; {how}")
         return known & allowed
 
     def encode_ordinary(self, text):
@@ -260,27 +253,34 @@ class Tokenizer:
 
         A damaged, edited or foreign file is a UsageError.
         """
-        tok, file = (self, model_file) if model_file is not None else (Tokenizer(), self)
-        tok.__setstate__(read_model(file))
-        return tok
+        if model_file is None:  # called on the class
+            return _from_state(read_model(self))
+        self.__dict__ = _from_state(read_model(model_file)).__dict__
+        return self
 
     # to other libraries, with the same ids
     save_tiktoken = interop.save_tiktoken
     save_huggingface = interop.save_huggingface
     to_tiktoken = interop.to_tiktoken
 
-    @classmethod
-    def from_tiktoken(cls, name_or_file, pattern=None, special_tokens=None):
+    @staticmethod
+    def from_tiktoken(name_or_file, pattern=None, special_tokens=None):
         """Recover the merges of a tiktoken vocabulary: "gpt2", "cl100k_base", …, or a rank file.
 
         pattern, special_tokens: for a rank file, which knows neither (default: "none", {}).
         """
-        return cls(**interop.read_tiktoken(name_or_file, pattern, special_tokens))
+        return _from_state(interop.read_tiktoken(name_or_file, pattern, special_tokens))
 
-    @classmethod
-    def from_huggingface(cls, file):
+    @staticmethod
+    def from_huggingface(file):
         """Read a tokenizer.json of a byte-level BPE tokenizer."""
-        return cls(**interop.read_huggingface(file))
+        return _from_state(interop.read_huggingface(file))
+
+
+def _from_state(state):
+    tok = Tokenizer()
+    tok.__setstate__(state)
+    return tok
 
 
 def load_tokenizer(name_or_file):

@@ -18,9 +18,8 @@ from pathlib import Path
 import tyro
 
 from bpe.interop import to_huggingface, to_tiktoken
-from bpe.pretokenizer import valid
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from common import UsageError, cli, file_sha256, open_text, read_jsonl
+from common import UsageError, cli, file_sha256, open_text, read_texts
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
@@ -69,7 +68,7 @@ def main():
 def train(cfg):
     """Config -> Tokenizer with <|endoftext|>."""
     tok, documents = Tokenizer(cfg.pattern), read_documents(cfg.input)
-    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, progress=not cfg.verbose)
+    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers)
     tok.register_special_tokens({END_OF_TEXT: 256 + len(tok.merges)})
     return tok
 
@@ -113,11 +112,7 @@ def read_documents(files):
     """Yield the documents of .jsonl and text files as str, line ends as they are."""
     for file in map(Path, files):
         if file.name.removesuffix(".gz").endswith(".jsonl"):
-            for number, row in read_jsonl(file):
-                text = row.get("text") if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    raise UsageError(f'{file}, line {number} is not a JSON object with a "text"')
-                yield valid(text)  # JSON can spell a lone surrogate
+            yield from read_texts(file)
         else:
             with open_text(file, newline="") as f:
                 yield f.read()

@@ -4,21 +4,21 @@ The naive algorithm walks over the whole text for each merge. This one touches o
 in numpy while there are many of them and in plain Python once there are few.
 
 The text is one flat array of token ids with SEP around every chunk (unsplit text is a single chunk). `LinkedTokens`
-keeps beside it the next and the previous living position, so that a merge rewrites the left half of a pair and unlinks
+keeps beside it the next and the previous live position, so that a merge rewrites the left half of a pair and unlinks
 the right half. Equal chunks are stored once, in order of first appearance, with their number as the weight of each of
 their positions; a pair's first occurrence in that array and in the full text come in the same order.
 
 Why the next pair is always the right one:
 
-1.  An occurrence of (p, q) comes into being only in the step that mints max(p, q): neighbours change only where a new
+1.  An occurrence of (p, q) appears only in the step that creates max(p, q): neighbours change only where a new
     id is written, and p and q are written in no later step than their own. So from that step on the count of a pair
     only falls, and the position of its first occurrence only moves right.
 2.  Therefore the key (-count, first position) that a pair got when it was pushed on the heap is a lower bound of its
     true key. Pop the least key; look at the pair's occurrences again; if none has gone, its key is exact and no other
     pair can beat it. Otherwise push it back with its true key.
 3.  Only pairs with a count of at least `floor` are on the heap. By (1) no other pair can grow to reach the floor, so a
-    popped pair whose true count is at least `floor` is the best of all. When the heap has nothing more to offer, the
-    array is compacted, the floor lowered to a tenth of the highest count, and the index made anew by one sort.
+    popped pair whose true count is at least `floor` is the best of all. When the heap is exhausted, the array is
+    compacted, the floor lowered to a tenth of the highest count, and the index rebuilt by one sort.
 
 Occurrences are counted overlapping and merged from the left without overlap ("aaaa" counts three, merges two), which
 is what the even offsets within a run of touching occurrences give.
@@ -32,7 +32,7 @@ import numpy as np
 
 from common import UsageError
 
-SEP = -1  # stands around every chunk
+SEP = -1  # around every chunk
 DEAD = -2  # the right half of a merged pair
 FEW = 48  # up to so many occurrences plain Python beats a dozen numpy calls
 
@@ -57,7 +57,7 @@ class LinkedTokens:
     def _adopt(self, tok):
         n = len(tok)
         self.tok = tok
-        # numpy takes int64 for an index as it is and converts anything else; a large text had better stay small
+        # numpy uses int64 indices as they are and converts all others; for a large text memory counts more
         index = np.int64 if n < 1 << 22 else np.int32
         self.next = np.arange(1, n + 1, dtype=index)
         self.prev = np.arange(-1, n - 1, dtype=index)
@@ -67,14 +67,14 @@ class LinkedTokens:
         self._tok, self._next, self._prev = map(memoryview, (self.tok, self.next, self.prev))
 
     def compact(self):
-        """Forget dead positions -> mask of those that were kept. Neighbours then stand side by side."""
+        """Drop dead positions -> mask of those that were kept. Neighbours are then adjacent."""
         alive = self.tok != DEAD
         if not alive.all():
             self._adopt(self.tok[alive])
         return alive
 
     def occurrences(self, where, p, q):
-        """The positions in `where` (ascending: a list if few, else an array) at which p stands before q, still."""
+        """The positions in `where` (ascending: a list if few, else an array) at which p is still followed by q."""
         if isinstance(where, list):
             tok, next_ = self._tok, self._next
             return [i for i in where if tok[i] == p and tok[next_[i]] == q]

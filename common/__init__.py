@@ -10,6 +10,8 @@ from common.files import (
     portable,
     read_json,
     read_jsonl,
+    read_texts,
+    valid,
     write_json,
 )
 from common.usage import UsageError, cli, from_hub
@@ -31,6 +33,8 @@ __all__ = [
     "portable",
     "read_json",
     "read_jsonl",
+    "read_texts",
     "synchronize",
+    "valid",
     "write_json",
 ]

@@ -81,6 +81,27 @@ def read_jsonl(path):
                     raise UsageError(f"{path}, line {number} is not valid JSON ({e})") from None
 
 
+def valid(text):
+    """The text with surrogate pairs joined and lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
+    if not isinstance(text, str):
+        raise UsageError(f"text is a str, or for training an iterable of str; here is {type(text).__name__}")
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def read_texts(path, field="text"):
+    """Yield the text in each line of a .jsonl file; a lone surrogate, which JSON can spell, is replaced."""
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise UsageError(f'{path}, line {number} is not a JSON object with a "{field}"')
+        yield valid(row[field])
+
+
 def file_sha256(path):
     """The sha256 of a file's bytes, as hex."""
     with open(path, "rb") as f:

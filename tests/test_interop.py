@@ -277,7 +277,7 @@ def test_a_download_that_hangs_is_abandoned(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(interop, "DOWNLOAD_SECONDS", 0.1)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: release.wait(20))
-    with pytest.raises(UsageError, match="no answer in 0 s"):
+    with pytest.raises(UsageError, match="TimeoutError"):
         Tokenizer.from_tiktoken("cl100k_base")
     release.set()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
