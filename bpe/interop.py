@@ -200,11 +200,9 @@ def save_huggingface(tok, folder):
     content = to_huggingface(tok).to_str(pretty=True)
     with atomic_open(Path(folder) / "tokenizer.json") as f:
         f.write(content)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # else a gpt2 config.json beside it would choose GPT2Tokenizer
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
-    }
+    # without a class, a gpt2 config.json beside it would choose GPT2Tokenizer
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["model_max_length"] = 10**30
     if tok.eot_token is not None:
         config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     write_json(Path(folder) / "tokenizer_config.json", config)

@@ -163,8 +163,10 @@ class Tokenizer:
         """
         text = valid(text)
         allowed = self._allowed(text, allowed_special)
+        if not allowed:
+            return self.encode_ordinary(text)
         ids, start = [], 0
-        for match in _any_of(allowed).finditer(text) if allowed else ():
+        for match in _any_of(allowed).finditer(text):
             ids += self.encode_ordinary(text[start : match.start()])
             ids.append(self.special_tokens[match.group()])
             start = match.end()

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from bpe import Tokenizer
-from bpe.compare import load_any
+from bpe.compare import compare, load_any, table
 from runlog import read_run
 
 TEXT = "The tokenizer of the <b>handbook</b>, 北京大学"
@@ -30,6 +30,17 @@ def test_every_kind_of_tokenizer_counts_the_same(model, tmp_path):
     assert "".join(shown for _, shown in load_any(str(tmp_path / "hf"))[1]("plain text")) == "plain text"
 
 
+@pytest.mark.core
+def test_the_table_shows_colours_or_bars():
+    def encode(text):
+        return [(i, word) for i, word in enumerate(text.split())]
+
+    rows = [compare("t", "one two three", "words", encode, 6)]
+    assert table(rows, 0, color=False).splitlines()[1].endswith("50.0%  one|two|three")
+    assert table(rows, 2, color=False).splitlines()[1].endswith("one|two … 1 more")
+    assert "\x1b[30;48;5;153mone\x1b[0m\x1b[30;48;5;223mtwo\x1b[0m" in table(rows, 2, color=True)
+
+
 def test_table_page_and_record(model, tmp_path, script):
     args = (
         "--texts",
@@ -42,21 +53,19 @@ def test_table_page_and_record(model, tmp_path, script):
     )
     out = script("bpe/compare.py", *args, "--html", tmp_path / "page.html").stdout
     n = len(model.encode(TEXT))
-    assert re.search(rf"^own +{n} ", out, re.M) and re.search(r"^gpt2 +\d+ ", out, re.M)
+    assert re.search(rf"^one +own +{n} ", out, re.M) and re.search(r"^two +gpt2 +\d+ ", out, re.M)
     assert "\x1b[" not in out and "\x1b[" in script("bpe/compare.py", *args, "--color", "always").stdout
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "&lt;" in page and "<b>" not in page and page.count("<span") >= n
+    assert "&lt;" in page and "<b>" not in page and page.count("<span") >= n and page.count("<tr>") == 1 + 4
     rows = read_run(tmp_path / "run").result["rows"]
     assert [(r["text_name"], r["type"]) for r in rows] == [(t, k) for t in ("one", "two") for k in ("gpt2", "own")]
     assert rows[1]["length"] == n and rows[1]["bytes_per_token"] == round(len(TEXT.encode()) / n, 3)
 
 
 def test_the_original_passages_give_the_original_counts(shared_data):
-    from bpe.compare import compare
-
     passages = json.loads((shared_data / "passages.json").read_text(encoding="utf-8"))
     gpt2 = load_any("gpt2")
-    assert {name: compare(name, text, *gpt2).length for name, text in passages.items()} == {
+    assert {name: compare(name, text, *gpt2)["length"] for name, text in passages.items()} == {
         "english": 185,
         "chinese": 306,
     }
@@ -65,7 +74,7 @@ def test_the_original_passages_give_the_original_counts(shared_data):
     assert {name: len(tok.encode(text)) for name, text in passages.items()} == {"english": 942, "chinese": 118}
 
 
-def test_mistakes_are_one_line(tmp_path, refuses):
+def test_usage_errors_are_one_line(tmp_path, refuses):
     (tmp_path / "t.json").write_text("[1]")
     refuses("bpe/compare.py", "--texts", tmp_path / "none.txt", says="none.txt")
     refuses("bpe/compare.py", "--texts", tmp_path / "t.json", says="{name: text}")

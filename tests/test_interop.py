@@ -43,6 +43,7 @@ def tok(request):
     return tok
 
 
+@pytest.mark.core
 def test_gpt2_is_gpt2(gpt2, true_gpt2):
     assert gpt2.n_vocab == true_gpt2.n_vocab == 50257 and gpt2.eot_token == true_gpt2.eot_token
     for text in (TEXT, "", " ", "SolidGoldMagikarp", "a" * 50):
@@ -192,6 +193,31 @@ def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
 def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
     with pytest.raises(UsageError, match="cannot be used: it normalizes"):
         Tokenizer.from_huggingface(shared_data / "stories260K" / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        None,
+        {"type": "Whitespace"},
+        {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False}]},
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        },
+    ],
+)
+def test_other_ways_of_splitting_are_refused(tmp_path, pre_tokenizer):
+    Tokenizer().save_huggingface(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert Tokenizer.from_huggingface(tmp_path / "tokenizer.json").pattern == "none"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**data, "pre_tokenizer": pre_tokenizer}), encoding="utf-8")
+    with pytest.raises(UsageError, match="pre_tokenizer is not supported"):
+        Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
 
 
 def test_damaged_and_unknown_vocabularies_are_refused(tok, tmp_path):

@@ -32,6 +32,7 @@ def test_ascii_is_split_as_by_the_pattern(pattern, text):
     assert Splitter(pattern)(text) == by_the_book(pattern, text)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("pattern", KNOWN)
 def test_mixed_and_long_text_is_split_as_by_the_pattern(pattern):
     rnd = random.Random(11)

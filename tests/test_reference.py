@@ -1,4 +1,8 @@
+import pytest
+
 from bpe import compute_bigram_statistics, reference, render_token, replace_bigram, replace_control_character
+
+pytestmark = pytest.mark.core
 
 
 def test_the_helpers_do_what_their_docstrings_say():

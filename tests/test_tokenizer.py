@@ -31,6 +31,7 @@ def naive_ids(tok, text):
     return [i for chunk in tok._split(text) for i in reference.encode(chunk.encode(), tok.merges)]
 
 
+@pytest.mark.core
 def test_encoding_equals_applying_the_merges_in_order(tok):
     for text in (TEXT, TEXT[5:33], "", "a", "unseen words, 北北北 aaaa"):
         assert tok.encode(text) == tok.encode(text) == naive_ids(tok, text)
@@ -47,6 +48,7 @@ def test_long_texts_encode_the_same(tok, monkeypatch):
         assert tok.encode(text) == naive_ids(tok, text)
 
 
+@pytest.mark.core
 def test_special_tokens_have_the_semantics_of_tiktoken(tok):
     text = "a<|endoftext|>b"
     a, b = tok.encode("a"), tok.encode("b")
@@ -80,6 +82,7 @@ def test_decode_replaces_or_raises():
     assert tok.decode(np.array([104, 105], np.uint16)) == "hi"
 
 
+@pytest.mark.core
 def test_a_saved_tokenizer_is_the_same(tok, tmp_path):
     """tokenizers#472: special tokens are lost on save."""
     model, vocab = tok.save(tmp_path / "t")
@@ -145,10 +148,12 @@ def test_training_does_not_depend_on_the_number_of_processes():
     assert list(one.merges.items()) == list(two.merges.items()) == list(streamed.merges.items())
 
 
-def test_a_document_that_is_no_text_is_refused():
+def test_what_is_no_text_is_refused():
     for documents in (["a", b"b"], [None], ["ok", 3]):
         with pytest.raises(UsageError, match="iterable of str"):
             Tokenizer("gpt2").train(documents, 300)
+    with pytest.raises(UsageError, match="bytes"):
+        Tokenizer().encode(b"a")
 
 
 def test_batches_over_processes(tok):
@@ -308,3 +313,40 @@ def test_special_tokens_that_cannot_be_are_refused():
     assert tok.encode("<ab><a>", "all") == [257, 256]
     tok.register_special_tokens({"<b>": 256})
     assert tok.special_tokens == {"<b>": 256} and tok.n_vocab == 257
+
+
+@pytest.mark.core
+def test_special_tokens_are_registered_together_or_not_at_all():
+    tok = Tokenizer()
+    tok.register_special_tokens({"<old>": 300})
+    for wrong in ({"<a>": 301, "<b>": 5}, {"<a>": 301, "<b>": 301}, {"<a>": 302, "<b>": 2**31 - 1}):
+        with pytest.raises(UsageError, match="<b>"):
+            tok.register_special_tokens(wrong)
+        assert tok.encode("<old>", "all") == [300] and tok.special_tokens == {"<old>": 300}
+        assert tok.n_vocab == 301 and tok.decode([300]) == "<old>" and 301 not in tok.vocab
+
+
+def test_the_largest_id_of_a_special_token_can_be_saved(tmp_path):
+    tok = Tokenizer()
+    tok.register_special_tokens({"<s>": 2**31 - 2})
+    model, _ = tok.save(tmp_path / "t")
+    assert Tokenizer.load(model).special_tokens == {"<s>": 2**31 - 2}
+
+
+def test_names_are_no_patterns(tmp_path):
+    for name in ("gpt-4", "GPT4", "cl100k_base", "None"):
+        with pytest.raises(UsageError, match=f"no pattern named {name}"):
+            Tokenizer(name)
+    tok = Tokenizer(r"\w+|\s")
+    tok.pattern = "cl100k_base"  # as a model that was trained before this was refused
+    assert Tokenizer.load(tok.save(tmp_path / "t")[0]).pattern == "cl100k_base"
+
+
+def test_a_failed_load_leaves_the_tokenizer(tmp_path):
+    tok = Tokenizer("gpt2")
+    tok.train("abababcabc", 258)
+    before = tok.sha256
+    for changes in ({"pattern": "("}, {"special_tokens": {"": 300}}, {"merges": [[1]]}):
+        with pytest.raises(UsageError):
+            tok.load(write_model(tmp_path / "t.model", **changes))
+        assert tok.sha256 == before and tok.encode("ab") == [256]

@@ -29,6 +29,7 @@ def few(request, monkeypatch):
 small_bytes = st.text(alphabet="ab", max_size=60).map(str.encode) | st.binary(max_size=40)
 
 
+@pytest.mark.core
 @given(st.lists(small_bytes, max_size=8), st.integers(0, 40))
 @settings(max_examples=150, deadline=None)
 def test_merges_equal_the_naive_algorithm(chunks, num_merges):
@@ -48,6 +49,7 @@ def test_counts_are_reported_and_exact(few):
     assert got == [((97, 97), 256, 4), ((97, 98), 257, 3), ((256, 97), 258, 2)]
 
 
+@pytest.mark.core
 def test_counts_beyond_32_and_53_bits(few):
     """tokenizers#2058: counts that overflow 32 bits corrupt the merges."""
     big = 2**53
