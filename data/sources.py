@@ -43,8 +43,7 @@ import huggingface_hub
 import tyro
 from tqdm import tqdm
 
-from bpe.pretokenizer import valid
-from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl
+from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl, read_texts, valid
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is cut at the first blank line after this many, at the first line end after twice
@@ -200,14 +199,6 @@ def cut(lines):
             yield "".join(document).strip("\n")
             document, size = [], 0
     yield "".join(document).strip("\n")
-
-
-def read_texts(path, text_field):
-    """Documents of a jsonl file: one object a line. A lone surrogate, which JSON can spell, is replaced."""
-    for number, row in read_jsonl(path):
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            raise UsageError(f'{path}, line {number} is not a JSON object with a text "{text_field}"')
-        yield valid(row[text_field])
 
 
 def read_parquet(path, text_field=None):
