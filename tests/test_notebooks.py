@@ -1,143 +1,199 @@
-"""The notebooks: executed on records cut off in the middle and on none at all, and the committed ones as they stand."""
+"""The notebooks: as committed, their numbers against the records, and run.ipynb on all kinds of runs."""
 
 import ast
-import importlib.util
-import json
+import contextlib
+import io
+import platform
 import re
-import shutil
-from pathlib import Path
+import subprocess
+import sys
+import threading
 
 import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
-from common import UsageError
+from runlog import RunLog
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+REPORT = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
-@pytest.fixture(scope="module")
-def execute():
-    """notebooks/execute.py, which is a script and lies in no package, as a module."""
-    spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks/execute.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def read(file):
+    return nbformat.read(file, as_version=4)
 
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run_names(file):
-    """{name: value} of the first code cell: strings, lists and dicts that hold run directories."""
-    first = code_cells(nbformat.read(file, as_version=4))[0]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(first.source).body}
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
-def moved(value, move):
-    """`value` with move(run) instead of every run directory in it."""
-    if isinstance(value, dict):
-        return {k: moved(v, move) for k, v in value.items()}
-    if isinstance(value, list):
-        return [moved(v, move) for v in value]
-    return move(value) if value.startswith("runs/") else value
+def texts(notebook):
+    """What the cells print and the tables that they show, in plain text; pictures and HTML apart."""
+    shown = [o.text if o.output_type == "stream" else o.data["text/plain"] for o in outputs(notebook)]
+    return [line for text in shown for line in text.splitlines() if not re.match(r"<(Figure|IPython)", line)]
 
 
-def records(file):
-    """The committed run directories that the notebook names."""
-    found = []
-    moved(run_names(file), lambda run: found.append(run) or run)
-    return [run for run in found if (ROOT / run).exists()]
-
-
-def cut_off(run, folder):
-    """A copy of a record as it stood while the run was going on -> its path; a row of metrics is half-written."""
-    copy = folder / Path(run).name
-    if (ROOT / run).exists() and not copy.exists():
-        shutil.copytree(ROOT / run, copy)
-        for metrics in copy.rglob("metrics.jsonl"):
-            data = metrics.read_bytes()
-            metrics.write_bytes(data[: len(data) * 2 // 3])
-        for result in copy.rglob("result.json"):
-            kind = json.loads(result.read_text(encoding="utf-8"))["kind"]
-            result.write_text(json.dumps({"status": "running", "kind": kind}), encoding="utf-8")
-    return str(copy)
-
-
-def printed(notebook):
-    """Everything that the cells printed, stderr apart -> (stdout, stderr)."""
-    streams = [o for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "stream"]
-    return tuple("".join(o.text for o in streams if o.name == name) for name in ("stdout", "stderr"))
-
-
-def pictures(notebook):
-    return [o for cell in code_cells(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
-
-
-@each_notebook
-def test_runs_that_are_still_being_written(file, execute, tmp_path):
-    values = moved(run_names(file), lambda run: cut_off(run, tmp_path))
-    notebook = execute.execute(file, values)
-    assert printed(notebook)[1] == ""
-    assert pictures(notebook) or not records(file)
-
-
-@each_notebook
-def test_missing_records_are_named_with_the_command_that_makes_them(file, execute, tmp_path):
-    missing = []
-    values = moved(run_names(file), lambda run: missing.append(f"{tmp_path.name}/{run[5:]}") or f"{tmp_path}/{run[5:]}")
-    out, err = printed(execute.execute(file, values))
-    assert err == ""
-    for run in missing:
-        assert re.search(rf"no record yet: python \S+\.py .*{re.escape(run)}", out), f"{run} is not named:\n{out}"
-
-
-@each_notebook
-def test_the_committed_notebook_is_executed_whole_and_names_no_machine(file):
-    notebook = nbformat.read(file, as_version=4)
+@pytest.mark.core
+@each
+def test_committed_executed_and_small(file):
+    notebook = read(file)
     nbformat.validate(notebook)
     cells = code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert 3 <= len(cells) <= 12
-    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
-    assert printed(notebook)[1] == ""
-    assert pictures(notebook) or not records(file)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
+    assert [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
     text = file.read_text(encoding="utf-8")
     assert len(text.encode()) < 500_000
     assert not re.search(r"[\"' (=](/(home|root|work|tmp|Users|usr)/|[A-Z]:\\\\)", text), "a path of one machine"
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells), "times of execution"
+    assert not any(cell.metadata for cell in notebook.cells), "times of execution"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert set(notebook.metadata.language_info) == {"name"}, "the Python version"
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """run(file) -> (lines that the cells print or show, their names); in this process, and no picture is rendered."""
+    import IPython.display
+    import pandas as pd
+    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+
+    shown = io.StringIO()
+
+    def show(value, display_id=None):
+        if isinstance(value, pd.DataFrame):
+            print(value.to_string(line_width=80), file=shown)
+        elif not isinstance(value, IPython.display.DisplayObject | Figure):
+            print(repr(value), file=shown)
+
+    monkeypatch.setattr(IPython.display, "display", show)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    monkeypatch.chdir(ROOT / "notebooks")
+
+    def run(file):
+        names = {"__name__": "notebook"}
+        shown.truncate(0)
+        with (
+            contextlib.redirect_stdout(shown),
+            plt.rc_context({"backend": "agg"}),
+            pd.option_context("display.max_colwidth", 50),
+        ):
+            for cell in code_cells(read(file)):
+                tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
+                last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+                exec(compile(tree, file.name, "exec"), names)
+                if "RECORD" in names:  # run.ipynb, whatever lies in runs/
+                    names["RUN"] = names["RECORD"]
+                value = eval(compile(ast.Expression(last.value), file.name, "eval"), names) if last else None
+                if value is not None:
+                    show(value)
+        return shown.getvalue().splitlines(), names
+
+    return run
+
+
+@each
+def test_what_a_notebook_says_is_what_the_records_give(file, run_here):
+    committed = texts(read(file))
+    version = re.search(r"Python (\d+\.\d+\.\d+)", "\n".join(committed))
+    if version and version[1] != platform.python_version():
+        pytest.skip(f"counts the words of Python {version[1]}'s own documentation")
+    assert run_here(file)[0] == committed
 
 
 @pytest.mark.slow
-@each_notebook
-def test_the_committed_text_is_what_the_committed_records_give(file, execute):
-    assert printed(execute.execute(file, {})) == printed(nbformat.read(file, as_version=4))
+def test_make_notebooks_gives_the_committed_ones_again(tmp_path):
+    command = [sys.executable, "-m", "nbconvert", "--config", str(ROOT / "notebooks/nbconvert.json")]
+    command += ["--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
+    subprocess.run([*command, *map(str, REPORT)], check=True)
+    for file in REPORT:
+        again = read(tmp_path / file.name)
+        assert again.metadata == read(file).metadata
+        assert not any(cell.metadata for cell in again.cells)
+        if "Python" not in "\n".join(texts(again)):  # else it depends on the Python version
+            assert texts(again) == texts(read(file))
 
 
-def test_another_run_is_shown_with_set(in_process, execute, tmp_path):
-    notebook = nbformat.v4.new_notebook()
-    sources = "RUN = 'runs/a'\nB = []", "print(RUN, B)"
-    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    file = tmp_path / "small.ipynb"
-    nbformat.write(notebook, file)
-    arguments = (file, "--set", "RUN=runs/b c", "B=['d']", "--out", tmp_path / "out.ipynb")
-    assert in_process(execute.main, *arguments)[0] == 0
-    shown = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    assert printed(shown) == ("runs/b c ['d']\n", "")
-    assert [cell.execution_count for cell in shown.cells] == [1, 2]
-    assert shown.cells[1].metadata == {}
-    with pytest.raises(UsageError, match="has no C in its first cell; it has B, RUN"):
-        execute.execute(file, {"C": 1})
-    code, _, err = in_process(execute.main, file, "--set", "RUN=runs/b")
-    assert code == 2 and "say with --out where" in err
+def execute(first_cell, before_last=None):
+    """run.ipynb in a kernel of its own, its first cell followed by `first_cell` -> the notebook with its outputs."""
+    notebook = read(ROOT / "notebooks/run.ipynb")
+    code_cells(notebook)[0].source += f"\n{first_cell}"
+
+    def started(cell, cell_index):
+        if before_last and cell is notebook.cells[-1]:
+            before_last()
+
+    NotebookClient(notebook, timeout=60, kernel_name="python3", on_cell_execute=started).execute()
+    assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
+    return notebook
 
 
-def test_a_cell_that_fails_is_told_in_a_line_and_nothing_is_written(in_process, execute, tmp_path):
-    file = tmp_path / "broken.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("RUN = 1\n1 / 0")]), file)
-    before = file.read_bytes()
-    code, _, err = in_process(execute.main, file)
-    assert code == 2 and "ZeroDivisionError: division by zero" in err and len(err.strip().splitlines()) == 1
-    assert file.read_bytes() == before
+def html(notebook):
+    return "\n".join(o.data["text/html"] for o in outputs(notebook) if "text/html" in o.get("data", {}))
+
+
+def add_steps(log, steps):
+    """Rows as the trainer of GPT-2 writes them."""
+    for step in steps:
+        row = {"loss": 5 - step / 10, "grad_norm": 1.5, "lr": 1e-3, "ms": 10.0, "tok_per_sec": 6400.0, "mfu": 0.4}
+        log.metric(step, "train", **row)
+    log.metric(step + 1, "val", loss=5 - step / 10, bits_per_byte=2.0)
+    log.metric(step + 1, "hellaswag", items=300, acc_norm=0.26, acc_norm_low=0.21, acc_norm_high=0.31)
+    log.sample(step + 1, f"<sample> of step {step + 1}")
+
+
+def test_run_is_redrawn_until_it_ends(tmp_path):
+    settings = {"data_dir": "data/corpora/pydocs", "max_steps": 20, "grad_clip": 1.0, "tokenizer_sha256": "0" * 64}
+    with RunLog(tmp_path / "mine", "gpt2", settings) as log:
+        add_steps(log, range(10))
+
+        def go_on():
+            add_steps(log, range(10, 20))
+            log.finish("success", step=20, peak_mb=100, unigram_entropy=6.5)
+
+        timer = threading.Timer(1.0, go_on)
+        notebook = execute(f"RUN, EVERY = {str(tmp_path / 'mine')!r}, 0.5", before_last=timer.start)
+        timer.join()
+    assert "status: success" in texts(notebook)
+    assert [row for row in texts(notebook) if re.search(r"mine +success +20 +20", row)], "the table is not up to date"
+    assert "<sample>" not in html(notebook) and "&lt;sample&gt; of step 20" in html(notebook)
+    assert "40.0%" in html(notebook) and "6,400" in html(notebook) and ">0.260<" in html(notebook)
+
+
+def test_a_running_run_beside_a_record_with_another_tokenizer(tmp_path):
+    with RunLog(tmp_path / "mine", "gpt2", {"max_steps": 20, "max_lr": 0.02, "tokenizer_sha256": "0" * 64}) as log:
+        add_steps(log, range(10))
+        runs = [str(tmp_path / "mine"), "records/quickstart"]
+        notebook = execute(f"RUN, MINUTES = {runs}, 0")  # redrawing is bounded
+    assert "status: running, success" in texts(notebook)
+    assert "lowest validation loss (bits per byte)" in html(notebook) and ">1.8136<" in html(notebook)
+    assert "max_lr" in html(notebook)
+
+
+def test_a_sweep_is_shown_by_its_adapters():
+    notebook = execute("RUN = 'records/lora-alpaca-smollm2'")
+    assert "status: success" in texts(notebook)
+    assert html(notebook).count("_r8_") >= 4  # a row of the status an adapter
+    assert ">2.2272<" in html(notebook)
+    assert "r 8, alpha 1, dropout 0.1, lr 3e-05, step 80" not in html(notebook)  # four samples at most
+    assert "r 4, alpha 1, dropout 0.05, lr 0.0003, step 80" in html(notebook)
+
+
+def test_the_newest_run_is_taken_and_a_record_where_there_is_none(run_here, tmp_path):
+    for name, time in (("new", 2), ("old", 1), ("new/adapters/000", 3)):
+        with RunLog(tmp_path / "runs" / name, "gpt2", {}) as log:
+            log.metric(0, "train", loss=1.0)
+        metrics = tmp_path / "runs" / name / "metrics.jsonl"
+        metrics.write_text(re.sub(r'"time": [\d.]+', f'"time": {time}', metrics.read_text()))
+    _, names = run_here(ROOT / "notebooks/run.ipynb")
+    names["ROOT"] = tmp_path
+    assert names["newest"]() == tmp_path / "runs/new"
+    names["ROOT"] = tmp_path / "none"
+    assert names["newest"]() == "records/quickstart"
