@@ -1,7 +1,6 @@
-"""Compare tokenizers on texts: the type / length / result table, in colour, on the terminal or as a page.
+"""Compare tokenizers on texts: the type / length / result table, in colour.
 
     python bpe/compare.py --texts passages.json --tokenizers gpt2 runs/handbook/tokenizer.model
-    python bpe/compare.py --texts book.txt --html compare.html
 
 A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tiktoken rank file, a tokenizer.json, or what
 `AutoTokenizer` loads: a Hugging Face folder or hub name. A text is a file; a .json file holds several, {name: text}.
@@ -10,7 +9,6 @@ A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tikt
 say) is shown as �.
 """
 
-import html
 import os
 import sys
 from dataclasses import dataclass
@@ -22,17 +20,10 @@ import tyro
 from bpe.reference import render_token, replace_control_character
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from common import UsageError, atomic_open, cli, from_hub, read_json
+from common import UsageError, cli, from_hub, read_json
 from runlog import RunLog
 
 ANSI = 153, 223, 157, 218, 189  # pastels of the 256 colours, with black text on them
-HTML = "#a8d8ff", "#ffd9a0", "#a9f0b5", "#ffb8d8", "#d5d0ff"
-HEAD = """<!doctype html><meta charset=utf-8><title>Tokenizers compared</title><style>
-body { font-family: sans-serif; max-width: 70em }
-td, th { text-align: left; vertical-align: top; padding: .4em .8em }
-span { font-family: monospace; line-height: 1.7; white-space: pre-wrap }
-</style><h1>Tokenizers compared</h1>
-"""
 
 
 @dataclass
@@ -41,12 +32,11 @@ class Config:
     tokenizers: tuple[str, ...] = ("gpt2",)  # tiktoken names, .model, .tiktoken, tokenizer.json, Hugging Face names
     max_tokens: int = 120  # tokens of each result to show on the terminal; 0 shows all
     color: Literal["auto", "always", "never"] = "auto"  # colours in the output; auto: where it is a terminal
-    html: Path | None = None  # also write a page with every token
     run_dir: Path | None = None  # also write a run directory there
 
 
 def main():
-    """Print each text as each tokenizer cuts it; with --html and --run-dir write it, too."""
+    """Print each text as each tokenizer cuts it; with --run-dir record it, too."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     texts = [named for file in cfg.texts for named in named_texts(file)]
     tokenizers = [load_any(name) for name in cfg.tokenizers]
@@ -54,10 +44,6 @@ def main():
     color = cfg.color == "always" or (cfg.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     with RunLog(cfg.run_dir or ".", kind="compare", config=cfg, enabled=cfg.run_dir is not None) as log:
         print(table(rows, cfg.max_tokens, color))
-        if cfg.html:
-            with atomic_open(cfg.html) as f:
-                f.write(page(rows))
-            print(f"wrote {cfg.html}")
         log.sample(0, table(rows, 0, color=False))
         log.finish("success", rows=[{k: v for k, v in row.items() if k != "tokens"} for row in rows])
 
@@ -135,18 +121,6 @@ def table(rows, max_tokens, color):
         names = f"{row['text_name']:<{text}}  {row['type']:<{kind}}"
         lines.append(f"{names} {numbers} {row['vocab_used']:>6.1%}  {result}{more}")
     return "\n".join(lines)
-
-
-def page(rows):
-    """Rows -> one HTML page without scripts or links."""
-    parts = [HEAD, "<table><tr><th>text<th>type<th>length<th>bytes per token<th>result</tr>\n"]
-    for row in rows:
-        parts.append(f"<tr><td>{html.escape(row['text_name'])}<td>{html.escape(row['type'])}")
-        parts.append(f"<td>{row['length']:,}<td>{row['bytes_per_token']:.2f}<td>")
-        for k, token in enumerate(row["tokens"]):
-            parts.append(f'<span style="background:{HTML[k % len(HTML)]}">{html.escape(token)}</span>')
-        parts.append("</tr>\n")
-    return "".join([*parts, "</table>\n"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python -m runlog ls                                  the runs in runs/, one per line
     python -m runlog show RUN                            settings, figures, files; how it ended, and why
     python -m runlog compare RUN RUN … --x tokens        what differs, the curves, where they end; compare.png
-    python -m runlog csv RUN … --out all.csv             every row of metrics.jsonl, for other programs
     python -m runlog verify RUN                          checksums, and a few steps computed again
     python -m runlog export RUN --out records/NAME       a compact record: settings, rows, log, picture
 
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import ROOT, UsageError, atomic_open, cli, file_sha256
+from common import ROOT, UsageError, cli, file_sha256
 from runlog.compare_runs import compare, number, table
 from runlog.record import export_record
 from runlog.run import AXES, find_runs, read_run
@@ -114,16 +113,6 @@ def ending(run):
     return [*lines, "the end of log.txt:", *(f"  {line}" for line in log[starts[-1] if starts else -8 :])]
 
 
-def write_csv(runs, out):
-    """Every row of the runs' metrics.jsonl as CSV, a column for each field: to a file, or to the terminal."""
-    frame = pd.DataFrame([{"run": run.name, **row} for run in runs for row in run.metrics], dtype=object)
-    text = frame.to_csv(index=False, lineterminator="\n")
-    if out is None:
-        return print(text, end="")
-    with atomic_open(out) as f:
-        f.write(text)
-
-
 def parse(argv=None):
     """The command line -> Namespace."""
     first, _, more = __doc__.partition("\n")
@@ -148,8 +137,6 @@ def parse(argv=None):
     add("--kind", help="kind of row: val, train, …; val where there is any")
     add("--y", default="loss", help="field of the rows")
     add("--out", default=str(ROOT / "runs" / "compare.png"), help="the picture")
-    add = command("csv", "every row of metrics.jsonl as CSV")
-    add("--out", help="file to write; the terminal if none is named")
     add = command("verify", "checksums, and a few steps computed again; exit status 1 if the record is wrong")
     add("--steps", type=int, default=5, help="steps to replay from the start and each kept checkpoint")
     add("--whole", action="store_true", help="replay the whole run")
@@ -174,8 +161,6 @@ def main():
         return None if all(good) else sys.exit(1)
     elif args.command == "compare":
         compare([read_run(folder) for folder in folders], args.x, args.kind, args.y, args.out)
-    elif args.command == "csv":
-        write_csv([read_run(folder) for folder in folders], args.out)
     else:
         for folder in folders:
             show(read_run(folder))

@@ -13,7 +13,7 @@ from runlog.run import AXES, draw_curves
 
 # Settings that say where a run lies and how it was started, not what it did.
 ASIDE = {"run_dir", "out", "overwrite", "plan", "plan_tok_per_sec", "stop_after_minutes", "allow_config_change"}
-ASIDE |= {"tensorboard", "wandb", "verbose", "show_batch", "html"}
+ASIDE |= {"tensorboard", "wandb", "verbose", "show_batch"}
 PLACES = 8  # on the axis, at which the table of curves is read
 
 

@@ -1,7 +1,5 @@
 """`python -m runlog` on runs of every kind: finished, being written, killed, truncated, moved, damaged."""
 
-import csv
-import io
 import json
 import math
 import shutil
@@ -66,7 +64,7 @@ def cells(out, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ls, show, csv
+# ls, show
 
 
 @pytest.mark.core
@@ -102,15 +100,10 @@ def test_ls_without_runs_points_to_the_records(tmp_path, runlog, monkeypatch):
     assert runlog("ls") == "no runs in runs/ yet; records of the report: python -m runlog ls records\n"
 
 
-def test_show_and_csv_hold_settings_figures_and_rows(runs, runlog):
+def test_show_prints_settings_figures_and_rows(runs, runlog):
     out = runlog("show", runs / "gpt", runs / "bench")
     assert cells(out, "total_batch_size") == ["256"] and cells(out, "flops_per_token") == ["60000"]
     assert "last of 20 train rows: step 19" in out and cells(out, "train")[:2] == ["ours", "0.5000"]
-    rows = list(csv.DictReader(io.StringIO(runlog("csv", runs / "gpt", runs / "lora"))))
-    assert len(rows) == 23 + 5 and rows[0] | {"time": ""} == rows[0] | {"run": "gpt", "kind": "val", "time": ""}
-    assert float(rows[0]["loss"]) == 8.01 and rows[0]["epoch"] == "" and rows[-1]["step"] == "4"
-    runlog("csv", runs / "gpt", "--out", runs / "all.csv")
-    assert (runs / "all.csv").read_text(encoding="utf-8").count("\n") == 24
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +259,7 @@ def test_a_moved_run_reads_like_the_first(runs, tmp_path, runlog):
     config = json.loads((tmp_path / "elsewhere/gpt/config.json").read_text())
     config["settings"]["run_dir"] = "C:\\runs\\gpt"
     (tmp_path / "elsewhere/gpt/config.json").write_text(json.dumps(config))
-    assert runlog("csv", tmp_path / "elsewhere/gpt") == runlog("csv", runs / "gpt")
+    assert read_run(tmp_path / "elsewhere/gpt").metrics == read_run(runs / "gpt").metrics
     out = runlog("compare", tmp_path / "elsewhere/gpt", runs / "gpt", "--out", tmp_path / "c.png")
     assert "the settings are the same" in out
 
@@ -279,6 +272,5 @@ def test_every_committed_record_reads_with_every_command(runlog, tmp_path):
     listed = runlog("ls", "records")
     for record in RECORDS:
         assert record.name in listed and len(list(record.iterdir())) <= 4
-        for command in ("show", "csv"):
-            assert runlog(command, record)
+        assert runlog("show", record)
         assert runlog("compare", record, RECORDS[0], "--out", tmp_path / "c.png")
