@@ -68,11 +68,15 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def peak_memory_mb():
-    """The most memory in MB that this process has had resident so far; None where Python cannot tell (Windows)."""
+def peak_memory_mb(device="cpu"):
+    """The most memory in MB that this process has taken: on "cuda" of the GPU, else resident; None on Windows."""
+    if device == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
         import resource
     except ImportError:
         return None
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in kB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

@@ -1,112 +1,50 @@
-"""Checkpoints that a crash cannot spoil: written aside, fsynced, renamed, with a sha256; the newest valid one counts.
+"""Checkpoints of a GPT-2 run, and the one place that finds the model behind a name.
 
-A checkpoint holds plain tensors and plain containers, so that `torch.load(…, weights_only=True)` reads it, on any
-machine and without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, settings, …}.
+A checkpoint holds plain tensors and plain containers, so that `torch.load(…, weights_only=True)` reads it anywhere and
+without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, learned, skipped}. How it is
+written and verified: common/checkpoints.py.
 """
 
-import hashlib
 import json
 import random
-import re
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
-from common import UsageError, atomic_open, file_sha256
+from common import UsageError
+from common.checkpoints import newest_checkpoint, problem, save_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.model import GPT
 
 FORMAT, VERSION = "bytes-to-lora checkpoint", 1
-NAME = re.compile(r"step_(\d+)\.pt")
 
 
 def save(ckpt_dir, step, state, keep=2):
-    """Write ckpt_dir/step_000500.pt atomically and its sum beside it, then drop all but the newest `keep`. -> its path
-
-    An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
-    """
-    path, summed = Path(ckpt_dir) / f"step_{step:06d}.pt", _Summed()
-    for part in path.parent.glob(".step_*.part"):  # gigabytes that a kill in the middle of a save has left
-        part.unlink(missing_ok=True)
-    try:
-        with atomic_open(path, "wb") as summed.file:
-            torch.save({**state, "format": FORMAT, "version": VERSION, "step": step}, summed)
-            # The sum comes first: a checkpoint without one does not exist yet, a sum without a checkpoint does no harm.
-            with atomic_open(_sum_path(path)) as s:
-                s.write(f"{summed.sha256.hexdigest()}  {path.name}\n")
-    except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError of its own
-        why = str(summed.error or e).splitlines()[0]
-        raise UsageError(
-            f"{path} could not be written ({why}); the earlier ones are kept: free some disk, go on"
-        ) from None
-    # A later one is damaged, or this one would have gone on from it: it does not count among those kept.
-    earlier = [p for p in sorted_checkpoints(ckpt_dir) if step_of(p) < step]
-    for old in earlier[: max(0, len(earlier) + 1 - keep)] if keep else []:
-        old.unlink(missing_ok=True)
-        _sum_path(old).unlink(missing_ok=True)
-    return path
+    """Write ckpt_dir/step_000500.pt atomically and keep the newest `keep` -> its path."""
+    return save_checkpoint(ckpt_dir, step, {**state, "format": FORMAT, "version": VERSION, "step": step}, keep)
 
 
-class _Summed:
-    """A file being written that sums its bytes, so that gigabytes need not be read again when a stop is urgent."""
-
-    def __init__(self):
-        self.file, self.sha256, self.error = None, hashlib.sha256(), None
-
-    def write(self, data):
-        self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as e:
-            self.error = self.error or e
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-def sorted_checkpoints(ckpt_dir):
-    """The checkpoints in a folder, oldest first."""
-    return sorted((p for p in Path(ckpt_dir).glob("step_*.pt") if NAME.fullmatch(p.name)), key=step_of)
-
-
-def step_of(path):
-    """The step of a checkpoint, from its name."""
-    return int(NAME.fullmatch(path.name)[1])
-
-
-def problem(path):
-    """Why this checkpoint cannot be trusted, in a few words, or None."""
-    path = Path(path)
-    try:
-        expected = _sum_path(path).read_text(encoding="utf-8").split()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
-        return "its sha256 is missing"
-    return None if file_sha256(path) == expected else "its sha256 does not match: truncated or altered"
-
-
-def load(path, map_location="cpu"):
-    """Read one checkpoint that verifies -> dict; UsageError otherwise."""
+def load(path):
+    """Read one checkpoint whose sha256 matches, onto the CPU -> dict; UsageError otherwise."""
     if reason := problem(path):
         raise UsageError(f"{path} is not a usable checkpoint: {reason}; take another one")
-    state = torch.load(path, map_location=map_location, weights_only=True)
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise UsageError(
-            f"{path} has format {state.get('format')!r} version {state.get('version')}, not {FORMAT} {VERSION}"
-        )
+    return _read(path)
+
+
+def load_newest(ckpt_dir, warn=print):
+    """The newest checkpoint of a folder whose sha256 matches -> dict, or None. `warn` gets a line for each skipped."""
+    path = newest_checkpoint(ckpt_dir, warn)
+    return path and _read(path)
+
+
+def _read(path):
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    found = state.get("format"), state.get("version")
+    if found != (FORMAT, VERSION):
+        raise UsageError(f"{path} has format {found[0]!r} version {found[1]}, not {FORMAT} {VERSION}")
     return state
-
-
-def load_newest(ckpt_dir, warn=print, map_location="cpu"):
-    """The newest checkpoint of a folder that verifies -> dict, or None; those passed over are named through `warn`."""
-    for path in reversed(sorted_checkpoints(ckpt_dir)):
-        if reason := problem(path):
-            warn(f"warning: {path.name} is skipped: {reason}")
-        else:
-            return load(path, map_location)
-    return None
 
 
 def load_model(name, device="cpu"):
@@ -146,7 +84,7 @@ def _is_ours(path):
 
 
 def model_state(model):
-    """{"model_config", "model"}: what of a checkpoint describes the model itself; no compile or DDP prefixes in it."""
+    """{"model_config", "model"}: the part of a checkpoint that describes the model; no compile or DDP prefixes."""
     return {"model_config": asdict(model.config), "model": model.state_dict()}
 
 
@@ -169,7 +107,3 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"].cpu())
-
-
-def _sum_path(path):
-    return path.with_name(path.name + ".sha256")

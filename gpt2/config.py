@@ -45,104 +45,61 @@ SHAPES = {
 class TrainConfig:
     """Every setting of gpt2/train_gpt2.py; each field is a flag. The defaults are GPT-2 124M on FineWeb-Edu."""
 
-    # --- where
-    data_dir: str = str(ROOT / "data/corpora/fineweb-edu")
-    """Folder of token shards that data/prepare.py wrote."""
-    run_dir: str = str(ROOT / "runs/gpt2-124M")
-    """Run directory: config, metrics, log, samples, checkpoints. The same command on it goes on where it stopped."""
-    init: str = "random"
-    """Weights to start from: random, a hub name (gpt2, gpt2-medium, …), a Hugging Face GPT-2 folder, or another run."""
+    # --- files
+    data_dir: str = str(ROOT / "data/corpora/fineweb-edu")  # folder of token shards that data/prepare.py wrote
+    run_dir: str = str(ROOT / "runs/gpt2-124M")  # run directory; the same command on it resumes where it stopped
+    init: str = "random"  # initial weights: random, a hub name (gpt2, gpt2-medium, …), a Hugging Face folder, or a run
 
     # --- model
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads a block."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    block_size: int = 1024
-    """Context length T, in tokens."""
-    dropout: float = 0.0
-    """Dropout probability; above 0 the result depends on the number of processes and the micro-batch."""
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width of the residual stream
+    block_size: int = 1024  # context length T, in tokens
+    dropout: float = 0.0  # dropout probability; above 0 the result depends on the processes and the micro-batch
 
     # --- batch and schedule
-    total_batch_size: int = 524288
-    """Tokens an optimizer step, over all processes and micro-batches."""
-    micro_batch_size: int = 32
-    """Sequences that one process computes at once; gradients accumulate up to total_batch_size."""
-    max_steps: int = 19073
-    """Optimizer steps; 19,073 of 524,288 tokens are one epoch over 10B tokens."""
-    warmup_steps: int = 715
-    """Steps of linear warmup (375M tokens, as GPT-3's paper has it)."""
-    max_lr: float = 6e-4
-    """Peak learning rate of AdamW; the cosine ends at a tenth of it."""
+    total_batch_size: int = 524288  # tokens an optimizer step, over all processes and micro-batches
+    micro_batch_size: int = 32  # sequences a forward pass; gradients accumulate up to total_batch_size
+    max_steps: int = 19073  # optimizer steps; 19,073 of 524,288 tokens are one epoch over 10B tokens
+    warmup_steps: int = 715  # steps of linear warmup (375M tokens, as in the GPT-3 paper)
+    max_lr: float = 6e-4  # peak learning rate of AdamW; the cosine ends at a tenth of it
 
     # --- optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw is GPT-2's recipe; muon trains the hidden matrices with Muon and everything else with AdamW."""
-    muon_lr: float = 0.01
-    """Peak learning rate of Muon, scaled to AdamW's RMS; same schedule."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on parameters of two or more dimensions only."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    skip_nonfinite: int = 0
-    """Leave out at most this many steps whose loss or gradient is not finite, instead of stopping (reads each loss)."""
-    seed: int = 1337
-    """Seed of the initial weights and of the order of the data."""
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw: GPT-2's recipe; muon: Muon for hidden matrices, else AdamW
+    muon_lr: float = 0.01  # peak learning rate of Muon, scaled to AdamW's RMS; same schedule
+    weight_decay: float = 0.1  # decoupled weight decay, on parameters of two or more dimensions only
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    skip_nonfinite: int = 0  # skip at most this many steps with a non-finite loss or gradient (reads every loss)
+    seed: int = 1337  # seed of the initial weights and of the order of the data
 
-    # --- what is done every so many steps (0: never), always at the last step as well
-    val_every: int = 250
-    """Validation loss."""
-    val_tokens: int = 10_485_760
-    """Validation tokens: the first so many of the val split, the same for any number of processes."""
-    hellaswag_every: int = 0
-    """HellaSwag accuracy."""
-    hellaswag_file: str = ""
-    """Local HellaSwag items (.jsonl, .jsonl.gz); empty: from the hub."""
-    hellaswag_limit: int = 10042
-    """HellaSwag items: the first so many of a fixed permutation."""
-    sample_every: int = 250
-    """Generated text."""
-    sample_prompt: str = "Hello, I'm a language model,"
-    """What the samples begin with."""
-    checkpoint_every: int = 1000
-    """Checkpoints; one is also kept when the run is preempted."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept: the newest so many."""
-    log_every: int = 1
-    """Step lines. Losses of the steps between stay on the device until then, so a larger value saves host syncs."""
-
-    tensorboard: bool = False
-    """Show the figures in TensorBoard as well: they are written to RUN_DIR/tensorboard, too."""
-    wandb: bool = False
-    """Send the figures to Weights & Biases as well; WANDB_MODE=offline keeps them in RUN_DIR/wandb."""
+    # --- every so many steps, and at the last one (0: never)
+    val_every: int = 250  # steps between validation losses
+    val_tokens: int = 10_485_760  # validation tokens: the first so many of the val split, whatever the world size
+    hellaswag_every: int = 0  # steps between HellaSwag accuracies
+    hellaswag_file: str = ""  # local HellaSwag items (.jsonl, .jsonl.gz); empty: from the hub
+    hellaswag_limit: int = 10042  # HellaSwag items: the first so many of a fixed permutation
+    sample_every: int = 250  # steps between samples of text
+    sample_prompt: str = "Hello, I'm a language model,"  # what the samples begin with
+    checkpoint_every: int = 1000  # steps between checkpoints; one is also saved when the run is preempted
+    keep_checkpoints: int = 2  # newest checkpoints kept
+    log_every: int = 1  # steps between log lines; losses stay on the device in between, so more means fewer syncs
+    tensorboard: bool = False  # also write the metrics to RUN_DIR/tensorboard
+    wandb: bool = False  # also send the metrics to Weights & Biases; WANDB_MODE=offline keeps them in RUN_DIR/wandb
 
     # --- hardware
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: cuda, else mps, else cpu."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Autocast type of the matmuls. auto: bfloat16 on cuda (float16 and a scaler where it lacks it), else float32."""
-    compile: bool = True
-    """torch.compile the model; eager, saying so, where no compiler is found."""
-    deterministic: bool = False
-    """Deterministic kernels: with --compile, too, a resumed run then ends bit-identical."""
-    cpu_memory_settings: bool = False
-    """On Linux CPUs: restart with settings of the C library that keep large buffers, for fewer page faults."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matmuls; auto: 16 bits on cuda alone
+    compile: bool = True  # torch.compile the model; eager, with a message, where no compiler is found
+    deterministic: bool = False  # deterministic kernels: with --compile, too, a resumed run ends bit-identical
+    cpu_memory_settings: bool = False  # Linux CPUs: restart with malloc settings that keep buffers (fewer page faults)
 
-    # --- how this start behaves
-    eval_only: bool = False
-    """Evaluate the weights of --init once, and stop: `--init gpt2` gives the reference line for a curve."""
-    plan: bool = False
-    """Print parameters, memory, tokens, hours and disk of this run, and stop before anything is started."""
-    plan_tok_per_sec: float = 0.0
-    """Speed that --plan assumes, in tokens/s over all processes; 0: measured here in a few steps."""
-    stop_after_minutes: float = 0.0
-    """Save and stop as preempted after so many minutes, before a scheduler's limit does; 0: never."""
-    overwrite: bool = False
-    """Replace the run directory's run, when it was made with other settings or data, instead of refusing."""
-    allow_config_change: bool = False
-    """Resume although a setting that changes what is learned differs from the recorded one."""
+    # --- this start
+    eval_only: bool = False  # evaluate the weights of --init once and stop: a reference line for a curve
+    plan: bool = False  # print parameters, memory, tokens, hours and disk of this run, and start nothing
+    plan_tok_per_sec: float = 0.0  # speed that --plan assumes, in tokens/s over all processes; 0: measure a few steps
+    stop_after_minutes: float = 0.0  # save and stop as preempted after so many minutes (a scheduler's limit); 0: never
+    overwrite: bool = False  # replace a run that was made with other settings or data, instead of refusing
+    allow_config_change: bool = False  # resume although a setting that decides what is learned has changed
 
     def __post_init__(self):
         for name in ("max_steps", "block_size", "total_batch_size", "micro_batch_size", "log_every", "val_tokens"):
@@ -153,14 +110,18 @@ class TrainConfig:
                 f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {self.block_size}"
             )
 
+    @property
+    def shape(self):
+        """The settings that are fields of GPTConfig, as a dict."""
+        return {k: getattr(self, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+
     def grad_accum_steps(self, world_size):
         """Micro-batches that each of `world_size` processes computes for one step."""
         sequences = self.total_batch_size // self.block_size
         if sequences % (self.micro_batch_size * world_size):
             fits = [b for b in range(1, self.micro_batch_size) if sequences % (b * world_size) == 0]
-            fix = (
-                f"try --micro-batch-size {fits[-1]}" if fits else f"let a step be a multiple of {world_size} sequences"
-            )
+            multiple = f"make a step a multiple of {world_size} sequences"
+            fix = f"try --micro-batch-size {fits[-1]}" if fits else multiple
             raise UsageError(
                 f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} "
                 f"on {world_size} process(es); {fix}"
@@ -171,78 +132,40 @@ class TrainConfig:
 # A resumed run may differ in these; all other settings decide what is learned.
 FREE_ON_RESUME = {
     *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "cpu_memory_settings"),
-    *("val_every", "val_tokens", "sample_every", "sample_prompt"),
-    *("hellaswag_every", "hellaswag_file", "hellaswag_limit"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
-    *("eval_only", "plan", "plan_tok_per_sec"),
-    *("stop_after_minutes", "overwrite", "allow_config_change"),
+    *("val_every", "val_tokens", "sample_every", "sample_prompt", "hellaswag_every", "hellaswag_file"),
+    *("hellaswag_limit", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
+    *("eval_only", "plan", "plan_tok_per_sec", "stop_after_minutes", "overwrite", "allow_config_change"),
 }
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME
 
 
 def _published(name, shape, max_lr, micro_batch_size):
-    return replace(
-        TrainConfig(),
-        run_dir=str(ROOT / f"runs/{name}"),
-        max_lr=max_lr,
-        micro_batch_size=micro_batch_size,
-        hellaswag_every=250,
-        log_every=10,
-        **SHAPES[shape],
-    )
+    """One of OpenAI's shapes, with the learning rate that the GPT-3 paper has for its size."""
+    recipe = {"max_lr": max_lr, "micro_batch_size": micro_batch_size, "hellaswag_every": 250, "log_every": 10}
+    return TrainConfig(run_dir=str(ROOT / f"runs/{name}"), **recipe, **SHAPES[shape])
 
 
+# Two cores are enough for these; eager, so that no compiler is needed.
+_LAPTOP = TrainConfig(
+    n_head=6, n_embd=192, block_size=128, total_batch_size=16 * 128, micro_batch_size=16, log_every=10, compile=False
+)
 PRESETS = {
-    # Minutes on two cores, on the Python documentation with a tokenizer of our own (`make quickstart`). Eager, so that
-    # no compiler is needed.
-    "quickstart": TrainConfig(
-        data_dir=str(ROOT / "data/corpora/pydocs"),
-        run_dir=str(ROOT / "runs/quickstart"),
-        n_layer=4,
-        n_head=6,
-        n_embd=192,
-        block_size=128,
-        total_batch_size=16 * 128,
-        micro_batch_size=16,
-        max_steps=300,
-        warmup_steps=75,
-        max_lr=1e-2,
-        optimizer="muon",
-        muon_lr=5e-3,
-        val_every=50,
-        val_tokens=65536,
-        sample_every=150,
-        sample_prompt="Return the",
-        checkpoint_every=100,
-        log_every=10,
-        compile=False,
+    # Minutes, on the Python documentation with a tokenizer of our own (`make quickstart`).
+    "quickstart": replace(
+        _LAPTOP, data_dir=str(ROOT / "data/corpora/pydocs"), run_dir=str(ROOT / "runs/quickstart"), n_layer=4,
+        max_steps=300, warmup_steps=75, max_lr=1e-2, optimizer="muon", muon_lr=5e-3, val_every=50, val_tokens=65536,
+        sample_every=150, sample_prompt="Return the", checkpoint_every=100,
     ),
-    # A debugging corpus: Tiny Shakespeare, GPT-2's tokenizer; overfits within the hour on a laptop.
-    "shakespeare": TrainConfig(
-        data_dir=str(ROOT / "data/corpora/shakespeare"),
-        run_dir=str(ROOT / "runs/shakespeare"),
-        n_layer=6,
-        n_head=6,
-        n_embd=192,
-        block_size=128,
-        total_batch_size=16 * 128,
-        micro_batch_size=16,
-        dropout=0.1,
-        max_steps=2000,
-        warmup_steps=50,
-        max_lr=1e-3,
-        val_every=200,
-        val_tokens=32768,
-        sample_every=500,
-        sample_prompt="First Citizen:",
-        checkpoint_every=200,
-        log_every=10,
-        compile=False,
+    # A debugging corpus: Tiny Shakespeare, GPT-2's tokenizer; overfits within the hour.
+    "shakespeare": replace(
+        _LAPTOP, data_dir=str(ROOT / "data/corpora/shakespeare"), run_dir=str(ROOT / "runs/shakespeare"), n_layer=6,
+        dropout=0.1, max_steps=2000, warmup_steps=50, max_lr=1e-3, val_every=200, val_tokens=32768,
+        sample_every=500, sample_prompt="First Citizen:", checkpoint_every=200,
     ),
-    # GPT-2 itself, learning rates as GPT-3's paper has them for these sizes.
+    # GPT-2 itself.
     "gpt2-124M": _published("gpt2-124M", "gpt2", 6e-4, 32),
     "gpt2-350M": _published("gpt2-350M", "gpt2-medium", 3e-4, 16),
     "gpt2-774M": _published("gpt2-774M", "gpt2-large", 2.5e-4, 8),
     "gpt2-1558M": _published("gpt2-1558M", "gpt2-xl", 2e-4, 4),
-}
+}  # fmt: skip
 DEFAULT_PRESET = "gpt2-124M"

@@ -17,12 +17,10 @@ from common import UsageError, half_type, pick_device
 
 
 def pick_dtype(name, device):
-    """auto | float32 | bfloat16 | float16 -> the type of the matmuls, as a name; auto goes by what the device has."""
+    """auto | float32 | bfloat16 | float16 -> the type of the matmuls, as a name; auto: 16 bits on a GPU of NVIDIA's."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "float32"
-    return half_type(device.type)
+    return half_type(device.type) if device.type == "cuda" else "float32"
 
 
 def autocast(device, dtype):
@@ -34,7 +32,7 @@ def autocast(device, dtype):
 
 @contextlib.contextmanager
 def threads(count):
-    """Compute with so many threads (None: as it is); another count adds up in another order."""
+    """Compute with `count` threads (None: as now); another number of threads sums in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -72,7 +70,7 @@ class Ranks:
         """Elementwise float64 sums over the ranks of a list of numbers -> list of floats, the same on every rank."""
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.control is not None:
-            with _one_line_when_another_is_gone():
+            with _one_line_when_another_rank_is_gone():
                 dist.all_reduce(total, group=self.control)
         return total.tolist()
 
@@ -81,12 +79,12 @@ class Ranks:
         if self.control is None:
             return [value]
         values = [None] * self.world_size
-        with _one_line_when_another_is_gone():
+        with _one_line_when_another_rank_is_gone():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
     def wait(self):
-        """Until every rank is here."""
+        """Wait until every rank has come here."""
         self.any(False)
 
     def close(self):
@@ -96,8 +94,8 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def _one_line_when_another_is_gone():
-    """A rank that stops for a reason of its own says it; the others, whose collectives then fail, add one line."""
+def _one_line_when_another_rank_is_gone():
+    """A rank that fails prints why; the others, whose collectives then fail, add one line each."""
     try:
         yield
     except RuntimeError:
@@ -120,10 +118,6 @@ def _store():
         wait_for_workers=False,
     )
     return dist.PrefixStore(f"attempt_{attempt}", store)
-
-
-class Stopped(Exception):
-    """A reason to stop came in the middle of something long."""
 
 
 class Stop:
@@ -149,31 +143,15 @@ class Stop:
         self.why = f"received {signal.Signals(number).name}"
 
     def here(self):
-        """Why this rank would stop, or None; the others may not know yet."""
+        """Why this rank would stop, or None. Not collective: the other ranks may not know yet."""
         if not self.why and self.ranks.main and self.file.exists():
-            self.file.unlink(missing_ok=True)  # it has been heard: the next start shall run
+            self.file.unlink(missing_ok=True)  # the next start shall run
             self.why = "found the file STOP"
         if not self.why and self.deadline and time.monotonic() > self.deadline:
             self.why = f"the {self.after_minutes:g} minutes of --stop-after-minutes are over"
         if not self.why and self.torchrun and self.torchrun != os.getppid():
             self.why = "torchrun is gone"
         return self.why
-
-    def check(self):
-        """Leave what `unless` runs, if this rank has a reason to stop."""
-        if self.here():
-            raise Stopped
-
-    def unless(self, work):
-        """work() -> its result, or None on every rank if one of them left it by `check`. Collective.
-
-        For what takes long between two steps: it calls `check` between its pieces, and talks to no other rank.
-        """
-        try:
-            result, left = work(), False
-        except Stopped:
-            result, left = None, True
-        return None if self.ranks.any(left) else result
 
     def reason(self):
         """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""

@@ -5,7 +5,7 @@
 
 The first writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, loads
 them again with transformers and compares the logits before the folder gets its name. The second turns such a folder (or
-a hub name) into a checkpoint that train_gpt2.py's companions read.
+a hub name) into a checkpoint that sample.py, hellaswag.py and --init of train_gpt2.py read.
 """
 
 import shutil
@@ -21,12 +21,9 @@ from gpt2 import checkpoint
 
 @dataclass
 class ExportConfig:
-    out: str
-    """Folder to write: a Hugging Face folder, or with --from-hf a run directory. An existing one is replaced."""
-    model: str = ""
-    """Run directory or checkpoint file to export."""
-    from_hf: str = ""
-    """Hugging Face folder or hub name to turn into a checkpoint, instead."""
+    out: str  # folder to write (replaced if it exists): a Hugging Face folder, or with --from-hf a run directory
+    model: str = ""  # run directory or checkpoint file to export
+    from_hf: str = ""  # Hugging Face folder or hub name to turn into a checkpoint, instead
 
 
 def largest_difference(model, hf_model, seed=0):
@@ -42,10 +39,8 @@ def largest_difference(model, hf_model, seed=0):
 def check_pair(model, tokenizer):
     """Refuse a tokenizer whose ids are not the model's."""
     if tokenizer.n_vocab != model.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}; "
-            "they do not belong together"
-        )
+        ids = f"the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}"
+        raise UsageError(f"{ids}; they do not belong together")
 
 
 def export(model, tokenizer, out):
@@ -98,8 +93,7 @@ def main():
     if cfg.from_hf:
         print(f"wrote {import_hf(cfg.from_hf, cfg.out)}")
         return
-    model, tokenizer = checkpoint.load_model(cfg.model)
-    difference = export(model, tokenizer, cfg.out)
+    difference = export(*checkpoint.load_model(cfg.model), cfg.out)
     print(f"wrote {cfg.out}: transformers' logits differ by at most {difference:.1e} in float64")
 
 

@@ -4,23 +4,22 @@
     python gpt2/hellaswag.py --model gpt2 --run-dir runs/hellaswag_gpt2                          # any causal LM
     python gpt2/hellaswag.py --model gpt2 --prompt lm-eval --input hellaswag_val.jsonl --run-dir runs/hellaswag_lm_eval
     torchrun --standalone --nproc_per_node=8 gpt2/hellaswag.py --model gpt2 --run-dir runs/hellaswag_gpt2
-    python gpt2/hellaswag.py … --compare runs/hellaswag_gpt2                                 # item by item, McNemar
 
-An ending's score is the summed log-probability of its tokens (acc), their mean (acc_norm, as build-nanogpt has it), or
-the sum per character (acc_char, what lm-evaluation-harness calls acc_norm). GPT-2 124M: 0.2859, acc_norm 0.2955; with
+An ending's score is the summed log-probability of its tokens (acc), their mean (acc_norm, as in build-nanogpt), or the
+sum per character (acc_char, which lm-evaluation-harness calls acc_norm). GPT-2 124M: 0.2859, acc_norm 0.2955; with
 --prompt lm-eval 0.2892, acc_char 0.3114. Chance is 0.25.
 
-The run directory gets hellaswag.jsonl, a line per item. A context is computed once for its four endings, and batches
-are the same for any number of processes.
+A context's keys and values are computed once for its four endings, and logits at the endings alone. Batches are the
+same for any number of processes. The run directory gets hellaswag.jsonl, a line per item.
 """
 
+import copy
+import inspect
 import json
 import math
 import re
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -31,51 +30,43 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import UsageError, atomic_open, cli, from_hub, open_text
+from common import UsageError, atomic_open, cli, from_hub, read_jsonl
 from gpt2.checkpoint import load_model
-from gpt2.distributed import Ranks, threads
-from gpt2.endings import Encoded, plain, score_endings, shared_gpt, shared_hf
+from gpt2.distributed import Ranks, autocast
+from gpt2.sample import KVCache, left_padded
 from runlog import RunLog
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 SEED = 1337  # of the permutation whose first items --limit takes
 ACCURACIES = ("acc", "acc_norm", "acc_char")
+POOL = 4  # contexts are computed so many times batch_size at once: the more endings to sort, the less padding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # items
 
 
-def load_items(file=None, limit=0, prompt="plain", remedy="name a local file with --input"):
+def load_items(file=None, limit=0, prompt="plain", fix="name a local file with --input"):
     """Read HellaSwag -> list of {"item", "ind", "label", "ctx", "endings"}, "item" being the place in the file.
 
     file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split.
     limit: the first so many of a fixed permutation; 0: all, in the order of the file.
     prompt: "plain" takes `ctx` and the endings as they are (build-nanogpt); "lm-eval" builds them as
     lm-evaluation-harness does, which needs `ctx_a`, `ctx_b` and the markers of the official file.
-    remedy: what the message says to do where the hub cannot be reached.
+    fix: what the message recommends where the hub cannot be reached.
     """
-    rows = _read_hub(remedy) if not file else _read_jsonl(Path(file))
+    rows = [row for _, row in read_jsonl(file)] if file else _read_hub(fix)
+    if not rows:
+        raise UsageError(f"{file} holds no items")
     order = np.random.default_rng(SEED).permutation(len(rows))[:limit] if limit else range(len(rows))
     return [_item(int(i), rows[i], prompt, file or HUB[0]) for i in order]
 
 
-def _read_jsonl(path):
-    try:
-        with open_text(path) as f:
-            rows = [json.loads(line) for line in f if line.strip()]
-    except json.JSONDecodeError as e:
-        raise UsageError(f"{path} is not a jsonl file of HellaSwag items ({e})") from None
-    if not rows:
-        raise UsageError(f"{path} holds no items")
-    return rows
-
-
-def _read_hub(remedy):
+def _read_hub(fix):
     import huggingface_hub
     import pyarrow.parquet
 
-    with from_hub(HUB[0], remedy):
+    with from_hub(HUB[0], fix):
         path = huggingface_hub.hf_hub_download(HUB[0], HUB[1], repo_type="dataset")
     return pyarrow.parquet.read_table(path).to_pylist()
 
@@ -85,14 +76,13 @@ def _item(number, row, prompt, file):
         ctx, endings, label = row["ctx"], list(row["endings"]), int(row["label"])
         if len(endings) != 4 or not 0 <= label < 4 or not ctx.strip():
             raise ValueError
-        if prompt == "lm-eval":
-            ctx, endings = lm_eval_prompt(row)
-    except (KeyError, TypeError, ValueError) as e:
-        if prompt == "lm-eval" and isinstance(e, KeyError):
-            raise UsageError(
-                f"{file} lacks {e.args[0]}, which --prompt lm-eval needs: take the official file"
-            ) from None
+    except (KeyError, TypeError, ValueError):
         raise UsageError(f"{file}, item {number} is not a HellaSwag item with a context and four endings") from None
+    if prompt == "lm-eval":
+        try:
+            ctx, endings = lm_eval_prompt(row)
+        except KeyError as e:
+            raise UsageError(f"{file} lacks {e.args[0]}, which --prompt lm-eval needs: use the official file") from None
     return {"item": number, "ind": row.get("ind", number), "label": label, "ctx": ctx, "endings": endings}
 
 
@@ -108,22 +98,149 @@ def _tidy(text):
     return text.replace("  ", " ")
 
 
+class Encoded:
+    """Items {"ctx", "endings"} as ids, cut to the block and sorted into batches; made once, scored any number of times.
+
+    encode: list of str -> list of lists of ids, without special tokens.
+    block_size: longest row; a longer context loses its left end, and is counted in `cut`.
+    prefix: ids in front of every context (the begin-of-text token of models that were trained with one).
+    batch_size: R, endings in a forward pass.
+    """
+
+    def __init__(self, items, encode, block_size, prefix=(), batch_size=64):
+        self.items, self.batch_size = items, batch_size
+        fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(*_encode_items(items, encode))]
+        self.contexts, self.endings, cut = (list(column) for column in zip(*fitted))
+        self.cut = sum(cut)
+        order = sorted(range(len(items)), key=lambda i: len(self.contexts[i]))
+        self.groups = [order[i : i + POOL * batch_size] for i in range(0, len(order), POOL * batch_size)]
+
+    def rows(self, group):
+        """The endings of a group in batches of similar length: yields (places, owner (R,), ids and targets (R, E)).
+
+        places: (number of the item, of its ending) of each row; owner: its context's place in the group; ids: the
+        context's last id and the ending's but the last; targets: the ending's ids, -1 for padding.
+        """
+        places = [(i, k) for i in group for k in range(len(self.endings[i]))]
+        places.sort(key=lambda place: len(self.endings[place[0]][place[1]]))
+        for batch in (places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)):
+            E = max(len(self.endings[i][k]) for i, k in batch)
+            pad = [[0] * (E - len(self.endings[i][k])) for i, k in batch]
+            ids = [self.contexts[i][-1:] + self.endings[i][k][:-1] + p for (i, k), p in zip(batch, pad)]
+            targets = [self.endings[i][k] + [-1] * len(p) for (i, k), p in zip(batch, pad)]
+            owner = [group.index(i) for i, _ in batch]
+            yield batch, *(torch.tensor(t) for t in (owner, ids, targets))
+
+
+def _encode_items(items, encode):
+    """-> contexts (list of lists of ids), endings (list of lists of lists of ids).
+
+    An ending's ids are those of " " + ending. Tokenizers that put a space of their own in front of a text (Llama's)
+    would double it; there the ids of the whole text are taken, as far as they go beyond the context's.
+    """
+    contexts = encode([item["ctx"] for item in items])
+    x, space_x, x_x = encode(["x", " x", "x x"])
+    apart = x + space_x == x_x
+    ids = iter(encode([("" if apart else item["ctx"]) + " " + e for item in items for e in item["endings"]]))
+    skip = [0 if apart else len(context) for context in contexts]
+    return contexts, [[next(ids)[n:] for _ in item["endings"]] for n, item in zip(skip, items)]
+
+
+def _fit(prefix, context, endings, block_size):
+    """Cut the left end of a context so that the longest ending fits -> (ids with the prefix, endings, whether cut)."""
+    room = block_size + 1 - len(prefix) - max(map(len, endings))  # the last id of a row is only predicted
+    if len(context) <= room:
+        return prefix + context, endings, False
+    if room < 1:  # a tiny block: one id of context, and what fits of the endings
+        return context[-1:], [ending[:block_size] for ending in endings], True
+    return prefix + context[-room:], endings, True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models: contexts once, then their endings
+
+
+class GPTScorer:
+    """Our GPT, with `sample.KVCache`."""
+
+    def __init__(self, model):
+        self.model, self.device = model, next(model.parameters()).device
+
+    def contexts(self, rows):
+        """Lists of ids -> their keys and values."""
+        C = max(map(len, rows))
+        cache = KVCache(self.model.config, [len(row) for row in rows], self.device, columns=C)
+        if C:
+            self.model(left_padded(rows, self.device), cache=cache, return_logits=False)
+            cache.advance(C)
+        return cache
+
+    def endings(self, cache, owner, ids):
+        """Logits (R, E, V) of rows ids (R, E), each after the context `owner` (R,)."""
+        return self.model(ids, cache=cache.select(owner, ids.shape[1]))[0]
+
+
+class HFScorer:
+    """Any Hugging Face causal LM with the usual key-value cache."""
+
+    def __init__(self, model, block_size):
+        self.model, self.block_size, self.device = model, block_size, model.device
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def contexts(self, rows):
+        """Lists of ids -> (their cache, which columns are not padding (B, C))."""
+        C = max(map(len, rows))  # padded on the right, where it does no harm before the endings come
+        ids = torch.tensor([row + [0] * (C - len(row)) for row in rows], device=self.device)  # (B, C)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        known = (torch.arange(C, device=self.device) < lengths[:, None]).long()
+        return self.model.base_model(ids, use_cache=True).past_key_values, known
+
+    def endings(self, past_and_known, owner, ids):
+        """Logits (R, E, V) of rows ids (R, E), each after the context `owner` (R,)."""
+        (past, known), (R, E) = past_and_known, ids.shape
+        cache = copy.copy(past)
+        cache.layers = [copy.copy(layer) for layer in past.layers]  # selecting replaces a layer's tensors
+        cache.batch_select_indices(owner)
+        known = known[owner]  # (R, C)
+        more = {"attention_mask": torch.cat([known, known.new_ones(R, E)], dim=1)}  # (R, C + E)
+        if self.takes_positions:
+            positions = known.sum(1, keepdim=True) + torch.arange(E, device=self.device)  # (R, E)
+            more["position_ids"] = positions.clamp(max=self.block_size - 1)  # padding may lie beyond
+        return self.model(ids, past_key_values=cache, **more).logits
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # scores
 
 
-def evaluate(logits_of, encoded, device="cpu", rank=0, world_size=1, autocast=nullcontext, progress=False):
-    """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl. Arguments as for `score_endings`.
+@torch.inference_mode()
+def evaluate(scorer, encoded, rank=0, world_size=1, dtype="float32", stop=lambda: None, progress=False):
+    """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
 
+    scorer: GPTScorer or HFScorer, its model in eval mode. stop: asked between batches; a reason ends the scoring.
     For the figures, sum `counts(rows)` over the ranks, then `figures`.
     A row: {"item", "ind", "label", "logprobs" (4), "tokens" (4), "chars" (4), "acc", "acc_norm", "acc_char"}, the last
     three being the choices.
     """
-    sums = dict(score_endings(logits_of, encoded, device, rank, world_size, autocast, progress))
-    scored = dict.fromkeys(i for i, _ in sums)
-    return [
-        score(encoded.items[i], [sums[i, k] for k in range(4)], [len(e) for e in encoded.endings[i]]) for i in scored
-    ]
+    groups, scored = encoded.groups[rank::world_size], []
+    with tqdm(total=sum(map(len, groups)), unit="item", disable=None if progress and not rank else True) as bar:
+        for group in groups:
+            if stop():
+                break
+            sums = {}
+            with autocast(scorer.device, dtype):
+                past = scorer.contexts([encoded.contexts[i][:-1] for i in group])
+                for places, *batch in encoded.rows(group):
+                    owner, ids, targets = (t.to(scorer.device) for t in batch)
+                    logits = scorer.endings(past, owner, ids).flatten(0, 1)  # (R * E, V)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+                    sums.update(zip(places, (-nats.view(targets.shape).cpu().double().sum(-1)).tolist()))
+            for i in group:
+                tokens = [len(ending) for ending in encoded.endings[i]]
+                scored.append(score(encoded.items[i], [sums[i, k] for k in range(4)], tokens))
+            bar.update(len(group))
+    return scored
 
 
 def score(item, logprobs, tokens):
@@ -135,11 +252,6 @@ def score(item, logprobs, tokens):
         "acc": int(np.argmax(logprobs)), "acc_norm": int(np.argmax(np.divide(logprobs, tokens))),
         "acc_char": int(np.argmax(np.divide(logprobs, np.maximum(chars, 1)))),
     }  # fmt: skip
-
-
-def rows_at_once(device):
-    """Endings in a batch, unless somebody says: what keeps the device busy; it changes no figure."""
-    return 32 if device.type == "cpu" else 128
 
 
 def counts(rows):
@@ -164,44 +276,6 @@ def wilson(k, n, z=1.959964):
     return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
 
 
-def mcnemar(only_a, only_b):
-    """Exact two-sided p-value that two models are equally good, from the items that only one of them has right."""
-    n, term, total = only_a + only_b, 1, 0
-    for k in range(min(only_a, only_b) + 1):
-        total += term  # n choose k
-        term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2**n)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the naive ways, in their most readable form: the oracle, and what batching is measured against
-
-
-@torch.no_grad()
-def one_ending_at_a_time(model, tokenizer, item, device="cpu"):
-    """Four summed log-probabilities with a Hugging Face model: a forward pass for each context with its ending."""
-    context, sums = tokenizer(item["ctx"]).input_ids, []
-    for ending in item["endings"]:
-        idx = torch.tensor([tokenizer(item["ctx"] + " " + ending).input_ids], device=device)  # (1, T)
-        logprobs = model(idx).logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
-        sums.append(logprobs.gather(1, idx[0, 1:, None])[len(context) - 1 :].sum().item())
-    return sums
-
-
-@torch.no_grad()
-def one_item_at_a_time(model, tokenizer, item, device="cpu"):
-    """The same with the four rows of an item as one padded batch, as build-nanogpt's hellaswag.py does."""
-    context = tokenizer(item["ctx"]).input_ids
-    rows = [tokenizer(item["ctx"] + " " + ending).input_ids for ending in item["endings"]]
-    idx, mask = torch.zeros(2, 4, max(map(len, rows)), dtype=torch.long, device=device)  # (4, T) each
-    for k, row in enumerate(rows):
-        idx[k, : len(row)] = torch.tensor(row)
-        mask[k, len(context) : len(row)] = 1
-    logits = model(idx).logits[:, :-1].float()  # (4, T - 1, V)
-    nats = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none")
-    return (-nats.view(4, -1) * mask[:, 1:]).sum(1).tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
@@ -210,216 +284,93 @@ def one_item_at_a_time(model, tokenizer, item, device="cpu"):
 class Config:
     """Score HellaSwag with a checkpoint of ours or any Hugging Face causal LM."""
 
-    run_dir: Path
-    """Run directory to write."""
-    model: str = ""
-    """A Hugging Face causal LM: a folder or a name on the hub."""
-    checkpoint: str = ""
-    """A run of gpt2/train_gpt2.py, or one of its checkpoint files."""
-    input: str = ""
-    """Local items: jsonl, gzipped or not; empty: from the hub."""
-    limit: int = 0
-    """Items: the first so many of a fixed permutation; 0: all 10,042."""
-    prompt: Literal["plain", "lm-eval"] = "plain"
-    """plain: contexts as they are, as build-nanogpt; lm-eval: as lm-evaluation-harness (needs the official file)."""
-    compare: Path | None = None
-    """An earlier run of this script, compared item by item (McNemar's test)."""
-    naive: int = 0
-    """Also score so many items one at a time with plain transformers, in one process: differences, ratios of speeds."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: cuda, else mps, else cpu."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the matmuls (autocast)."""
-    compile: bool = False
-    """Compile the model; each ending then carries its context, in few shapes."""
-    batch_size: int = 0
-    """Endings at once; 0: 32 on a CPU, else 128."""
+    run_dir: Path  # run directory to write
+    model: str = ""  # a Hugging Face causal LM: a folder or a name on the hub
+    checkpoint: str = ""  # a run of gpt2/train_gpt2.py, or one of its checkpoint files
+    input: str = ""  # local items: jsonl, gzipped or not; empty: from the hub
+    limit: int = 0  # items: the first so many of a fixed permutation; 0: all 10,042
+    prompt: Literal["plain", "lm-eval"] = "plain"  # plain: as build-nanogpt; lm-eval: as lm-evaluation-harness
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # type of the matmuls (autocast)
+    batch_size: int = 64  # endings in a forward pass
 
 
-@dataclass
-class Scorer:
-    """A loaded model and how to feed it."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    encode: object  # list of str -> list of lists of ids
-    prefix: list
-    block_size: int
-    logits_of: object  # Batch -> logits of its rows
+def load_ours(name, device):
+    """A checkpoint of gpt2/train_gpt2.py -> (scorer, the further arguments of Encoded)."""
+    model, tokenizer = load_model(name, device)
+    return GPTScorer(model), (tokenizer.to_tiktoken().encode_ordinary_batch, model.config.block_size, [])
 
 
-def load_ours(cfg, device):
-    """A checkpoint of gpt2/train_gpt2.py -> Scorer."""
-    model, tokenizer = load_model(cfg.checkpoint, device)
-    block_size = model.config.block_size
-    logits_of = plain(lambda idx: model(idx)[0], block_size, compile=True) if cfg.compile else shared_gpt(model)
-    return Scorer(model, tokenizer, tokenizer.to_tiktoken().encode_ordinary_batch, [], block_size, logits_of)
-
-
-def load_hf(cfg, device):
-    """A Hugging Face causal LM, from a folder or the hub -> Scorer."""
+def load_hf(name, device):
+    """A Hugging Face causal LM, from a folder or the hub -> (scorer, the further arguments of Encoded)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e:
-        raise UsageError(f"no causal LM at {cfg.model!r}: {str(e).splitlines()[0]} Give a local folder") from None
+        raise UsageError(f"no causal LM at {name!r}: {str(e).splitlines()[0]} Give a local folder") from None
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False).input_ids
 
-    def logits_of(idx):
-        return model(idx, use_cache=False).logits
-
     whole, bare = tokenizer("x").input_ids, encode(["x"])[0]
     prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
     block_size = getattr(model.config, "max_position_embeddings", None) or 2048
-    apart = plain(logits_of, block_size, compile=cfg.compile)
-    scorer = Scorer(model, tokenizer, encode, prefix, block_size, apart)
-    if not cfg.compile and shares(scorer, device):
-        scorer.logits_of = shared_hf(model, block_size)
-    return scorer
+    scorer, arguments = HFScorer(model, block_size), (encode, block_size, prefix)
+    if not shares_contexts(scorer, arguments):
+        raise UsageError(f"{name} keeps no usual key-value cache, so its contexts cannot be shared by their endings")
+    return scorer, arguments
 
 
 @torch.no_grad()
-def shares(scorer, device):
-    """Whether a model takes shared contexts: some keep another kind of cache, or count positions in another way."""
-    items = [
-        {"ctx": "One two three four, five", "endings": ["six", "seven eight nine", "ten", "eleven"]},
-        {"ctx": "One", "endings": ["and two", "and three", "and", "and then four"]},
-    ]
-    batch = next(Encoded(items, scorer.encode, scorer.block_size, scorer.prefix, batch_size=2).batches(device=device))
+def shares_contexts(scorer, arguments):
+    """Whether a model scores two made-up items alike with shared contexts and as whole texts.
+
+    Some models keep another kind of cache, or count positions in another way.
+    """
+    texts = [("One two three four, five", ["six", "seven eight", "ten", "eleven"]), ("One", ["two", "and", "a b", "4"])]
+    items = [{"item": i, "ind": i, "label": 0, "ctx": t[0], "endings": t[1]} for i, t in enumerate(texts)]
+    encoded = Encoded(items, *arguments)
     try:
-        pairs = list(zip(shared_hf(scorer.model, scorer.block_size)(batch), scorer.logits_of(batch), batch.rows))
+        rows = evaluate(scorer, encoded)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    logprobs = [[x[rows.targets >= 0].log_softmax(-1) for x in (a, b)] for a, b, rows in pairs]
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in logprobs)
-
-
-TURNS = 2  # of each way, in alternation
-NAIVE = {"one ending at a time": one_ending_at_a_time, "one item at a time": one_item_at_a_time}
-
-
-def take_turns(scorer, encoded, items, ranks):
-    """Score items batched and in the naive ways -> {way: seconds}, {naive way: four sums of each item, on rank 0}.
-
-    All ways take turns over the same items, so that all meet the same machine; tokenizing counts. Batched, each process
-    has its share; the naive ways run in one, which on a CPU gets the threads of all. Collective.
-    """
-    seconds, sums = dict.fromkeys(["batched", *NAIVE], 0.0), {way: [] for way in NAIVE}
-    size = -(-len(items) // TURNS)
-    for part in (items[i : i + size] for i in range(0, len(items), size)):
-        ranks.wait()
-        started = time.perf_counter()
-        again = Encoded(part, scorer.encode, scorer.block_size, scorer.prefix, encoded.batch_size)
-        evaluate(scorer.logits_of, again, ranks.device, ranks.rank, ranks.world_size)
-        ranks.wait()
-        seconds["batched"] += time.perf_counter() - started
-        with threads(torch.get_num_threads() * ranks.world_size):
-            for way, naive in NAIVE.items():
-                started = time.perf_counter()
-                for item in tqdm(part, way, disable=None if ranks.main else True):
-                    if ranks.main:
-                        sums[way].append(naive(scorer.model, scorer.tokenizer, item, ranks.device))
-                    ranks.wait()  # after each item: waiting for all of them would look like a process that hangs
-                seconds[way] += time.perf_counter() - started
-    return seconds, sums
-
-
-def check_naive(scorer, encoded, rows, cfg, ranks, log):
-    """Score the first --naive items in the naive ways as well -> the differences, and the ratios of the speeds."""
-    items, by_item = encoded.items[: cfg.naive], {row["item"]: row for row in rows}
-    rows = [by_item[item["item"]] for item in items]
-    seconds, sums = take_turns(scorer, encoded, items, ranks)
-    if not ranks.main:
-        return {}
-    speeds = {way: len(items) / s for way, s in seconds.items()}
-    count = torch.get_num_threads()
-    log.print(f"in turns, {ranks.world_size} x {count} threads: batched {speeds['batched']:.1f} items/s")
-    result = {"naive_items": len(items), "batched_items_per_sec": speeds["batched"], "processes": ranks.world_size}
-    for way in NAIVE:
-        chosen = [score(item, four, row["tokens"]) for item, four, row in zip(items, sums[way], rows)]
-        agree = sum(all(a[kind] == b[kind] for kind in ACCURACIES) for a, b in zip(chosen, rows))
-        worst = max(abs(a - b) for four, row in zip(sums[way], rows) for a, b in zip(four, row["logprobs"]))
-        ratio = speeds["batched"] / speeds[way]
-        log.print(
-            f"{way}: {speeds[way]:.1f} items/s, batched is {ratio:.2f}x as fast; {agree} of {len(items)} items "
-            f"agree, log-probabilities to {worst:.1e}"
-        )
-        facts = {"agree": agree, "max_diff": worst, "items_per_sec": speeds[way], "batched_ratio": ratio}
-        result[way.replace(" ", "_")] = facts
-    return result
-
-
-def compare(rows, run_dir):
-    """Item by item against an earlier run -> {"items", kind: {"only_this", "only_other", "p"}}."""
-    path = Path(run_dir) / "hellaswag.jsonl"
-    path = path if path.exists() else path.with_name("hellaswag.jsonl.gz")  # gzipped for keeping
-    other = {row["item"]: row for row in _read_jsonl(path)}
-    pairs = [(row, other[row["item"]]) for row in rows if row["item"] in other]
-    if not pairs or any(a["label"] != b["label"] for a, b in pairs):
-        raise UsageError(f"{path} does not hold the same items; score both models on the same file")
-    result = {"items": len(pairs)}
-    for kind in ACCURACIES:
-        right = [(a[kind] == a["label"], b[kind] == b["label"]) for a, b in pairs]
-        this, that = sum(a and not b for a, b in right), sum(b and not a for a, b in right)
-        result[kind] = {"only_this": this, "only_other": that, "p": mcnemar(this, that)}
-    return result
-
-
-def report(cfg, log, encoded, rows, counted, seconds):
-    """Write and print what was found -> the figures for result.json. On one rank."""
-    with atomic_open(log.run_dir / "hellaswag.jsonl") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    result, speed = figures(counted), len(rows) / seconds
-    log.metric(0, "hellaswag", **result, items_per_sec=speed, seconds=seconds)
-    for kind in ACCURACIES:
-        low, high = result[f"{kind}_low"], result[f"{kind}_high"]
-        log.print(f"{kind:<8} {result[kind]:.4f}   95 % interval {low:.4f} to {high:.4f}")
-    log.print(f"{len(rows):,} items, {encoded.cut} contexts cut on the left, {speed:.1f} items/s")
-    if cfg.compare:
-        result["compare"] = {"run": cfg.compare.name, **compare(rows, cfg.compare)}
-        for kind in ACCURACIES:
-            c = result["compare"][kind]
-            log.print(f"{kind:<8} right here alone {c['only_this']}, there alone {c['only_other']}, p = {c['p']:.3g}")
-    return result | {"cut": encoded.cut, "items_per_sec": speed}
-
-
-def check(cfg):
-    """Refuse what cannot work before anything is loaded."""
-    if bool(cfg.model) == bool(cfg.checkpoint):
-        raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
-    if cfg.naive and not cfg.model:
-        raise UsageError("--naive scores with transformers: it needs --model")
-    if cfg.compare and not any(cfg.compare.glob("hellaswag.jsonl*")):
-        raise UsageError(f"{cfg.compare} holds no hellaswag.jsonl to compare with")
+    for row in rows:
+        context = encoded.contexts[row["item"]]
+        for ending, shared in zip(encoded.endings[row["item"]], row["logprobs"]):
+            logits = scorer.model(torch.tensor([context + ending], device=scorer.device)).logits[0, :-1]  # (T - 1, V)
+            logprobs = logits[-len(ending) :].log_softmax(-1)[range(len(ending)), ending]
+            if not math.isclose(logprobs.sum().item(), shared, rel_tol=1e-3, abs_tol=1e-3):
+                return False
+    return True
 
 
 def main():
-    """Score, report, and compare with the naive ways where --naive asks."""
+    """Score, print the figures, write the run directory."""
     cfg = tyro.cli(Config)
-    check(cfg)
+    if bool(cfg.model) == bool(cfg.checkpoint):
+        raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
     items = load_items(cfg.input, cfg.limit, cfg.prompt)
     ranks = Ranks(cfg.device)
-    device = ranks.device
-    scorer = load_ours(cfg, device) if cfg.checkpoint else load_hf(cfg, device)
-    batch_size = cfg.batch_size or rows_at_once(device)
+    scorer, arguments = load_hf(cfg.model, ranks.device) if cfg.model else load_ours(cfg.checkpoint, ranks.device)
     with RunLog(cfg.run_dir, "hellaswag", cfg, enabled=ranks.main) as log:
         started = time.perf_counter()
-        encoded = Encoded(items, scorer.encode, scorer.block_size, scorer.prefix, batch_size)
-        autocast = nullcontext
-        if cfg.dtype != "float32":
-            autocast = partial(torch.autocast, device.type, getattr(torch, cfg.dtype))
-        rows = evaluate(scorer.logits_of, encoded, device, ranks.rank, ranks.world_size, autocast, progress=True)
-        counted = ranks.sum(counts(rows))
+        encoded = Encoded(items, *arguments, cfg.batch_size)
+        rows = evaluate(scorer, encoded, ranks.rank, ranks.world_size, cfg.dtype, progress=True)
+        result = figures(ranks.sum(counts(rows)))
         rows = sorted(chain.from_iterable(ranks.gather(rows)), key=lambda row: row["item"])
         seconds = time.perf_counter() - started
-        result = report(cfg, log, encoded, rows, counted, seconds) if ranks.main else {}
-        if cfg.naive:
-            result |= check_naive(scorer, encoded, rows, cfg, ranks, log)
-        log.finish("success", **result)
+        speed = len(rows) / seconds
+        if ranks.main:
+            with atomic_open(log.run_dir / "hellaswag.jsonl") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+        log.metric(0, "hellaswag", **result, items_per_sec=speed, seconds=seconds)
+        for kind in ACCURACIES:
+            low, high = result[f"{kind}_low"], result[f"{kind}_high"]
+            log.print(f"{kind:<8} {result[kind]:.4f}   95 % interval {low:.4f} to {high:.4f}")
+        log.print(f"{len(rows):,} items, {encoded.cut} contexts cut on the left, {speed:.1f} items/s")
+        log.finish("success", **result, cut=encoded.cut, items_per_sec=speed)
     ranks.close()
 
 

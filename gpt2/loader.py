@@ -17,11 +17,11 @@ from data.shards import open_split
 class Loader:
     """Sequences of `block_size` tokens from the shards of one split.
 
-    rows_per_step: sequences that one optimizer step consumes, over all ranks.
+    rows_per_step: sequences that one optimizer step consumes, over all ranks. meta: the folder's manifest, if checked.
     """
 
-    def __init__(self, data_dir, split, block_size, rows_per_step=1, seed=0):
-        self.shards = open_split(data_dir, split)  # memory-mapped uint16, (tokens,) each
+    def __init__(self, data_dir, split, block_size, rows_per_step=1, seed=0, meta=None):
+        self.shards = open_split(data_dir, split, meta)  # memory-mapped uint16, (tokens,) each
         self.block_size, self.rows_per_step, self.seed = block_size, rows_per_step, seed
         # Sequence i of a shard is tokens [i T, i T + T], its last token being the last target, hence the -1.
         per_shard = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]

@@ -4,7 +4,6 @@
 comments: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary entries.
 """
 
-import functools
 import math
 from pathlib import Path
 
@@ -14,6 +13,18 @@ import torch.nn.functional as F
 
 from common import UsageError
 from gpt2.config import GPTConfig
+from gpt2.cross_entropy import chunked_cross_entropy
+
+# What this file hard-codes; a Hugging Face model that differs is refused rather than computed wrongly.
+PLAIN_GPT2 = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "n_inner": None,
+    "tie_word_embeddings": True,
+}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # weights that Hugging Face's GPT-2 stores transposed
 
 
 class CausalSelfAttention(nn.Module):
@@ -104,8 +115,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, *, cache=None, return_logits=True, reduction="mean"):
         """Predict the next token at every position.
 
-        idx: (B, T) token ids, T <= block_size; targets: (B, T) ids of the next tokens, -1 where none is to be learned.
-        cache: a `sample.KVCache` that holds the keys and values of earlier tokens.
+        idx: (B, T) token ids, T <= block_size; targets: (B, T) ids of the next tokens, -1 to ignore a position.
+        cache: a `sample.KVCache` with the keys and values of earlier tokens.
         return_logits: False skips the (B, T, V) logits; the loss is then computed in chunks, with less memory.
         reduction: "mean" over the targets that are not -1, or their "sum".
 
@@ -118,25 +129,21 @@ class GPT(nn.Module):
             return logits, None
         if return_logits:
             wide = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(
-                logits.reshape(-1, V).to(wide), targets.reshape(-1), ignore_index=-1, reduction="sum"
-            )
+            loss = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-1, reduction="sum")
         else:
             x, compiling = x.flatten(0, 1), torch.compiler.is_compiling()  # (B * T, C)
-            loss = chunked_cross_entropy(x, self.lm_head.weight, targets.reshape(-1), V, compiling)
+            loss = chunked_cross_entropy(x, self.lm_head.weight, targets.flatten(), V, compiling)
         if reduction == "mean":
             loss = loss / (targets >= 0).sum()
         return logits, loss
 
     def hidden(self, idx, cache=None):
-        """What the last norm gives for idx (B, T), before the output projection: (B, T, C)."""
-        T = idx.shape[1]
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.block_size:
-            raise UsageError(f"{past + T} tokens do not fit into block_size {self.config.block_size}; shorten the text")
-        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
-        if cache is not None:
-            pos = cache.positions(T)  # (B, T): prompts of a batch begin at their own place
+        """Everything before the output projection: idx (B, T) -> (B, T, C)."""
+        T, block_size = idx.shape[1], self.config.block_size
+        if block_size < T:
+            raise UsageError(f"{T} tokens do not fit into block_size {block_size}; shorten the text")
+        # (T,), or with a cache (B, T): each prompt of a batch begins at its own column
+        pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
@@ -144,15 +151,18 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def num_params(self):
-        """Parameters, shared ones once, the padding of the vocabulary left out."""
+        """Number of parameters, shared ones counted once, without the padding of the vocabulary."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self):
-        """Training FLOPs a token: 6 for each weight of a matmul, and attention's 12 n_layer n_embd T (PaLM, App. B)."""
+        """Training FLOPs a token, 6 N + 12 n_layer n_embd T (PaLM, appendix B): 854.7 million for GPT-2 124M.
+
+        N: weights of matmuls, the vocabulary with its padding: no biases, norms or position embeddings.
+        """
         c = self.config
-        matmul = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.transformer.wpe.weight.numel()
-        return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size
+        N = sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.transformer.wpe.weight.numel()
+        return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
@@ -167,16 +177,10 @@ class GPT(nn.Module):
             first = str(e).splitlines()[0]
             raise UsageError(f"no GPT-2 weights at {name_or_folder!r}: {first} Give a local folder instead") from None
         c = hf.config
-        odd = [k for k, v in PLAIN_GPT2.items() if getattr(c, k, v) != v]
-        if odd:
-            raise UsageError(
-                f"{name_or_folder} is not a plain GPT-2: its {', '.join(odd)} differ; no such model is built here"
-            )
-        config = GPTConfig(
-            block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            dropout=dropout,
-        )  # fmt: skip
-        model = cls(config)
+        if odd := [k for k, v in PLAIN_GPT2.items() if getattr(c, k, v) != v]:
+            raise UsageError(f"{name_or_folder} is not a plain GPT-2: its {', '.join(odd)} differ")
+        shape = {"block_size": c.n_positions, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+        model = cls(GPTConfig(vocab_size=c.vocab_size, dropout=dropout, **shape))
         model.load_hf_state_dict(hf.state_dict())
         return model
 
@@ -199,98 +203,3 @@ class GPT(nn.Module):
             if name != "lm_head.weight":
                 state[name] = (tensor.t() if name.endswith(CONV1D) else tensor).contiguous()
         return state
-
-
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# What this file hard-codes; a folder that says otherwise is refused rather than computed wrongly.
-PLAIN_GPT2 = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "n_inner": None,
-    "tie_word_embeddings": True,
-}
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Output projection and cross-entropy in one, a few rows of logits at a time.
-
-    At a vocabulary of 50,304 the logits and their gradient are by far the largest tensors of a step. Here the forward
-    pass computes a chunk's logits, its loss and at once the gradients with respect to x and w, so that no more than a
-    chunk ever exists; backward only scales them (the idea is Liger Kernel's, Hsu et al. 2024). The chunk is never
-    normalised: exp(logits - max) goes through the matmuls as it is, and the sums divide what is (rows, C) narrow.
-
-    forward(x (N, C), w (V_padded, C), targets (N,), vocab_size, compile) -> sum over targets >= 0 of -log p, float32 or
-    wider. compile: compile the one pass over a chunk that is no matmul.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w, targets, vocab_size, compile=False):
-        """Sum of the losses; the gradients are made on the way and kept in ctx."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # sums of exponentials need the range
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rows = max(64, CHUNK_LOGITS.get(device, 2**28) // w.shape[0])  # of logits at once
-        exp = _compiled_exp() if compile else _exp
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        with torch.autocast(device, enabled=False):
-            w_, x_ = w.to(dtype), x.to(dtype)
-            buffer = x_.new_empty(min(rows, len(x)), len(w))  # one for all chunks: fresh memory costs page faults
-            dx, dw = (torch.empty_like(t, dtype=wide) if needs_grad else None for t in (x, w))
-            for i in range(0, len(x), rows):
-                xc, tc = x_[i : i + rows], targets[i : i + rows]
-                logits = torch.mm(xc, w_.t(), out=buffer[: len(xc)])  # (rows, V)
-                known, at = (tc >= 0)[:, None], tc.clamp(min=0)  # (rows, 1), (rows,)
-                correct = logits.gather(1, at[:, None]).to(wide)  # (rows, 1)
-                e, top, total = exp(logits, vocab_size)  # (rows, V), (rows, 1), (rows, 1)
-                loss += torch.where(known, total.log() + top - correct, 0.0).sum()
-                if needs_grad:
-                    # d loss / d logits = e / total - one-hot, and nothing where the target is -1
-                    share = torch.where(known, 1 / total, 0.0)  # (rows, 1)
-                    torch.mul(e @ w_, share, out=dx[i : i + rows]).sub_(w_[at] * known)  # (rows, C)
-                    _add_product(dw, e.t(), (xc * share).to(dtype), first=i == 0)  # (V, C)
-                    dw.index_add_(0, at, (xc * known).to(wide), alpha=-1)
-        if needs_grad:
-            ctx.grads = dx.to(x.dtype), dw.to(w.dtype)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        (dx, dw), ctx.grads = ctx.grads, None  # scaled in place, so good for one backward pass
-        return dx.mul_(grad), dw.mul_(grad), None, None, None
-
-
-# Logits in a chunk: fewer chunks read the weights less often, on a CPU 64 MB are enough of that.
-CHUNK_LOGITS = {"cpu": 2**24}
-
-
-def _exp(logits, vocab_size):
-    """logits (rows, V) -> exp(logits - max), 0 in the vocabulary's padding; max and the sum of it, (rows, 1), wide."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wide[:, vocab_size:] = -math.inf
-    top = wide.amax(-1, keepdim=True)
-    e = wide.sub_(top).exp_()
-    return e.to(logits.dtype), top, e.sum(-1, keepdim=True)
-
-
-@functools.cache
-def _compiled_exp():
-    return torch.compile(_exp, dynamic=False)
-
-
-def _add_product(out, a, b, first):
-    """out += a @ b, or out = a @ b for the first; in one pass where the types agree."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=0 if first else 1, out=out)
-    else:
-        out.copy_(a @ b) if first else out.add_(a @ b)
-
-
-@torch.compiler.disable
-def chunked_cross_entropy(x, w, targets, vocab_size, compile):
-    """`ChunkedCrossEntropy`, left alone by torch.compile: unrolled into its graph, n chunks compile n times as long."""
-    if not torch.is_grad_enabled():  # a Function is asked for gradients all the same, and makes them on the way
-        x, w = x.detach(), w.detach()
-    return ChunkedCrossEntropy.apply(x, w, targets, vocab_size, compile)

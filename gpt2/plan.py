@@ -1,38 +1,37 @@
-"""What a run will need, before it is started: parameters, memory, the micro-batch that fits, hours, disk (`--plan`)."""
+"""What this hardware can do, and what a run will need of it before it starts: memory, hours, disk (`--plan`)."""
 
 import os
 import re
+import sys
 import time
-from pathlib import Path
 
+import psutil
 import torch
 
-from common import UsageError, pick_device
+from common import UsageError, has_bfloat16, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import GPTConfig
 from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the hardware
+
 # Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
 # reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.
 PEAKS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+# glibc returns large freed buffers to the system at once, and each comes back as a page fault per 4 kB: up to a third
+# of a step on a CPU. Kept and backed by huge pages they cost nothing, and the matmuls miss fewer translations.
+CPU_MEMORY_SETTINGS = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{k}" for k in ("mmap_threshold=4294967296", "trim_threshold=4294967296", "hugetlb=1")
+    )
 }
 
 
@@ -47,14 +46,46 @@ def peak_flops(device, dtype):
 
 
 def free_memory(device):
-    """Bytes that a process may still take on the device, or None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes that a process may still take on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def sdpa_backend(q):
+    """Name of the kernel that F.scaled_dot_product_attention takes for causal attention on q (B, nh, T, hs)."""
+    from torch.nn.attention import SDPBackend
+
     try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return 1024 * int(re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.M)[1])
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
+    except (AttributeError, RuntimeError, ValueError):  # a private function; MPS has none
+        return "unknown"
+
+
+def can_keep_memory():
+    """Whether CPU_MEMORY_SETTINGS have an effect here: the C library is glibc."""
+    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+
+def restart_with_memory_settings():
+    """Restart this program once with CPU_MEMORY_SETTINGS, which the C library reads only at the start."""
+    if can_keep_memory() and any(os.environ.get(k) != v for k, v in CPU_MEMORY_SETTINGS.items()):
+        os.environ.update(CPU_MEMORY_SETTINGS)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def advice(device, cfg):
+    """Settings that would make a run on a CPU faster and are not set, as the end of a log line."""
+    if device.type != "cpu":
+        return ""
+    text = ""
+    if cfg.dtype == "float32" and has_bfloat16("cpu"):
+        text += " | this CPU multiplies bfloat16: --dtype bfloat16 is faster"
+    if can_keep_memory() and "GLIBC_TUNABLES" not in os.environ:
+        text += " | fewer page faults: --cpu-memory-settings"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
 
 
 def memory_estimate(model, cfg, device):
@@ -91,8 +122,7 @@ def measure_speed(model, cfg, device, rows):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device.type)
         seconds.append(time.perf_counter() - start)
     return rows * cfg.block_size / min(seconds[1:])  # the first one warms up
 
@@ -106,14 +136,13 @@ def print_plan(cfg):
         vocab_size = read_meta(cfg.data_dir)["vocab_size"]
         data = f"{cfg.data_dir}: vocabulary of {vocab_size:,}"
     except UsageError as e:
-        vocab_size, data = 50257, f"not there yet ({e}); assuming GPT-2's vocabulary of 50,257"
-    shape = {k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-    config = GPTConfig(vocab_size=vocab_size, **shape)
+        vocab_size, data = 50257, f"not prepared ({e}); assuming GPT-2's vocabulary of 50,257"
+    config = GPTConfig(vocab_size=vocab_size, **cfg.shape)
     with torch.device("meta"):  # shapes alone, so that a plan of the largest model fits anywhere
         model = GPT(config)
     fixed, per_sequence = memory_estimate(model, cfg, device)
     memory = free_memory(device)
-    best = largest_micro_batch(cfg, world_size, fixed, per_sequence, memory or 0)
+    best = largest_micro_batch(cfg, world_size, fixed, per_sequence, memory)
     tokens = cfg.max_steps * cfg.total_batch_size
     checkpoint = 12 * sum(p.numel() for p in model.parameters())
 
@@ -125,26 +154,26 @@ def print_plan(cfg):
         "compute": f"{tokens * model.flops_per_token():.3g} FLOP",
         "memory": f"{_gb(fixed)} and {_gb(per_sequence)} a sequence: about "
         f"{_gb(fixed + cfg.micro_batch_size * per_sequence)} a process at --micro-batch-size {cfg.micro_batch_size}",
+        "fits here": f"at most --micro-batch-size {best} ({_gb(memory)} free on {device.type})",
+        "disk": f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}",
     }
-    if memory:
-        fits = f"--micro-batch-size {best}" if best else "no micro-batch does"
-        lines["fits here"] = f"{fits} ({_gb(memory)} free on {device.type})"
-    lines["disk"] = f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}"
     for name, text in lines.items():
         print(f"{name:<11} {text}", flush=True)
+    print(f"{'time':<11} {_hours(cfg, config, device, world_size, tokens, best)}")
+
+
+def _hours(cfg, config, device, world_size, tokens, best):
+    """Hours for `tokens`, at the speed that is assumed or measured. best: largest micro-batch that fits here, or 0."""
     speed, how = cfg.plan_tok_per_sec, "assumed"
-    if not speed and (best or not memory):
-        rows = min(best or 1, cfg.micro_batch_size)
+    if not speed and not best:
+        return "not measured, since it does not fit here; --plan-tok-per-sec assumes a speed"
+    if not speed:
+        model, rows = GPT(config), min(best, cfg.micro_batch_size)
         if device.type != "cuda":  # seconds, not minutes
             rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
-        speed = measure_speed(GPT(config), cfg, device, rows) * world_size
+        speed = measure_speed(model, cfg, device, rows) * world_size
         how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
-    hours = (
-        f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
-        if speed
-        else "not measured, since it does not fit here; --plan-tok-per-sec assumes a speed"
-    )
-    print(f"{'time':<11} {hours}")
+    return f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
 
 
 def _gb(n):

@@ -1,187 +1,139 @@
 """Compute parts of a recorded GPT-2 run again: `python -m runlog verify RUN` calls this.
 
-From fresh weights and from every kept checkpoint a few steps are replayed by the trainer itself, with the recorded
-settings, and their rows are held to the recorded ones. On the same kind of machine they have to agree to the last bit
-where training repeats: eager on a CPU with as many threads, elsewhere with --deterministic. Otherwise to a tolerance.
+The trainer itself replays a few steps from fresh weights and from every kept checkpoint, with the recorded settings,
+and their rows are compared. On the same hardware they must agree to the last bit where training repeats: eager on a CPU
+with as many threads, elsewhere with --deterministic. Otherwise to a tolerance.
 """
 
-import gzip
-import json
 import re
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import UsageError
+import torch
+
+from common import UsageError, plain, read_jsonl
+from common.checkpoints import problem, sorted_checkpoints, step_of
 from data.shards import verify as verify_shards
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import TrainConfig
-from gpt2.distributed import Ranks, threads
+from gpt2.distributed import Ranks
 from gpt2.train_gpt2 import Trainer, all_settings, resolve
-from runlog import TIMING_FIELDS, RunLog, read_metrics
+from runlog import TIMING_FIELDS, RunLog
 from runlog.verify import compare_figures, locate_input
 
 # Relative, for a few steps from the same state. Other threads, ranks or kernels round sums in another order; Muon's
-# orthogonalization spreads that, and 16-bit matmuls start from larger roundings.
+# orthogonalization amplifies that, and 16-bit matmuls start from larger roundings.
 TOLERANCE = {"float32": 1e-4, "muon": 2e-3, "16 bit": 2e-2}
 
 
 def replay_run(run, report, *, steps, whole, data):
     """Check data, tokenizer and checkpoints of a run, and replay steps of it."""
     if run.kind == "hellaswag":
-        return prove_hellaswag(run, report)
-    cfg = config_of(run, locate_input(run.settings["data_dir"], data))
-    meta = verify_shards(cfg.data_dir)
-    if not check_identity(run, report, cfg, meta):
-        return
-    kept = usable_checkpoints(run, report)
-    report.reasons += training_reasons(run, cfg)
-    last = run.result.get("step") or run.step or 0
-    starts = [(0, None)] if whole or not changed_on_resume(run) else []
-    if not whole:
-        starts += [(at, path) for at, path in kept.items() if at <= last]
-    elif changed_on_resume(run):
-        raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
-    compared = set()
-    with threads(run.env.get("threads")):
-        for at, path in starts:
-            stop = last if whole else min(at + steps, last)
-            compared |= replay(run, report, cfg, meta, at, stop, path)
-    left = sum(row["kind"] in ("train", "val") for row in run.metrics) - len(compared)
-    if left:
-        report.open(f"{left:,} rows were not computed again: only their sum speaks for them (--whole replays all)")
-
-
-def config_of(run, data_dir):
-    """The recorded settings as a TrainConfig that only trains and validates."""
-    known = {f.name for f in fields(TrainConfig)}
-    cfg = TrainConfig(**{k: v for k, v in run.settings.items() if k in known})
-    off = {"tensorboard": False, "wandb": False} if {"tensorboard", "wandb"} <= known else {}
-    return replace(cfg, data_dir=str(data_dir), sample_every=0, hellaswag_every=0, stop_after_minutes=0.0, **off)
-
-
-def check_identity(run, report, cfg, meta):
-    """Are shards and tokenizer those that the run read? -> whether they are."""
-    now, failed = all_settings(cfg, meta), report.failed
+        return replay_hellaswag(run, report)
+    names = {f.name for f in fields(TrainConfig)} & run.settings.keys()
+    cfg = replace(
+        TrainConfig(**{name: run.settings[name] for name in names}),
+        data_dir=str(locate_input(run.settings["data_dir"], data)), stop_after_minutes=0.0,
+        sample_every=0, hellaswag_every=0, checkpoint_every=0, tensorboard=False, wandb=False,
+    )  # fmt: skip
+    meta, failed = verify_shards(cfg.data_dir), report.failed
+    now = all_settings(cfg, meta)
     for name, what in (("shards_sha256", "the shards"), ("tokenizer_sha256", "the tokenizer of the shards")):
         if run.settings.get(name) == now[name]:
-            report.ok(f"{what} in {cfg.data_dir}: as the run read them, every sum is right")
+            report.ok(f"{what} in {cfg.data_dir}: as the run read them, checksums match")
         else:
             report.fail(f"{what} in {cfg.data_dir}: not as the run read them, {name} is another")
     own = run.run_dir / "tokenizer.model"
     if own.exists() and checkpoint.Tokenizer.load(own).sha256 != run.settings.get("tokenizer_sha256"):
         report.fail(f"{own} is not the tokenizer of the run")
-    return report.failed == failed
+    if report.failed > failed:
+        return
+
+    log = run.run_dir / "log.txt"
+    log = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    changed = "changed on resume:" in log  # by --allow-config-change: its steps then had several settings
+    if whole and changed:
+        raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
+    last = run.result.get("step") or run.step or 0
+    starts = [] if changed else [(0, None)]
+    starts += [(at, path) for at, path in usable_checkpoints(run, report) if at <= last and not whole]
+    report.reasons += training_reasons(run, cfg, log)
+    torch.set_num_threads(run.env.get("threads") or torch.get_num_threads())  # another number sums in another order
+    compared = set()
+    for at, path in starts:
+        compared |= replay(run, report, cfg, meta, at, last if whole else min(at + steps, last), path)
+    if left := sum(row["kind"] in ("train", "val") for row in run.metrics) - len(compared):
+        report.open(f"{left:,} rows were not computed again: only their checksum covers them (--whole replays all)")
 
 
 def usable_checkpoints(run, report):
-    """{step: path} of the checkpoints that verify."""
-    kept = {}
-    for path in checkpoint.sorted_checkpoints(run.run_dir / "ckpt"):
-        if problem := checkpoint.problem(path):
-            report.fail(f"{path.name}: {problem}")
-        else:
-            kept[checkpoint.step_of(path)] = path
-    if not kept and not run.settings.get("eval_only"):
+    """[(step, path)] of the checkpoints whose checksum matches."""
+    paths = sorted_checkpoints(run.run_dir / "ckpt")
+    problems = {path: problem(path) for path in paths}
+    for path, why in problems.items():
+        if why:
+            report.fail(f"{path.name}: {why}")
+    if all(problems.values()) and not run.settings.get("eval_only"):
         report.open("no checkpoint is kept: the weights that the run ended with are not proved")
-    return kept
+    return [(step_of(path), path) for path in paths if not problems[path]]
 
 
-def training_reasons(run, cfg):
-    """Why training may not repeat to the last bit, even on the same machine and code."""
+def training_reasons(run, cfg, log):
+    """Why training may not repeat to the last bit, even on the same hardware and code."""
     reasons = []
-    on_gpu = bool(run.env.get("gpus")) and cfg.device != "cpu"
     if cfg.compile and not cfg.deterministic:
         reasons.append("compiled kernels repeat to the last bit only with --deterministic")
-    elif on_gpu and not cfg.deterministic:
+    elif run.env.get("gpus") and cfg.device != "cpu" and not cfg.deterministic:
         reasons.append("a GPU repeats to the last bit only with --deterministic")
-    if resumed := re.findall(r"^resumed at step (\d+)", log_of(run), re.M):
-        reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose machine is not recorded")
+    if resumed := re.findall(r"^resumed at step (\d+)", log, re.M):
+        reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose hardware is not recorded")
     return reasons
 
 
-def changed_on_resume(run):
-    """Whether settings were changed under way (--allow-config-change): its steps then had several."""
-    return "changed on resume:" in log_of(run)
+class Rows(RunLog):
+    """A log that keeps the rows in memory and writes nothing."""
 
+    def __init__(self, run_dir):
+        super().__init__(run_dir, "gpt2", {}, enabled=False)
+        self.kept = {}  # (step, kind) -> fields
 
-def log_of(run):
-    path = run.run_dir / "log.txt"
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the replay
-
-
-class Silent(RunLog):
-    """A record for the replay alone: rows, and nothing on the terminal."""
-
-    def print(self, text=""):
-        pass
-
-    def plot(self, **kwargs):
-        pass
-
-
-class Replay(Trainer):
-    """The trainer, from one state up to one step, without writing checkpoints."""
-
-    def __init__(self, *args, start, until):
-        self.start, self.until = start, until
-        super().__init__(*args)
-        asked = self.stop.reason  # between the steps; a person may still have reasons of their own
-        self.stop.reason = lambda: asked() or ("replayed" if self.step >= self.until else None)
-
-    def resume(self):
-        if self.start is not None:
-            self.load(checkpoint.load(self.start))
-
-    def save(self):
-        self.flush()
+    def metric(self, step, kind, **values):
+        self.kept[step, kind] = plain(values)
 
 
 def replay(run, report, cfg, meta, at, until, path):
     """Train from step `at` to `until` and compare the rows -> {(step, kind)} that were compared."""
-    what = f"step {at} to {until}, from " + (path.name if path else "the start")
     with tempfile.TemporaryDirectory() as folder:
-        cfg = replace(cfg, run_dir=folder)
-        ranks = Ranks(cfg.device)
-        with Silent(folder, "gpt2", all_settings(cfg, meta)) as log:
-            trainer = Replay(resolve(cfg, ranks.device), meta, ranks, log, start=path, until=until)
-            trainer.evaluate() if cfg.eval_only else trainer.run()
-            if trainer.stop.why:
-                raise KeyboardInterrupt
-            log.finish("success")
-        again = {(row["step"], row["kind"]): row for row in read_metrics(folder)}
-    recorded, computed = {}, {}
+        ranks, log = Ranks(cfg.device), Rows(folder)
+        trainer = Trainer(resolve(cfg, ranks.device), meta, ranks, log, path and checkpoint.load(path))
+        if trainer.run(until)["status"] != "success":
+            raise KeyboardInterrupt
+    what = f"step {at} to {until}, from " + (path.name if path else "the start")
+    recorded, computed, compared = {}, {}, set()
     for row in run.metrics:
-        key = (row["step"], row["kind"])
-        if key in again:
+        step, kind = key = row["step"], row["kind"]
+        if key in log.kept:
+            compared.add(key)
             for name in row.keys() - TIMING_FIELDS - {"step", "kind"}:
-                recorded[f"{key[1]} {name} of step {key[0]}"] = row[name]
-                computed[f"{key[1]} {name} of step {key[0]}"] = again[key].get(name)
-    if not recorded:
+                recorded[f"{kind} {name} of step {step}"] = row[name]
+                computed[f"{kind} {name} of step {step}"] = log.kept[key].get(name)
+    if recorded:
+        precision = "16 bit" if cfg.dtype in ("bfloat16", "float16") else "float32"
+        precision = "muon" if precision == "float32" and cfg.optimizer == "muon" else precision
+        compare_figures(report, what, recorded, computed, TOLERANCE[precision])
+    else:
         report.open(f"{what}: no row of these steps is recorded")
-        return set()
-    tolerance = TOLERANCE["16 bit" if cfg.dtype in ("bfloat16", "float16") else "muon" if cfg.optimizer == "muon"
-                          else "float32"]  # fmt: skip
-    compare_figures(report, what, recorded, computed, tolerance)
-    return {(row["step"], row["kind"]) for row in run.metrics} & again.keys()
+    return compared
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HellaSwag
-
-
-def prove_hellaswag(run, report):
+def replay_hellaswag(run, report):
     """The accuracies follow from the items' log-probabilities, which are kept."""
     path = next(iter(sorted(Path(run.run_dir).glob("hellaswag.jsonl*"))), None)
     if path is None:
         raise UsageError("the items' log-probabilities are not kept: the accuracies are not computed again")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
+    rows = [row for _, row in read_jsonl(path)]
     figures = hellaswag.figures(hellaswag.counts(rows))
-    compare_figures(report, f"accuracies of {len(rows):,} items from {path.name}",
-          {k: run.result.get(k) for k in figures}, figures, 0.0)  # fmt: skip
+    recorded = {name: run.result.get(name) for name in figures}
+    compare_figures(report, f"accuracies of {len(rows):,} items from {path.name}", recorded, figures, 0.0)
     report.open("the log-probabilities themselves were not computed again: gpt2/hellaswag.py does that")

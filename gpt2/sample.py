@@ -7,6 +7,7 @@
 Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,49 +22,38 @@ from gpt2.checkpoint import load_model
 
 @dataclass
 class SampleConfig:
-    model: str = "runs/quickstart"
-    """Run directory, checkpoint file, Hugging Face GPT-2 folder, or hub name (gpt2, gpt2-medium, …)."""
-    prompt: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])
-    """One or several prompts; several are generated as one batch."""
-    prompts_file: str = ""
-    """Text file with one prompt a line, instead of --prompt."""
-    num_samples: int = 1
-    """Samples a prompt."""
-    max_new_tokens: int = 100
-    """Tokens to generate; a sample ends earlier at the end-of-text token."""
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 50
-    """Sample among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability (Holtzman et al. 2020); 1: all."""
-    seed: int = 1337
-    """Seed of the random draws."""
-    stream: bool = True
-    """Print the tokens as they come (where there is one sample)."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    model: str = "runs/quickstart"  # run directory, checkpoint file, Hugging Face folder, or hub name (gpt2, …)
+    prompt: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])  # one or more, as one batch
+    prompts_file: str = ""  # text file with one prompt a line, instead of --prompt
+    num_samples: int = 1  # samples a prompt
+    max_new_tokens: int = 100  # tokens to generate; a sample ends earlier at the end-of-text token
+    temperature: float = 1.0  # divides the logits; 0 always takes the likeliest token
+    top_k: int = 50  # sample among the k likeliest tokens; 0: all
+    top_p: float = 1.0  # sample among the likeliest tokens with this total probability (Holtzman et al. 2020); 1: all
+    seed: int = 1337  # seed of the random draws
+    stream: bool = True  # print tokens as they come (where there is one sample)
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, for every attention layer of a GPT.
 
     lengths: tokens of each prompt in the batch. Shorter prompts are padded on the left; the padding gets position 0 and
-    is masked, so that each row's logits are those of its prompt alone.
+    is masked, so that each row's logits are those of its prompt alone. columns: room for so many tokens.
     """
 
-    def __init__(self, config, lengths, device):
-        B, hs = len(lengths), config.n_embd // config.n_head
-        self.shape = (B, config.n_head, config.block_size, hs)
-        self.device = device
-        self.layers = {}  # attention module -> (keys, values), (B, nh, block_size, hs) each
+    def __init__(self, config, lengths, device, columns=None):
+        hs = config.n_embd // config.n_head
+        self.block_size, self.device = config.block_size, device
+        self.shape = (len(lengths), config.n_head, columns or config.block_size, hs)
+        self.layers = {}  # attention module -> (keys, values), (B, nh, columns, hs) each
         self.length = 0  # columns that are filled
         self.padding = max(lengths) - torch.tensor(lengths, device=device)  # (B,)
 
     def positions(self, T):
         """Positions (B, T) of the next T columns."""
         columns = torch.arange(self.length, self.length + T, device=self.device)
-        return (columns - self.padding[:, None]).clamp(min=0)
+        return (columns - self.padding[:, None]).clamp(0, self.block_size - 1)
 
     def append(self, layer, k, v):
         """Store k, v (B, nh, T, hs) of a layer -> all keys, all values (B, nh, S, hs), mask (B, 1, T, S)."""
@@ -81,6 +71,23 @@ class KVCache:
     def advance(self, T):
         """Count T columns as filled; called once all layers have stored theirs."""
         self.length += T
+
+    def select(self, rows, new_columns):
+        """A copy for some rows (R,) of the batch, each as often as it is named, with room for `new_columns` more."""
+        other = copy(self)
+        other.padding = self.padding[rows]
+        other.shape = (len(rows), self.shape[1], self.length + new_columns, self.shape[3])
+        other.layers = {
+            layer: tuple(F.pad(t[rows, :, : self.length], (0, 0, 0, new_columns)) for t in kept)
+            for layer, kept in self.layers.items()
+        }
+        return other
+
+
+def left_padded(rows, device):
+    """Lists of ids -> (B, T), shorter ones padded with 0 on the left."""
+    T = max(map(len, rows))
+    return torch.tensor([[0] * (T - len(row)) + row for row in rows], dtype=torch.long, device=device)
 
 
 def pick(logits, temperature, top_k, top_p, generator):
@@ -106,7 +113,7 @@ def generate(
 ):
     """Continue prompts (lists of token ids) -> lists of new ids, each ending before `eot`.
 
-    When a context has filled block_size, its older half is forgotten and the rest is computed anew: learned positions
+    When a context has filled block_size, its older half is dropped and the rest is computed again: learned positions
     cannot slide. on_token: called with the list of the batch's new ids after each step.
     """
     if not all(prompts):
@@ -121,8 +128,7 @@ def generate(
         if cache is None or cache.length == block_size:
             keep = block_size if cache is None else max(1, block_size // 2)
             context = [row[-keep:] for row in rows]
-            widest = max(map(len, context))
-            idx = torch.tensor([[0] * (widest - len(c)) + c for c in context], device=device)  # (B, T), left-padded
+            idx = left_padded(context, device)  # (B, T)
             cache = KVCache(model.config, [len(c) for c in context], device)
         else:
             idx = torch.tensor([[row[-1]] for row in rows], device=device)  # (B, 1)
@@ -152,7 +158,6 @@ def main():
     encoded = [tokenizer.encode(p, allowed_special="all") for p in prompts for _ in range(cfg.num_samples)]
     settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "seed")}
     settings["eot"] = tokenizer.eot_token
-
     if cfg.stream and len(encoded) == 1:
         shown, ids = 0, list(encoded[0])
 

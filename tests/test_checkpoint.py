@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_is_one_line(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(UsageError, match=r"could not be written \(.*File too large\); the earlier"):
+        with pytest.raises(UsageError, match=r"could not be written \(.*File too large\); earlier"):
             checkpoint.save(tmp_path, 2, {"x": torch.zeros(1_000_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

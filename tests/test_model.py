@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from common import UsageError
-from gpt2 import model as model_module
+from gpt2 import cross_entropy
 from gpt2.config import SHAPES, GPTConfig
-from gpt2.model import GPT, ChunkedCrossEntropy
+from gpt2.cross_entropy import ChunkedCrossEntropy
+from gpt2.model import GPT
 
 
 def random_pair(config, seed=0):
@@ -124,8 +125,8 @@ def test_a_loss_without_gradients_makes_none(monkeypatch, context):
     """A Function's ctx.needs_input_grad is True under no_grad, too."""
     config = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32)
     idx, made = torch.randint(64, (4, 17)), []
-    add = model_module._add_product
-    monkeypatch.setattr(model_module, "_add_product", lambda *args, **kwargs: (made.append(1), add(*args, **kwargs)))
+    add = cross_entropy._add_product
+    monkeypatch.setattr(cross_entropy, "_add_product", lambda *args, **kwargs: (made.append(1), add(*args, **kwargs)))
     model = GPT(config)
     with context():
         loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]

@@ -1,0 +1,93 @@
+"""Checkpoints that a crash cannot spoil: written aside, fsynced, renamed, with a sha256; the newest valid one counts.
+
+What a checkpoint holds is the caller's: plain tensors and containers, so that `torch.load(…, weights_only=True)` reads
+it. Importing this module does not import torch.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from common.files import atomic_open, file_sha256
+from common.usage import UsageError
+
+NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def save_checkpoint(folder, step, state, keep=2):
+    """Write folder/step_000500.pt and its sha256, then drop all earlier ones but the newest `keep` (0: none) -> path.
+
+    An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
+    """
+    import torch
+
+    path, hashed = Path(folder) / f"step_{step:06d}.pt", _Hashed()
+    for part in path.parent.glob(".step_*.part"):  # gigabytes that a kill in the middle of a save has left
+        part.unlink(missing_ok=True)
+    try:
+        with atomic_open(path, "wb") as hashed.file:
+            torch.save(state, hashed)
+            # The sha256 comes first: a checkpoint without one does not count, one without a checkpoint does no harm.
+            with atomic_open(sha256_path(path)) as f:
+                f.write(f"{hashed.sha256.hexdigest()}  {path.name}\n")
+    except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError of its own
+        why = str(hashed.error or e).splitlines()[0]
+        raise UsageError(f"{path} could not be written ({why}); earlier ones are kept: free disk and resume") from None
+    # A later one is damaged, or training would have resumed from it: it does not count among those kept.
+    earlier = [p for p in sorted_checkpoints(folder) if step_of(p) < step]
+    for old in earlier[: max(0, len(earlier) + 1 - keep)] if keep else []:
+        old.unlink(missing_ok=True)
+        sha256_path(old).unlink(missing_ok=True)
+    return path
+
+
+class _Hashed:
+    """A file that hashes what is written to it, so that gigabytes need not be read again when a stop is urgent."""
+
+    def __init__(self):
+        self.file, self.sha256, self.error = None, hashlib.sha256(), None
+
+    def write(self, data):
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = self.error or e
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def sorted_checkpoints(folder):
+    """The checkpoints in a folder, oldest first."""
+    return sorted((p for p in Path(folder).glob("step_*.pt") if NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(path):
+    """The step of a checkpoint, from its name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def sha256_path(path):
+    """Where the sha256 of a checkpoint is kept."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def problem(path):
+    """Why this checkpoint cannot be trusted, in a few words, or None."""
+    try:
+        expected = sha256_path(Path(path)).read_text(encoding="utf-8").split()[0]
+    except (OSError, IndexError, UnicodeDecodeError):
+        return "its sha256 is missing"
+    return None if file_sha256(path) == expected else "its sha256 does not match: truncated or altered"
+
+
+def newest_checkpoint(folder, warn=print):
+    """The newest checkpoint whose checksum matches -> its path, or None; `warn` is told of those skipped."""
+    for path in reversed(sorted_checkpoints(folder)):
+        if reason := problem(path):
+            warn(f"warning: {path.name} is skipped: {reason}")
+        else:
+            return path
+    return None
