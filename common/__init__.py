@@ -1,8 +1,12 @@
-"""What all stations share: usage errors (usage.py), files (files.py), devices (devices.py)."""
+"""What all stations share: usage errors (usage.py), files (files.py), devices (devices.py).
+
+checkpoints.py, for those who train, is imported by its own name.
+"""
 
 from common.devices import half_type, has_bfloat16, has_hidden_gpu, peak_memory_mb, pick_device, synchronize
 from common.files import (
     ROOT,
+    atomic_folder,
     atomic_open,
     file_sha256,
     open_text,
@@ -19,6 +23,7 @@ from common.usage import UsageError, cli, from_hub
 __all__ = [
     "ROOT",
     "UsageError",
+    "atomic_folder",
     "atomic_open",
     "cli",
     "file_sha256",

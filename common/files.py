@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -33,6 +34,24 @@ def atomic_open(path, mode="w"):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path):
+    """A temporary neighbour of the folder `path` to write into, renamed into its place when the block succeeds.
+
+    Replaces what was at `path`; a failing block leaves that as it was, and no trace of itself.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # one may be left of a killed process of the same number
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -91,10 +91,8 @@ def model_state(model):
 def rng_state(device):
     """The random states of this process as plain containers: python, torch, and the GPU's if there is one."""
     state = {"python": json.dumps(random.getstate()), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
 
@@ -103,7 +101,5 @@ def set_rng_state(state, device):
     version, internal, gauss = json.loads(state["python"])
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"].cpu())
+    if device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type].cpu())

@@ -30,17 +30,6 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
-@contextlib.contextmanager
-def threads(count):
-    """Compute with `count` threads (None: as now); another number of threads sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Ranks:
     """This process among `world_size`: its rank, its device, and what the processes agree on.
 

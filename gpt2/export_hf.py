@@ -8,14 +8,13 @@ them again with transformers and compares the logits before the folder gets its 
 a hub name) into a checkpoint that sample.py, hellaswag.py and --init of train_gpt2.py read.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
-from common import UsageError, cli
+from common import UsageError, atomic_folder, cli
 from gpt2 import checkpoint
 
 
@@ -50,9 +49,8 @@ def export(model, tokenizer, out):
     """
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    c, out = model.config, Path(out)
     check_pair(model, tokenizer)
-    eot = tokenizer.eot_token
+    c, eot = model.config, tokenizer.eot_token
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=eot, eos_token_id=eot,
@@ -61,18 +59,12 @@ def export(model, tokenizer, out):
     missing, unexpected = hf_model.load_state_dict(model.hf_state_dict(), strict=False)
     assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # lm_head is wte, tied
 
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with atomic_folder(out) as part:
         hf_model.save_pretrained(part)
         tokenizer.save_huggingface(part)
         reloaded = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32).eval()
         difference = largest_difference(model, reloaded)
         assert difference < 1e-9, f"transformers computes other logits, by {difference:.2e}"
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return difference
 
 

@@ -7,19 +7,18 @@
 
 An ending's score is the summed log-probability of its tokens (acc), their mean (acc_norm, as in build-nanogpt), or the
 sum per character (acc_char, which lm-evaluation-harness calls acc_norm). GPT-2 124M: 0.2859, acc_norm 0.2955; with
---prompt lm-eval 0.2892, acc_char 0.3114. Chance is 0.25.
+--prompt lm-eval 0.2892, acc_char 0.3114. Chance is 0.25. The run directory gets hellaswag.jsonl, a line per item.
 
-A context's keys and values are computed once for its four endings, and logits at the endings alone. Batches are the
-same for any number of processes. The run directory gets hellaswag.jsonl, a line per item.
+A context's keys and values are computed once for its four endings, and logits at the endings alone.
 """
 
-import copy
 import inspect
 import json
 import math
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -39,7 +38,6 @@ from runlog import RunLog
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 SEED = 1337  # of the permutation whose first items --limit takes
 ACCURACIES = ("acc", "acc_norm", "acc_char")
-POOL = 4  # contexts are computed so many times batch_size at once: the more endings to sort, the less padding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,10 +77,9 @@ def _item(number, row, prompt, file):
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{file}, item {number} is not a HellaSwag item with a context and four endings") from None
     if prompt == "lm-eval":
-        try:
-            ctx, endings = lm_eval_prompt(row)
-        except KeyError as e:
-            raise UsageError(f"{file} lacks {e.args[0]}, which --prompt lm-eval needs: use the official file") from None
+        if missing := [name for name in ("ctx_a", "ctx_b", "activity_label") if name not in row]:
+            raise UsageError(f"{file} lacks {missing[0]}, which --prompt lm-eval needs: use the official file")
+        ctx, endings = lm_eval_prompt(row)
     return {"item": number, "ind": row.get("ind", number), "label": label, "ctx": ctx, "endings": endings}
 
 
@@ -99,37 +96,21 @@ def _tidy(text):
 
 
 class Encoded:
-    """Items {"ctx", "endings"} as ids, cut to the block and sorted into batches; made once, scored any number of times.
+    """Items {"ctx", "endings"} as ids, cut to the block, in batches of similar length; scored any number of times.
 
-    encode: list of str -> list of lists of ids, without special tokens.
-    block_size: longest row; a longer context loses its left end, and is counted in `cut`.
-    prefix: ids in front of every context (the begin-of-text token of models that were trained with one).
-    batch_size: R, endings in a forward pass.
+    encode: list of str -> list of lists of ids, without special tokens; prefix: ids in front of every context (the
+    begin-of-text token of models that were trained with one). block_size: longest row; a longer context loses its left
+    end, and is counted in `cut`. batch_size: items in a batch.
     """
 
-    def __init__(self, items, encode, block_size, prefix=(), batch_size=64):
-        self.items, self.batch_size = items, batch_size
+    def __init__(self, items, encode, block_size, prefix=(), batch_size=16):
+        self.items = items
         fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(*_encode_items(items, encode))]
         self.contexts, self.endings, cut = (list(column) for column in zip(*fitted))
         self.cut = sum(cut)
-        order = sorted(range(len(items)), key=lambda i: len(self.contexts[i]))
-        self.groups = [order[i : i + POOL * batch_size] for i in range(0, len(order), POOL * batch_size)]
-
-    def rows(self, group):
-        """The endings of a group in batches of similar length: yields (places, owner (R,), ids and targets (R, E)).
-
-        places: (number of the item, of its ending) of each row; owner: its context's place in the group; ids: the
-        context's last id and the ending's but the last; targets: the ending's ids, -1 for padding.
-        """
-        places = [(i, k) for i in group for k in range(len(self.endings[i]))]
-        places.sort(key=lambda place: len(self.endings[place[0]][place[1]]))
-        for batch in (places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)):
-            E = max(len(self.endings[i][k]) for i, k in batch)
-            pad = [[0] * (E - len(self.endings[i][k])) for i, k in batch]
-            ids = [self.contexts[i][-1:] + self.endings[i][k][:-1] + p for (i, k), p in zip(batch, pad)]
-            targets = [self.endings[i][k] + [-1] * len(p) for (i, k), p in zip(batch, pad)]
-            owner = [group.index(i) for i, _ in batch]
-            yield batch, *(torch.tensor(t) for t in (owner, ids, targets))
+        lengths = [(max(map(len, e)) // 4, len(c)) for c, e in zip(self.contexts, self.endings)]
+        order = sorted(range(len(items)), key=lengths.__getitem__)  # by endings first: they cost the logits
+        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def _encode_items(items, encode):
@@ -157,56 +138,38 @@ def _fit(prefix, context, endings, block_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models: contexts once, then their endings
+# models: B contexts (lists of ids) once, then ids (4 B, E), four rows after each context -> logits (4 B, E, V)
 
 
-class GPTScorer:
+def gpt_logits(model, contexts, ids):
     """Our GPT, with `sample.KVCache`."""
-
-    def __init__(self, model):
-        self.model, self.device = model, next(model.parameters()).device
-
-    def contexts(self, rows):
-        """Lists of ids -> their keys and values."""
-        C = max(map(len, rows))
-        cache = KVCache(self.model.config, [len(row) for row in rows], self.device, columns=C)
-        if C:
-            self.model(left_padded(rows, self.device), cache=cache, return_logits=False)
-            cache.advance(C)
-        return cache
-
-    def endings(self, cache, owner, ids):
-        """Logits (R, E, V) of rows ids (R, E), each after the context `owner` (R,)."""
-        return self.model(ids, cache=cache.select(owner, ids.shape[1]))[0]
+    C = max(map(len, contexts))
+    cache = KVCache(model.config, [len(context) for context in contexts], ids.device, columns=C)
+    if C:
+        model(left_padded(contexts, ids.device), cache=cache, return_logits=False)
+        cache.advance(C)
+    return model(ids, cache=cache.repeat(4, ids.shape[1]))[0]
 
 
-class HFScorer:
+def hf_logits(model, contexts, ids):
     """Any Hugging Face causal LM with the usual key-value cache."""
+    C, (rows, E) = max(map(len, contexts)), ids.shape
+    # Contexts are padded on the right, where it does no harm before the endings come.
+    padded = torch.tensor([context + [0] * (C - len(context)) for context in contexts], device=ids.device)  # (B, C)
+    cache = model.base_model(padded, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(4)
+    lengths = torch.tensor([len(context) for context in contexts], device=ids.device).repeat_interleave(4)[:, None]
+    known = (torch.arange(C, device=ids.device) < lengths).long()  # (4 B, C): 0 for padding
+    more = {"attention_mask": torch.cat([known, known.new_ones(rows, E)], dim=1)}  # (4 B, C + E)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions = lengths + torch.arange(E, device=ids.device)  # (4 B, E), beyond the model's for padding alone
+        more["position_ids"] = positions.clamp(max=block_size_of(model) - 1)
+    return model(ids, past_key_values=cache, **more).logits
 
-    def __init__(self, model, block_size):
-        self.model, self.block_size, self.device = model, block_size, model.device
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def contexts(self, rows):
-        """Lists of ids -> (their cache, which columns are not padding (B, C))."""
-        C = max(map(len, rows))  # padded on the right, where it does no harm before the endings come
-        ids = torch.tensor([row + [0] * (C - len(row)) for row in rows], device=self.device)  # (B, C)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        known = (torch.arange(C, device=self.device) < lengths[:, None]).long()
-        return self.model.base_model(ids, use_cache=True).past_key_values, known
-
-    def endings(self, past_and_known, owner, ids):
-        """Logits (R, E, V) of rows ids (R, E), each after the context `owner` (R,)."""
-        (past, known), (R, E) = past_and_known, ids.shape
-        cache = copy.copy(past)
-        cache.layers = [copy.copy(layer) for layer in past.layers]  # selecting replaces a layer's tensors
-        cache.batch_select_indices(owner)
-        known = known[owner]  # (R, C)
-        more = {"attention_mask": torch.cat([known, known.new_ones(R, E)], dim=1)}  # (R, C + E)
-        if self.takes_positions:
-            positions = known.sum(1, keepdim=True) + torch.arange(E, device=self.device)  # (R, E)
-            more["position_ids"] = positions.clamp(max=self.block_size - 1)  # padding may lie beyond
-        return self.model(ids, past_key_values=cache, **more).logits
+def block_size_of(hf_model):
+    """The longest row that a Hugging Face model takes, in tokens."""
+    return getattr(hf_model.config, "max_position_embeddings", None) or 2048
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,37 +177,32 @@ class HFScorer:
 
 
 @torch.inference_mode()
-def evaluate(scorer, encoded, rank=0, world_size=1, dtype="float32", stop=lambda: None, progress=False):
+def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", stop=lambda: None, progress=False):
     """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
 
-    scorer: GPTScorer or HFScorer, its model in eval mode. stop: asked between batches; a reason ends the scoring.
-    For the figures, sum `counts(rows)` over the ranks, then `figures`.
-    A row: {"item", "ind", "label", "logprobs" (4), "tokens" (4), "chars" (4), "acc", "acc_norm", "acc_char"}, the last
-    three being the choices.
+    logits_of: (contexts, ids) -> logits, as above, of a model in eval mode. stop: asked between batches; a reason ends
+    the scoring. For the figures, sum `counts(rows)` over the ranks, then `figures`.
     """
-    groups, scored = encoded.groups[rank::world_size], []
-    with tqdm(total=sum(map(len, groups)), unit="item", disable=None if progress and not rank else True) as bar:
-        for group in groups:
-            if stop():
-                break
-            sums = {}
-            with autocast(scorer.device, dtype):
-                past = scorer.contexts([encoded.contexts[i][:-1] for i in group])
-                for places, *batch in encoded.rows(group):
-                    owner, ids, targets = (t.to(scorer.device) for t in batch)
-                    logits = scorer.endings(past, owner, ids).flatten(0, 1)  # (R * E, V)
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-                    sums.update(zip(places, (-nats.view(targets.shape).cpu().double().sum(-1)).tolist()))
-            for i in group:
-                tokens = [len(ending) for ending in encoded.endings[i]]
-                scored.append(score(encoded.items[i], [sums[i, k] for k in range(4)], tokens))
-            bar.update(len(group))
-    return scored
+    rows = []
+    for batch in tqdm(encoded.batches[rank::world_size], disable=None if progress and not rank else True):
+        if stop():
+            break
+        pairs = [(encoded.contexts[i], ending) for i in batch for ending in encoded.endings[i]]  # 4 B of them
+        E = max(len(ending) for _, ending in pairs)
+        # Rows begin with the context's last id, which predicts the ending's first one.
+        ids = torch.tensor([(context[-1:] + ending[:-1] + [0] * E)[:E] for context, ending in pairs], device=device)
+        targets = torch.tensor([(ending + [-1] * E)[:E] for _, ending in pairs], device=device)  # (4 B, E)
+        with autocast(device, dtype):
+            logits = logits_of([encoded.contexts[i][:-1] for i in batch], ids).flatten(0, 1)  # (4 B * E, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view(-1, 4, E)
+        for i, logprobs in zip(batch, (-nats.cpu().double().sum(-1)).tolist()):
+            rows.append(score(encoded.items[i], logprobs, [len(ending) for ending in encoded.endings[i]]))
+    return rows
 
 
 def score(item, logprobs, tokens):
-    """One item's row: the ending with the highest sum, mean a token, and sum a character."""
+    """One item's row; acc, acc_norm, acc_char: the ending with the highest sum, mean a token, sum a character."""
     chars = [len(ending) for ending in item["endings"]]
     return {
         "item": item["item"], "ind": item["ind"], "label": item["label"],
@@ -292,17 +250,17 @@ class Config:
     prompt: Literal["plain", "lm-eval"] = "plain"  # plain: as build-nanogpt; lm-eval: as lm-evaluation-harness
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # type of the matmuls (autocast)
-    batch_size: int = 64  # endings in a forward pass
+    batch_size: int = 16  # items in a forward pass
 
 
 def load_ours(name, device):
-    """A checkpoint of gpt2/train_gpt2.py -> (scorer, the further arguments of Encoded)."""
+    """A checkpoint of gpt2/train_gpt2.py -> (logits_of, the further arguments of Encoded)."""
     model, tokenizer = load_model(name, device)
-    return GPTScorer(model), (tokenizer.to_tiktoken().encode_ordinary_batch, model.config.block_size, [])
+    return partial(gpt_logits, model), (tokenizer.to_tiktoken().encode_ordinary_batch, model.config.block_size)
 
 
 def load_hf(name, device):
-    """A Hugging Face causal LM, from a folder or the hub -> (scorer, the further arguments of Encoded)."""
+    """A Hugging Face causal LM, from a folder or the hub -> (logits_of, the further arguments of Encoded)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -316,34 +274,23 @@ def load_hf(name, device):
 
     whole, bare = tokenizer("x").input_ids, encode(["x"])[0]
     prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
-    block_size = getattr(model.config, "max_position_embeddings", None) or 2048
-    scorer, arguments = HFScorer(model, block_size), (encode, block_size, prefix)
-    if not shares_contexts(scorer, arguments):
-        raise UsageError(f"{name} keeps no usual key-value cache, so its contexts cannot be shared by their endings")
-    return scorer, arguments
+    if not shares_contexts(model, encode(["One two three, four", "One"]), encode([" five six", " two", " 3", " a b"])):
+        raise UsageError(f"{name} keeps no usual key-value cache: its endings cannot share their context")
+    return partial(hf_logits, model), (encode, block_size_of(model), prefix)
 
 
-@torch.no_grad()
-def shares_contexts(scorer, arguments):
-    """Whether a model scores two made-up items alike with shared contexts and as whole texts.
-
-    Some models keep another kind of cache, or count positions in another way.
-    """
-    texts = [("One two three four, five", ["six", "seven eight", "ten", "eleven"]), ("One", ["two", "and", "a b", "4"])]
-    items = [{"item": i, "ind": i, "label": 0, "ctx": t[0], "endings": t[1]} for i, t in enumerate(texts)]
-    encoded = Encoded(items, *arguments)
+@torch.inference_mode()
+def shares_contexts(model, contexts, endings):
+    """Whether a model computes the same with shared contexts and without: some have other caches or positions."""
+    E = min(map(len, endings))
+    ids = torch.tensor([ending[:E] for _ in contexts for ending in endings], device=model.device)  # (4 B, E)
     try:
-        rows = evaluate(scorer, encoded)
+        shared = hf_logits(model, contexts, ids)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    for row in rows:
-        context = encoded.contexts[row["item"]]
-        for ending, shared in zip(encoded.endings[row["item"]], row["logprobs"]):
-            logits = scorer.model(torch.tensor([context + ending], device=scorer.device)).logits[0, :-1]  # (T - 1, V)
-            logprobs = logits[-len(ending) :].log_softmax(-1)[range(len(ending)), ending]
-            if not math.isclose(logprobs.sum().item(), shared, rel_tol=1e-3, abs_tol=1e-3):
-                return False
-    return True
+    texts = [context + ending[:E] for context in contexts for ending in endings]
+    alone = torch.cat([model(torch.tensor([text], device=model.device)).logits[:, -E:] for text in texts])
+    return torch.allclose(shared.log_softmax(-1), alone.log_softmax(-1), rtol=1e-3, atol=1e-3)
 
 
 def main():
@@ -353,11 +300,12 @@ def main():
         raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
     items = load_items(cfg.input, cfg.limit, cfg.prompt)
     ranks = Ranks(cfg.device)
-    scorer, arguments = load_hf(cfg.model, ranks.device) if cfg.model else load_ours(cfg.checkpoint, ranks.device)
+    device, load = ranks.device, load_hf if cfg.model else load_ours
+    logits_of, arguments = load(cfg.model or cfg.checkpoint, device)
     with RunLog(cfg.run_dir, "hellaswag", cfg, enabled=ranks.main) as log:
         started = time.perf_counter()
-        encoded = Encoded(items, *arguments, cfg.batch_size)
-        rows = evaluate(scorer, encoded, ranks.rank, ranks.world_size, cfg.dtype, progress=True)
+        encoded = Encoded(items, *arguments, batch_size=cfg.batch_size)
+        rows = evaluate(logits_of, encoded, device, ranks.rank, ranks.world_size, cfg.dtype, progress=True)
         result = figures(ranks.sum(counts(rows)))
         rows = sorted(chain.from_iterable(ranks.gather(rows)), key=lambda row: row["item"])
         seconds = time.perf_counter() - started

@@ -79,13 +79,12 @@ def micro_batch_rows(micro_step, rank, world_size, micro_batch_size):
 
 
 class Prefetcher:
-    """Hands out `loader`'s micro-batches on `device`, the next one being read and pinned on a thread meanwhile."""
+    """Hands out a rank's micro-batches on its device, the next one being read and pinned on a thread meanwhile."""
 
-    def __init__(self, loader, device, rank, world_size, micro_batch_size, grad_accum_steps):
-        self.loader, self.device, self.grad_accum_steps = loader, device, grad_accum_steps
-        self.where = (rank, world_size, micro_batch_size)
-        self.thread = ThreadPoolExecutor(1)
-        self.ready = {}
+    def __init__(self, loader, ranks, micro_batch_size, grad_accum_steps):
+        self.loader, self.device, self.grad_accum_steps = loader, ranks.device, grad_accum_steps
+        self.where = (ranks.rank, ranks.world_size, micro_batch_size)
+        self.thread, self.ready = ThreadPoolExecutor(1), {}
 
     def _read(self, step, micro_step):
         tensors = self.loader.batch(step, micro_batch_rows(micro_step, *self.where))

@@ -7,7 +7,7 @@ with as many threads, elsewhere with --deterministic. Otherwise to a tolerance.
 
 import re
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -31,19 +31,17 @@ def replay_run(run, report, *, steps, whole, data):
     """Check data, tokenizer and checkpoints of a run, and replay steps of it."""
     if run.kind == "hellaswag":
         return replay_hellaswag(run, report)
-    names = {f.name for f in fields(TrainConfig)} & run.settings.keys()
-    cfg = replace(
-        TrainConfig(**{name: run.settings[name] for name in names}),
-        data_dir=str(locate_input(run.settings["data_dir"], data)), stop_after_minutes=0.0,
-        sample_every=0, hellaswag_every=0, checkpoint_every=0, tensorboard=False, wandb=False,
-    )  # fmt: skip
-    meta, failed = verify_shards(cfg.data_dir), report.failed
+    data_dir, failed = str(locate_input(run.settings["data_dir"], data)), report.failed
+    meta = verify_shards(data_dir)
+    recorded = {f.name: run.settings[f.name] for f in fields(TrainConfig) if f.name in run.settings}
+    off = dict.fromkeys(("sample_every", "hellaswag_every", "checkpoint_every", "stop_after_minutes"), 0)
+    cfg = TrainConfig(**{**recorded, **off, "data_dir": data_dir, "tensorboard": False, "wandb": False})
     now = all_settings(cfg, meta)
     for name, what in (("shards_sha256", "the shards"), ("tokenizer_sha256", "the tokenizer of the shards")):
         if run.settings.get(name) == now[name]:
-            report.ok(f"{what} in {cfg.data_dir}: as the run read them, checksums match")
+            report.ok(f"{what} in {data_dir}: as the run read them, checksums match")
         else:
-            report.fail(f"{what} in {cfg.data_dir}: not as the run read them, {name} is another")
+            report.fail(f"{what} in {data_dir}: not as the run read them, {name} is another")
     own = run.run_dir / "tokenizer.model"
     if own.exists() and checkpoint.Tokenizer.load(own).sha256 != run.settings.get("tokenizer_sha256"):
         report.fail(f"{own} is not the tokenizer of the run")
@@ -55,10 +53,10 @@ def replay_run(run, report, *, steps, whole, data):
     changed = "changed on resume:" in log  # by --allow-config-change: its steps then had several settings
     if whole and changed:
         raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
-    last = run.result.get("step") or run.step or 0
-    starts = [] if changed else [(0, None)]
-    starts += [(at, path) for at, path in usable_checkpoints(run, report) if at <= last and not whole]
     report.reasons += training_reasons(run, cfg, log)
+    last = run.result.get("step") or run.step or 0
+    starts, checkpoints = [] if changed else [(0, None)], usable_checkpoints(run, report)
+    starts += [(step_of(path), path) for path in checkpoints if step_of(path) <= last and not whole]
     torch.set_num_threads(run.env.get("threads") or torch.get_num_threads())  # another number sums in another order
     compared = set()
     for at, path in starts:
@@ -68,24 +66,21 @@ def replay_run(run, report, *, steps, whole, data):
 
 
 def usable_checkpoints(run, report):
-    """[(step, path)] of the checkpoints whose checksum matches."""
-    paths = sorted_checkpoints(run.run_dir / "ckpt")
-    problems = {path: problem(path) for path in paths}
+    """The checkpoints whose checksum matches, as paths; the others are failures."""
+    problems = {path: problem(path) for path in sorted_checkpoints(run.run_dir / "ckpt")}
     for path, why in problems.items():
         if why:
             report.fail(f"{path.name}: {why}")
     if all(problems.values()) and not run.settings.get("eval_only"):
         report.open("no checkpoint is kept: the weights that the run ended with are not proved")
-    return [(step_of(path), path) for path in paths if not problems[path]]
+    return [path for path, why in problems.items() if not why]
 
 
 def training_reasons(run, cfg, log):
     """Why training may not repeat to the last bit, even on the same hardware and code."""
     reasons = []
-    if cfg.compile and not cfg.deterministic:
-        reasons.append("compiled kernels repeat to the last bit only with --deterministic")
-    elif run.env.get("gpus") and cfg.device != "cpu" and not cfg.deterministic:
-        reasons.append("a GPU repeats to the last bit only with --deterministic")
+    if (cfg.compile or (run.env.get("gpus") and cfg.device != "cpu")) and not cfg.deterministic:
+        reasons.append("compiled kernels, and GPUs, repeat to the last bit only with --deterministic")
     if resumed := re.findall(r"^resumed at step (\d+)", log, re.M):
         reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose hardware is not recorded")
     return reasons
@@ -110,21 +105,18 @@ def replay(run, report, cfg, meta, at, until, path):
         if trainer.run(until)["status"] != "success":
             raise KeyboardInterrupt
     what = f"step {at} to {until}, from " + (path.name if path else "the start")
-    recorded, computed, compared = {}, {}, set()
-    for row in run.metrics:
-        step, kind = key = row["step"], row["kind"]
-        if key in log.kept:
-            compared.add(key)
-            for name in row.keys() - TIMING_FIELDS - {"step", "kind"}:
-                recorded[f"{kind} {name} of step {step}"] = row[name]
-                computed[f"{kind} {name} of step {step}"] = log.kept[key].get(name)
+    rows = {(row["step"], row["kind"]): row for row in run.metrics if (row["step"], row["kind"]) in log.kept}
+    recorded, computed = {}, {}
+    for (step, kind), row in rows.items():
+        for name in row.keys() - TIMING_FIELDS - {"step", "kind"}:
+            recorded[f"{kind} {name} of step {step}"] = row[name]
+            computed[f"{kind} {name} of step {step}"] = log.kept[step, kind].get(name)
     if recorded:
-        precision = "16 bit" if cfg.dtype in ("bfloat16", "float16") else "float32"
-        precision = "muon" if precision == "float32" and cfg.optimizer == "muon" else precision
+        precision = "16 bit" if cfg.dtype != "float32" else "muon" if cfg.optimizer == "muon" else "float32"
         compare_figures(report, what, recorded, computed, TOLERANCE[precision])
     else:
         report.open(f"{what}: no row of these steps is recorded")
-    return compared
+    return set(rows)
 
 
 def replay_hellaswag(run, report):

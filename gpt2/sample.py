@@ -72,13 +72,13 @@ class KVCache:
         """Count T columns as filled; called once all layers have stored theirs."""
         self.length += T
 
-    def select(self, rows, new_columns):
-        """A copy for some rows (R,) of the batch, each as often as it is named, with room for `new_columns` more."""
+    def repeat(self, n, new_columns):
+        """A copy with every row of the batch n times, and room for `new_columns` more."""
         other = copy(self)
-        other.padding = self.padding[rows]
-        other.shape = (len(rows), self.shape[1], self.length + new_columns, self.shape[3])
+        B, nh, _, hs = self.shape
+        other.shape, other.padding = (n * B, nh, self.length + new_columns, hs), self.padding.repeat_interleave(n)
         other.layers = {
-            layer: tuple(F.pad(t[rows, :, : self.length], (0, 0, 0, new_columns)) for t in kept)
+            layer: tuple(F.pad(t[:, :, : self.length].repeat_interleave(n, 0), (0, 0, 0, new_columns)) for t in kept)
             for layer, kept in self.layers.items()
         }
         return other

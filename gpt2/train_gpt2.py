@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,8 @@ from gpt2.plan import advice, peak_flops, print_plan, restart_with_memory_settin
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
-# Published losses on the same validation data, for the reference line of the picture.
-GPT2_ON_FINEWEB_EDU = {"GPT-2 124M (OpenAI)": 3.2924}
+VAL_LINE = "loss {loss:.4f} | {bits_per_byte:.4f} bits per byte"
+HELLASWAG_LINE = "acc_norm {acc_norm:.4f} ({acc_norm_low:.4f} … {acc_norm_high:.4f}) | acc {acc:.4f} | {items} items"
 
 
 class Diverged(Exception):
@@ -82,10 +83,8 @@ def build_model(cfg, meta):
     model = checkpoint.load_weights(cfg.init, cfg.dropout)
     c = model.config
     if c.vocab_size != meta["vocab_size"]:
-        raise UsageError(
-            f"{cfg.init} has a vocabulary of {c.vocab_size}, the shards in {cfg.data_dir} one of {meta['vocab_size']}; "
-            "prepare the data with the model's own tokenizer"
-        )
+        sizes = f"{cfg.init} has a vocabulary of {c.vocab_size}, {cfg.data_dir} one of {meta['vocab_size']}"
+        raise UsageError(f"{sizes}; prepare the data with the model's own tokenizer")
     if cfg.block_size > c.block_size:
         raise UsageError(f"--block-size {cfg.block_size} is more than the {c.block_size} of {cfg.init}; lower it")
     shape = {f"--{k.replace('_', '-')}": (getattr(cfg, k), getattr(c, k)) for k in ("n_layer", "n_head", "n_embd")}
@@ -101,7 +100,7 @@ def compiled(model, cfg, device, say):
     """
     if not cfg.compile:
         return model
-    # Compiled kernels are read back at the next start, also after a reboot has emptied /tmp.
+    # kernels compiled once are read back at the next start, also after a reboot has emptied /tmp
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "data/cache/torch-compile"))
     try:
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
@@ -145,7 +144,7 @@ def find_start(cfg, settings, ranks):
     if same and run.result.get("status") == "success" and (kept or cfg.eval_only):  # if the weights are still there
         start = "finished"
     elif run and not same and (cfg.overwrite or not (kept or run.metrics)):
-        start = "replace"
+        start, lines = "replace", [f"{run_dir} was made with other settings or data: it is replaced"]
     else:
         state = checkpoint.load_newest(run_dir / "ckpt", warn=lines.append)
     seen = ranks.gather(state["step"] if state else start)
@@ -157,25 +156,24 @@ def find_start(cfg, settings, ranks):
     if state and "optimizers" not in state:
         raise UsageError(f"{run_dir} holds imported weights; name it by --init, with another --run-dir")
     if start == "run" and (state or run):
-        recorded = state["learned"] if state else run.settings
-        lines += accept_changes(recorded, settings, cfg, state["step"] if state else 0)
+        changes = changed_settings(state["learned"] if state else run.settings, settings, state["step"] if state else 0)
+        if changes and not cfg.allow_config_change:
+            raise UsageError(
+                f"{run_dir} was started with other settings ({'; '.join(changes)}); "
+                "use another --run-dir, or --allow-config-change to resume all the same"
+            )
+        lines += [f"changed on resume: {change}" for change in changes]
     return start, state, lines
 
 
-def accept_changes(recorded, settings, cfg, step):
-    """Lines on what differs from the recorded settings; UsageError unless --allow-config-change accepts it."""
-    now = learned_settings(settings)
-    changes = [f"{k} {recorded.get(k)!r} -> {v!r}" for k, v in now.items() if recorded.get(k) != v]
-    if recorded.get("max_steps") not in (None, cfg.max_steps):
-        steps = recorded["max_steps"], cfg.max_steps
-        before, after = (lr_at(step, cfg.max_lr, cfg.warmup_steps, max_steps) for max_steps in steps)
+def changed_settings(then, now, step):
+    """What differs in the settings that decide what is learned, in words."""
+    changes = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in learned_settings(now).items() if then.get(k) != v]
+    if then["max_steps"] != now["max_steps"]:
+        steps = then["max_steps"], now["max_steps"]
+        before, after = (lr_at(step, now["max_lr"], now["warmup_steps"], max_steps) for max_steps in steps)
         changes += [f"so the cosine is stretched and the learning rate of step {step} is {after:.2e}, not {before:.2e}"]
-    if changes and not cfg.allow_config_change:
-        raise UsageError(
-            f"{cfg.run_dir} was started with other settings ({'; '.join(changes)}); "
-            "use another --run-dir, or --allow-config-change to resume all the same"
-        )
-    return [f"changed on resume: {change}" for change in changes]
+    return changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,11 +208,11 @@ def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
 
 
 def evaluate_hellaswag(model, items, cfg, ranks, stop):
-    """HellaSwag's accuracies -> the dict of `hellaswag.figures`, or None if stopped. Collective."""
-    scorer = hellaswag.GPTScorer(model.eval())
-    rows = hellaswag.evaluate(scorer, items, ranks.rank, ranks.world_size, cfg.dtype, stop.here)
+    """HellaSwag's accuracies -> `hellaswag.figures` and the seconds it took, or None if stopped. Collective."""
+    start, logits_of = time.perf_counter(), partial(hellaswag.gpt_logits, model.eval())
+    rows = hellaswag.evaluate(logits_of, items, ranks.device, ranks.rank, ranks.world_size, cfg.dtype, stop.here)
     *counts, stopped = ranks.sum([*hellaswag.counts(rows), bool(stop.why)])
-    return None if stopped else hellaswag.figures(counts)
+    return None if stopped else {**hellaswag.figures(counts), "seconds": time.perf_counter() - start}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,8 +223,7 @@ class Trainer:
     """One training run: `__init__` builds it, `run` is the loop. state: the checkpoint to resume from, or None."""
 
     def __init__(self, cfg, meta, ranks, log, state=None):
-        self.cfg, self.meta, self.ranks, self.log, self.say = cfg, meta, ranks, log, log.print
-        self.device = ranks.device
+        self.cfg, self.ranks, self.device, self.log, self.say = cfg, ranks, ranks.device, log, log.print
         self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)  # from here on signals are heard between steps
         self.tokenizer = Tokenizer.load(Path(cfg.data_dir) / "tokenizer.model")
         if self.tokenizer.sha256 != meta["tokenizer"]["sha256"]:
@@ -239,11 +236,13 @@ class Trainer:
         rows_per_step = cfg.total_batch_size // cfg.block_size
         self.train_loader = Loader(cfg.data_dir, "train", cfg.block_size, rows_per_step, cfg.seed, meta)
         self.val_loader = Loader(cfg.data_dir, "val", cfg.block_size, meta=meta)
-        share = ranks.rank, ranks.world_size, cfg.micro_batch_size, self.grad_accum_steps
-        self.batches = Prefetcher(self.train_loader, self.device, *share)
+        self.batches = Prefetcher(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps)
         counts = unigram_counts(cfg.data_dir, meta)  # (vocab_size,)
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float(-(p * np.log(p)).sum())  # nats: the loss of knowing the token frequencies alone
+        self.reference = {"unigram entropy": self.unigram_entropy}  # lines in the picture
+        if meta["name"].startswith("fineweb-edu") and meta["tokenizer"]["name"] == "gpt2":
+            self.reference["GPT-2 124M (OpenAI)"] = 3.2924  # its validation loss on the same tokens
         if cfg.hellaswag_every:
             fix = "name a local file with --hellaswag-file, or leave it out with --hellaswag-every 0"
             items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, fix=fix)
@@ -263,9 +262,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.peak = peak_flops(self.device, cfg.dtype)  # of one process's device, or None
 
+        self.learned = learned_settings(all_settings(cfg, meta))
         self.step, self.skipped, self.saved_at = 0, 0, 0
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
-        self.last_val, self.last_hellaswag = {}, {}
+        self.last = {"val": {}, "hellaswag": {}}  # the newest figures of each evaluation
         if state:
             self.load(state)
 
@@ -288,14 +288,9 @@ class Trainer:
         self.flush()  # raises Diverged, before a good checkpoint is replaced, if a loss was not finite
         rng = self.ranks.gather(checkpoint.rng_state(self.device))
         if self.ranks.main and self.step != self.saved_at:
-            state = {
-                **checkpoint.model_state(self.raw_model),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-                "skipped": self.skipped,
-                "rng": rng,
-                "learned": learned_settings(all_settings(self.cfg, self.meta)),
-            }
+            state = {"scaler": self.scaler.state_dict(), "skipped": self.skipped, "rng": rng, "learned": self.learned}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            state |= checkpoint.model_state(self.raw_model)
             path = checkpoint.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
             self.say(f"  saved {path.name}")
         self.saved_at = self.step
@@ -309,16 +304,15 @@ class Trainer:
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
             # --- between steps. The checkpoint comes first: after a kill the rest is repeated, with the same result.
-            if self.step > 0 and self.due(cfg.checkpoint_every):
+            if self.due(cfg.checkpoint_every) and self.step > 0:
                 self.save()
             if self.due(cfg.val_every):
                 val = evaluate_loss(self.model, self.val_loader, cfg, ranks, self.token_bytes, self.stop)
-                self.report_val(val)
-            if (self.step > 0 or cfg.eval_only) and self.due(cfg.hellaswag_every):
-                started = time.perf_counter()
-                figures = evaluate_hellaswag(self.raw_model, self.hellaswag_items, cfg, ranks, self.stop)
-                self.report_hellaswag(figures, time.perf_counter() - started)
-            if self.due(cfg.sample_every) and ranks.main:
+                self.report("val", val, VAL_LINE)
+            if self.due(cfg.hellaswag_every) and (self.step > 0 or cfg.eval_only):
+                acc = evaluate_hellaswag(self.raw_model, self.hellaswag_items, cfg, ranks, self.stop)
+                self.report("hellaswag", acc, HELLASWAG_LINE)
+            if self.due(cfg.sample_every):
                 self.sample()
             reason = self.stop.reason()
             if reason or self.step >= last_step:
@@ -363,11 +357,13 @@ class Trainer:
         if reason:
             self.save()
             return {"status": "preempted", "reason": f"{reason}; the same command resumes", "step": self.step}
+        val, acc = self.last["val"], self.last["hellaswag"]
         return {
             "status": "success", "step": self.step, "tokens": self.step * cfg.total_batch_size,
-            "val_loss": self.last_val.get("loss"), "bits_per_byte": self.last_val.get("bits_per_byte"),
-            **self.last_hellaswag, "unigram_entropy": self.unigram_entropy,
-            "parameters": self.raw_model.num_params(), "skipped_steps": self.skipped,
+            "val_loss": val.get("loss"), "bits_per_byte": val.get("bits_per_byte"),
+            **{f"hellaswag_{k}": acc[k] for k in ("items", "acc", "acc_norm") if acc},
+            "unigram_entropy": self.unigram_entropy, "parameters": self.raw_model.num_params(),
+            "skipped_steps": self.skipped,
         }  # fmt: skip
 
     def due(self, every):
@@ -390,53 +386,39 @@ class Trainer:
         """Read the pending figures (the one wait for the device), record them, and print the last as the log line."""
         if not self.pending:
             return
-        cfg, scaled = self.cfg, self.scaler.is_enabled()
-        pending, self.pending = self.pending, []
+        cfg, scaled, pending = self.cfg, self.scaler.is_enabled(), self.pending
+        self.pending = []
         losses = self.ranks.sum(torch.stack([loss for _, loss, _, _ in pending]).tolist())
         norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
         seconds = (time.perf_counter() - self.clock) / len(pending)
-        tok_per_sec = cfg.total_batch_size / seconds
+        ms, tok_per_sec = seconds * 1e3, cfg.total_batch_size / seconds
         flops = tok_per_sec * self.raw_model.flops_per_token()
         mfu = flops / (self.peak * self.ranks.world_size) if self.peak else None
-        speed = {"ms": seconds * 1e3, "tok_per_sec": tok_per_sec, "mfu": mfu}
         for (step, _, _, lr), loss, norm in zip(pending, losses, norms):
             loss /= self.ranks.world_size
-            self.log.metric(step, "train", loss=loss, grad_norm=norm, lr=lr, **speed)
+            self.log.metric(step, "train", loss=loss, grad_norm=norm, lr=lr, ms=ms, tok_per_sec=tok_per_sec, mfu=mfu)
             if not cfg.skip_nonfinite and not (math.isfinite(loss) and (scaled or math.isfinite(norm))):
                 raise Diverged(f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite")
         if scaled and self.scaler.get_scale() < 1:  # it has halved at step after step, to no avail
             raise Diverged(f"the gradient of step {step} is not finite, however small the loss is scaled")
         left = timedelta(seconds=int(seconds * (cfg.max_steps - step - 1)))
         self.say(
-            f"step {step:>6}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms"
-            f" | {tok_per_sec:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "") + f" | ETA {left}"
+            f"step {step:>6}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {ms:.0f} ms | "
+            f"{tok_per_sec:,.0f} tok/s" + (f" | MFU {mfu:.1%}" if mfu else "") + f" | ETA {left}"
         )
 
-    def report_val(self, val):
-        """Record a validation loss and refresh the picture. val: as of `evaluate_loss`."""
-        if val is None:
-            return
-        self.last_val = val
-        self.log.metric(self.step, "val", **val)
-        self.say(f"  val    | loss {val['loss']:.4f} | {val['bits_per_byte']:.4f} bits per byte")
-        lines = {"unigram entropy": self.unigram_entropy}
-        if self.meta["name"].startswith("fineweb-edu") and self.meta["tokenizer"]["name"] == "gpt2":
-            lines.update(GPT2_ON_FINEWEB_EDU)
-        self.log.plot(reference=lines)
-
-    def report_hellaswag(self, figures, seconds):
-        """Record HellaSwag's accuracies. figures: as of `evaluate_hellaswag`."""
-        if figures is None:
-            return
-        self.last_hellaswag = {f"hellaswag_{k}": figures[k] for k in ("items", "acc", "acc_norm")}
-        self.log.metric(self.step, "hellaswag", **figures, seconds=seconds)
-        self.say(
-            f"  hella  | acc_norm {figures['acc_norm']:.4f} ({figures['acc_norm_low']:.4f} … "
-            f"{figures['acc_norm_high']:.4f}) | acc {figures['acc']:.4f} | {figures['items']} items, chance 0.25"
-        )
+    def report(self, kind, figures, text):
+        """Record and print an evaluation's figures (None: it was stopped), and refresh the picture."""
+        if figures is not None:
+            self.last[kind] = figures
+            self.log.metric(self.step, kind, **figures)
+            self.say(f"  {kind[:5]:<6} | {text.format(**figures)}")
+            self.log.plot(reference=self.reference)
 
     def sample(self):
-        """Two continuations of the prompt: whole in samples.txt, shortened on the terminal."""
+        """Two continuations of the prompt, on one rank: whole in samples.txt, shortened on the terminal."""
+        if not self.ranks.main:
+            return
         cfg, tokenizer = self.cfg, self.tokenizer
         prompt = tokenizer.encode(cfg.sample_prompt) or [tokenizer.eot_token]
         room, seed = max(1, min(100, cfg.block_size - len(prompt))), cfg.seed + self.step
@@ -447,12 +429,11 @@ class Trainer:
 
     def announce(self):
         """What is about to run, in three lines."""
-        cfg, ranks = self.cfg, self.ranks
+        cfg, world_size = self.cfg, self.ranks.world_size
         self.say(
-            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
+            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {world_size} | "
             f"{sum(map(len, self.train_loader.shards)):,} training tokens | a step is {cfg.total_batch_size:,} tokens: "
-            f"{ranks.world_size} process(es) x {self.grad_accum_steps} x {cfg.micro_batch_size} sequences of "
-            f"{cfg.block_size}"
+            f"{world_size} process(es) x {self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size}"
         )
         heads = torch.empty(1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head, device=self.device)
         kernel = sdpa_backend(heads.to(getattr(torch, cfg.dtype)))
@@ -461,7 +442,7 @@ class Trainer:
 
 
 def summary(result):
-    """result.json in one line: "300 steps, validation loss 4.4433"."""
+    """The result of a run in a few words: "300 steps, validation loss 4.4433"."""
     loss = result.get("val_loss")
     return f"{result['step']} steps" + ("" if loss is None else f", validation loss {loss:.4f}")
 
@@ -484,15 +465,15 @@ def main():
             print(f"{where} is finished: {done}; nothing is left to do (another --run-dir starts a new run)")
         return ranks.close()
 
-    mirrors = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
-    with RunLog(cfg.run_dir, "gpt2", settings, resume=start != "replace", enabled=ranks.main, **mirrors) as log:
+    options = {"resume": start != "replace", "tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
+    with RunLog(cfg.run_dir, "gpt2", settings, enabled=ranks.main, **options) as log:
         if start == "replace" and ranks.main:
-            lines = [f"{where} was made with other settings or data: it is replaced"]
             shutil.rmtree(log.ckpt_dir, ignore_errors=True)
         for line in lines:
             log.print(line)
         try:
-            result = Trainer(cfg, meta, ranks, log, state).run()
+            trainer, state = Trainer(cfg, meta, ranks, log, state), None  # which frees gigabytes
+            result = trainer.run()
         except Diverged as e:
             result = {"status": "diverged", "reason": f"{e}; the last good checkpoint is kept, try a lower --max-lr"}
         peak_mb = peak_memory_mb(ranks.device.type)

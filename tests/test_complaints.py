@@ -123,7 +123,7 @@ def test_windows_and_macs_need_no_module_that_they_lack(tmp_path):
         script += f"sys.modules[{name!r}] = None\n"
     script += "import gpt2.train_gpt2, gpt2.sample, gpt2.export_hf\n"
     script += "sys.platform = 'win32'\n"
-    script += "import torch\nassert gpt2.train_gpt2._peak_mb(torch.device('cpu')) is None\n"
+    script += "import torch\nassert gpt2.train_gpt2.peak_memory_mb('cpu') is None\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,7 @@
 """The loader is a function of seed and step; ranks and micro-batches only share out its rows."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_rows_are_disjoint_across_ranks_and_independent_of_the_micro_batch(count
 
 def test_the_prefetcher_hands_out_the_loaders_batches(counting):
     loader = Loader(counting, "train", T, rows_per_step=8)
-    batches = Prefetcher(loader, torch.device("cpu"), rank=1, world_size=2, micro_batch_size=2, grad_accum_steps=2)
+    ranks = SimpleNamespace(rank=1, world_size=2, device=torch.device("cpu"))
+    batches = Prefetcher(loader, ranks, micro_batch_size=2, grad_accum_steps=2)
     for step in (0, 1, 5):  # 5 was not foreseen
         for micro_step in range(2):
             got = batches.get(step, micro_step)

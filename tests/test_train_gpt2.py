@@ -1,4 +1,4 @@
-"""train_gpt2.py as a person runs it: alone, under torchrun, resumed, on other numbers of processes, with mistakes."""
+"""train_gpt2.py as users run it: alone, under torchrun, resumed, on other numbers of processes, with usage errors."""
 
 import errno
 import json
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from common import UsageError
+from common.checkpoints import sorted_checkpoints
 from gpt2 import checkpoint, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
@@ -44,8 +45,8 @@ def train(in_process, corpus):
 
 
 @pytest.fixture
-def mistake(in_process, corpus):
-    """mistake(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
+def usage_error(in_process, corpus):
+    """usage_error(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
 
     def run(run_dir, *flags, says):
         code, _, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
@@ -150,11 +151,11 @@ def test_a_record_whose_weights_are_gone_is_trained_again(reference, train, tmp_
     assert identical(reference[0], tmp_path / "run")
 
 
-def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, mistake, tmp_path):
+def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, usage_error, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
     record = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
-    mistake(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
-    mistake(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
+    usage_error(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
+    usage_error(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
     assert record == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
 
@@ -163,19 +164,19 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
     assert "is finished" in train(tmp_path / "run", "--overwrite")
     assert "it is replaced" in train(tmp_path / "run", "--overwrite", "--max-steps", "3")
     assert [r["step"] for r in read_run(tmp_path / "run").rows("train")] == [0, 1, 2]
-    assert [p.name for p in checkpoint.sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
+    assert [p.name for p in sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
 
 
-def test_processes_that_see_different_checkpoints_are_stopped(reference, mistake, tmp_path, monkeypatch):
+def test_processes_that_see_different_checkpoints_are_stopped(reference, usage_error, tmp_path, monkeypatch):
     """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
     monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, 15])
-    mistake(tmp_path / "run", says="(steps [20, 15]); --run-dir must be on a file system that all nodes share")
+    usage_error(tmp_path / "run", says="(steps [20, 15]); --run-dir must be on a file system that all nodes share")
 
 
-def test_imported_weights_are_no_run_to_go_on_with(mistake, tmp_path):
+def test_imported_weights_are_no_run_to_go_on_with(usage_error, tmp_path):
     checkpoint.save(tmp_path / "run/ckpt", 0, {"model": {}})
-    mistake(tmp_path / "run", says="holds imported weights; name it by --init")
+    usage_error(tmp_path / "run", says="holds imported weights; name it by --init")
 
 
 @pytest.mark.parametrize("where", ["validation", "HellaSwag"])
@@ -184,9 +185,7 @@ def test_a_reason_to_stop_is_heard_in_the_middle_of(where, train, shared_data, t
     flags = ["--hellaswag-every", "10", "--hellaswag-file", shared_data / "hellaswag_val.jsonl.gz"]
     flags += ["--hellaswag-limit", "8", "--max-steps", "12"]
     train(tmp_path / "undisturbed", *flags)
-    module, name = {"validation": (train_gpt2, "validation_sums"), "HellaSwag": (train_gpt2.hellaswag, "evaluate")}[
-        where
-    ]
+    module, name = {"validation": (train_gpt2, "evaluate_loss"), "HellaSwag": (train_gpt2.hellaswag, "evaluate")}[where]
     original, seen = getattr(module, name), []
 
     def stopped(*args, **kwargs):
@@ -228,7 +227,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(reference, train
     assert identical(reference[0], tmp_path / "run")
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(reference, train, mistake, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(
+    reference, train, usage_error, tmp_path, monkeypatch
+):
     save, calls = torch.save, []
 
     def full_at_the_second(state, file):
@@ -239,7 +240,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(reference, t
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full_at_the_second)
-    mistake(tmp_path / "run", says="step_000010.pt could not be written ([Errno 28] No space left on device)")
+    usage_error(tmp_path / "run", says="step_000010.pt could not be written ([Errno 28] No space left on device)")
     assert [p.name for p in (tmp_path / "run/ckpt").glob("*.pt*")] == ["step_000005.pt", "step_000005.pt.sha256"]
     assert read_run(tmp_path / "run").result["status"] == "failed"
     assert "resumed at step 5" in train(tmp_path / "run")
@@ -296,14 +297,14 @@ def test_no_preset_means_gpt2_124m():
     assert parse(["quickstart"]).n_layer == 4
 
 
-def test_mistakes_before_the_start_are_one_line_and_leave_nothing(mistake, refuses, tmp_path):
+def test_usage_errors_before_the_start_are_one_line_and_leave_nothing(usage_error, refuses, tmp_path):
     refuses("gpt2/train_gpt2.py", "--data-dir", tmp_path / "nowhere", says="no meta.json")
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    mistake(tmp_path / "run", "--device", missing, says=f"--device {missing} is not available here")
+    usage_error(tmp_path / "run", "--device", missing, says=f"--device {missing} is not available here")
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_found_later_are_one_line_too(mistake, tmp_path):
+def test_usage_errors_found_later_are_one_line_too(usage_error, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(
@@ -322,7 +323,7 @@ def test_mistakes_found_later_are_one_line_too(mistake, tmp_path):
         (["--init", str(tmp_path / "deep")], "add --n-layer 3"),
         (huge, "lower --block-size"),
     ]:
-        mistake(tmp_path / "run", *flags, says=says)
+        usage_error(tmp_path / "run", *flags, says=says)
         assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
 
 
@@ -377,8 +378,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(t
     assert good["step"] <= 1  # but none from after it was noticed
 
 
-def test_without_the_hub_hellaswag_says_which_flags_help(mistake, tmp_path):
-    mistake(tmp_path / "run", "--hellaswag-every", "5", says="or leave it out with --hellaswag-every 0")
+def test_without_the_hub_hellaswag_says_which_flags_help(usage_error, tmp_path):
+    usage_error(tmp_path / "run", "--hellaswag-every", "5", says="or leave it out with --hellaswag-every 0")
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_when_asked(train, tmp_path, monkeypatch):
