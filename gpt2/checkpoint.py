@@ -77,7 +77,7 @@ def load_tokenizer_of(name):
 
 
 def _is_ours(path):
-    """Whether a path is a checkpoint or a run directory, rather than something of Hugging Face's."""
+    """Whether a path is a checkpoint or a run directory, not something of Hugging Face's."""
     if path.suffix == ".pt" and not path.exists():
         raise UsageError(f"{path} does not exist; give a run directory or a checkpoint file")
     return path.suffix == ".pt" or (path.is_dir() and not (path / "config.json").exists()) or (path / "ckpt").is_dir()

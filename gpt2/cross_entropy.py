@@ -10,8 +10,7 @@ import math
 import torch
 
 # Logits in a chunk (elements). Fewer chunks read the weights less often; on a CPU 64 MB are enough.
-CHUNK_LOGITS = {"cpu": 2**24}
-DEFAULT_CHUNK_LOGITS = 2**28
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28, "mps": 2**28}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -33,7 +32,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)  # sums of exponentials need the range
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rows = max(64, CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS) // w.shape[0])  # of logits in a chunk
+        rows = max(64, CHUNK_LOGITS[device] // w.shape[0])  # of logits in a chunk
         exp = _compiled_exp() if compile else _exp
         loss = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(device, enabled=False):

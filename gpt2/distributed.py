@@ -113,14 +113,12 @@ class Stop:
     """Why training should end before its last step, agreed between the ranks.
 
     SIGTERM (a scheduler, torchrun), SIGINT (Ctrl-C; a second one interrupts at once), a file STOP in the run directory,
-    the time limit of --stop-after-minutes, or the death of torchrun, which leaves its processes behind when it is
-    killed.
+    the time limit of --stop-after-minutes, or the death of torchrun, which leaves its processes behind when killed.
     """
 
     def __init__(self, ranks, run_dir, after_minutes=0.0):
         self.ranks, self.file = ranks, Path(run_dir) / "STOP"
         self.deadline = time.monotonic() + 60 * after_minutes if after_minutes else None
-        self.after_minutes = after_minutes
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.why = None  # set once, then kept
         for name in ("SIGTERM", "SIGINT"):
@@ -137,7 +135,7 @@ class Stop:
             self.file.unlink(missing_ok=True)  # the next start shall run
             self.why = "found the file STOP"
         if not self.why and self.deadline and time.monotonic() > self.deadline:
-            self.why = f"the {self.after_minutes:g} minutes of --stop-after-minutes are over"
+            self.why = "the time of --stop-after-minutes is over"
         if not self.why and self.torchrun and self.torchrun != os.getppid():
             self.why = "torchrun is gone"
         return self.why

@@ -1,15 +1,13 @@
-"""A checkpoint as a Hugging Face folder, and back.
+"""A checkpoint as a Hugging Face folder.
 
     python gpt2/export_hf.py --model runs/quickstart --out runs/quickstart/hf
-    python gpt2/export_hf.py --from-hf runs/quickstart/hf --out runs/imported
 
-The first writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, loads
-them again with transformers and compares the logits before the folder gets its name. The second turns such a folder (or
-a hub name) into a checkpoint that sample.py, hellaswag.py and --init of train_gpt2.py read.
+Writes config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json, loads them with
+transformers and compares the logits before the folder gets its name. The way back needs no conversion: --init of
+train_gpt2.py, sample.py and hellaswag.py take a Hugging Face folder where they take a run.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -20,9 +18,8 @@ from gpt2 import checkpoint
 
 @dataclass
 class ExportConfig:
-    out: str  # folder to write (replaced if it exists): a Hugging Face folder, or with --from-hf a run directory
-    model: str = ""  # run directory or checkpoint file to export
-    from_hf: str = ""  # Hugging Face folder or hub name to turn into a checkpoint, instead
+    model: str  # run directory or checkpoint file to export
+    out: str  # folder to write, replaced if it exists
 
 
 def largest_difference(model, hf_model, seed=0):
@@ -35,13 +32,6 @@ def largest_difference(model, hf_model, seed=0):
     return float((ours - theirs).abs().max())
 
 
-def check_pair(model, tokenizer):
-    """Refuse a tokenizer whose ids are not the model's."""
-    if tokenizer.n_vocab != model.config.vocab_size:
-        ids = f"the tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}"
-        raise UsageError(f"{ids}; they do not belong together")
-
-
 def export(model, tokenizer, out):
     """Write `model` and `tokenizer` as a Hugging Face folder -> the largest difference of logits, reloaded.
 
@@ -49,8 +39,9 @@ def export(model, tokenizer, out):
     """
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    check_pair(model, tokenizer)
     c, eot = model.config, tokenizer.eot_token
+    if tokenizer.n_vocab != c.vocab_size:
+        raise UsageError(f"the tokenizer has {tokenizer.n_vocab} ids, the model {c.vocab_size}: they do not match")
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=eot, eos_token_id=eot,
@@ -68,23 +59,9 @@ def export(model, tokenizer, out):
     return difference
 
 
-def import_hf(name_or_folder, out):
-    """Turn a Hugging Face GPT-2 (folder or hub name) into a run directory with one checkpoint -> its path."""
-    model, tokenizer = checkpoint.load_model(name_or_folder)
-    check_pair(model, tokenizer)
-    path = checkpoint.save(Path(out) / "ckpt", 0, checkpoint.model_state(model))
-    tokenizer.save(str(Path(out) / "tokenizer"))
-    return path
-
-
 def main():
-    """Export a checkpoint, or import a Hugging Face GPT-2 (--from-hf)."""
+    """Export a checkpoint."""
     cfg = tyro.cli(ExportConfig, description=__doc__)
-    if bool(cfg.model) == bool(cfg.from_hf):
-        raise UsageError("give either --model (to export) or --from-hf (to import)")
-    if cfg.from_hf:
-        print(f"wrote {import_hf(cfg.from_hf, cfg.out)}")
-        return
     difference = export(*checkpoint.load_model(cfg.model), cfg.out)
     print(f"wrote {cfg.out}: transformers' logits differ by at most {difference:.1e} in float64")
 

@@ -47,26 +47,24 @@ ACCURACIES = ("acc", "acc_norm", "acc_char")
 def load_items(file=None, limit=0, prompt="plain", fix="name a local file with --input"):
     """Read HellaSwag -> list of {"item", "ind", "label", "ctx", "endings"}, "item" being the place in the file.
 
-    file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split.
-    limit: the first so many of a fixed permutation; 0: all, in the order of the file.
+    file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split, or, where it cannot
+    be reached, a message that ends with `fix`. limit: the first so many of a fixed permutation; 0: all, in order.
     prompt: "plain" takes `ctx` and the endings as they are (build-nanogpt); "lm-eval" builds them as
     lm-evaluation-harness does, which needs `ctx_a`, `ctx_b` and the markers of the official file.
-    fix: what the message recommends where the hub cannot be reached.
     """
-    rows = [row for _, row in read_jsonl(file)] if file else _read_hub(fix)
+    if file:
+        rows = [row for _, row in read_jsonl(file)]
+    else:
+        import huggingface_hub
+        import pyarrow.parquet
+
+        with from_hub(HUB[0], fix):
+            path = huggingface_hub.hf_hub_download(*HUB, repo_type="dataset")
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     if not rows:
         raise UsageError(f"{file} holds no items")
     order = np.random.default_rng(SEED).permutation(len(rows))[:limit] if limit else range(len(rows))
     return [_item(int(i), rows[i], prompt, file or HUB[0]) for i in order]
-
-
-def _read_hub(fix):
-    import huggingface_hub
-    import pyarrow.parquet
-
-    with from_hub(HUB[0], fix):
-        path = huggingface_hub.hf_hub_download(HUB[0], HUB[1], repo_type="dataset")
-    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def _item(number, row, prompt, file):
@@ -79,14 +77,9 @@ def _item(number, row, prompt, file):
     if prompt == "lm-eval":
         if missing := [name for name in ("ctx_a", "ctx_b", "activity_label") if name not in row]:
             raise UsageError(f"{file} lacks {missing[0]}, which --prompt lm-eval needs: use the official file")
-        ctx, endings = lm_eval_prompt(row)
+        ctx = _tidy(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        endings = [_tidy(ending) for ending in endings]
     return {"item": number, "ind": row.get("ind", number), "label": label, "ctx": ctx, "endings": endings}
-
-
-def lm_eval_prompt(row):
-    """A row of the official file -> (context, endings) as lm-evaluation-harness writes them."""
-    ctx = row["ctx_a"] + " " + row["ctx_b"].capitalize()
-    return _tidy(row["activity_label"] + ": " + ctx), [_tidy(ending) for ending in row["endings"]]
 
 
 def _tidy(text):
@@ -151,7 +144,7 @@ def gpt_logits(model, contexts, ids):
     return model(ids, cache=cache.repeat(4, ids.shape[1]))[0]
 
 
-def hf_logits(model, contexts, ids):
+def hf_logits(model, block_size, contexts, ids):
     """Any Hugging Face causal LM with the usual key-value cache."""
     C, (rows, E) = max(map(len, contexts)), ids.shape
     # Contexts are padded on the right, where it does no harm before the endings come.
@@ -163,13 +156,8 @@ def hf_logits(model, contexts, ids):
     more = {"attention_mask": torch.cat([known, known.new_ones(rows, E)], dim=1)}  # (4 B, C + E)
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions = lengths + torch.arange(E, device=ids.device)  # (4 B, E), beyond the model's for padding alone
-        more["position_ids"] = positions.clamp(max=block_size_of(model) - 1)
+        more["position_ids"] = positions.clamp(max=block_size - 1)
     return model(ids, past_key_values=cache, **more).logits
-
-
-def block_size_of(hf_model):
-    """The longest row that a Hugging Face model takes, in tokens."""
-    return getattr(hf_model.config, "max_position_embeddings", None) or 2048
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,8 +210,7 @@ def figures(counted):
     n, *right = map(int, counted)
     result = {"items": n}
     for kind, k in zip(ACCURACIES, right):
-        low, high = wilson(k, n)
-        result |= {kind: k / n, f"{kind}_low": low, f"{kind}_high": high}
+        result[kind], (result[f"{kind}_low"], result[f"{kind}_high"]) = k / n, wilson(k, n)
     return result
 
 
@@ -274,18 +261,20 @@ def load_hf(name, device):
 
     whole, bare = tokenizer("x").input_ids, encode(["x"])[0]
     prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
-    if not shares_contexts(model, encode(["One two three, four", "One"]), encode([" five six", " two", " 3", " a b"])):
+    block_size = getattr(model.config, "max_position_embeddings", None) or 2048
+    logits_of = partial(hf_logits, model, block_size)
+    if not shares_contexts(model, logits_of, encode(["One two three", "One"]), encode([" four 5", " 2", " 3", " a"])):
         raise UsageError(f"{name} keeps no usual key-value cache: its endings cannot share their context")
-    return partial(hf_logits, model), (encode, block_size_of(model), prefix)
+    return logits_of, (encode, block_size, prefix)
 
 
 @torch.inference_mode()
-def shares_contexts(model, contexts, endings):
+def shares_contexts(model, logits_of, contexts, endings):
     """Whether a model computes the same with shared contexts and without: some have other caches or positions."""
     E = min(map(len, endings))
     ids = torch.tensor([ending[:E] for _ in contexts for ending in endings], device=model.device)  # (4 B, E)
     try:
-        shared = hf_logits(model, contexts, ids)
+        shared = logits_of(contexts, ids)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
     texts = [context + ending[:E] for context in contexts for ending in endings]

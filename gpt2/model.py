@@ -17,13 +17,9 @@ from gpt2.cross_entropy import chunked_cross_entropy
 
 # What this file hard-codes; a Hugging Face model that differs is refused rather than computed wrongly.
 PLAIN_GPT2 = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "n_inner": None,
-    "tie_word_embeddings": True,
-}
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+}  # fmt: skip
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # weights that Hugging Face's GPT-2 stores transposed
 
 
@@ -174,8 +170,8 @@ class GPT(nn.Module):
         try:
             hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
         except (OSError, ValueError) as e:
-            first = str(e).splitlines()[0]
-            raise UsageError(f"no GPT-2 weights at {name_or_folder!r}: {first} Give a local folder instead") from None
+            why = str(e).splitlines()[0]
+            raise UsageError(f"no GPT-2 weights at {name_or_folder!r}: {why} Give a local folder instead") from None
         c = hf.config
         if odd := [k for k, v in PLAIN_GPT2.items() if getattr(c, k, v) != v]:
             raise UsageError(f"{name_or_folder} is not a plain GPT-2: its {', '.join(odd)} differ")
@@ -186,20 +182,13 @@ class GPT(nn.Module):
 
     def load_hf_state_dict(self, state):
         """Copy the tensors of a Hugging Face GPT-2; its Conv1D holds weights transposed, its wte has no padding."""
-        ours = self.state_dict()
         with torch.no_grad():
-            for name, tensor in ours.items():
-                source = state["transformer.wte.weight"] if name == "lm_head.weight" else state[name]
-                if name.endswith(CONV1D):
-                    source = source.t()  # (in, out) -> (out, in)
-                tensor[: source.shape[0]].copy_(source)
+            for name, p in self.named_parameters():  # lm_head is wte, so not among them
+                source = state[name].t() if name.endswith(CONV1D) else state[name]  # (in, out) -> (out, in)
+                p[: len(source)].copy_(source)
 
     def hf_state_dict(self):
         """The inverse of `load_hf_state_dict`: name -> tensor as Hugging Face has it; lm_head is wte, so left out."""
-        V, state = self.config.vocab_size, {}
-        for name, tensor in self.state_dict().items():
-            if name == "transformer.wte.weight":
-                tensor = tensor[:V]
-            if name != "lm_head.weight":
-                state[name] = (tensor.t() if name.endswith(CONV1D) else tensor).contiguous()
-        return state
+        state = {name: p.detach() for name, p in self.named_parameters()}
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][: self.config.vocab_size]
+        return {name: (t.t() if name.endswith(CONV1D) else t).contiguous() for name, t in state.items()}

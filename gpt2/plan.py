@@ -29,9 +29,8 @@ PEAKS = {
 # glibc returns large freed buffers to the system at once, and each comes back as a page fault per 4 kB: up to a third
 # of a step on a CPU. Kept and backed by huge pages they cost nothing, and the matmuls miss fewer translations.
 CPU_MEMORY_SETTINGS = {
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{k}" for k in ("mmap_threshold=4294967296", "trim_threshold=4294967296", "hugetlb=1")
-    )
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:"
+    "glibc.malloc.hugetlb=1"
 }
 
 
@@ -39,25 +38,13 @@ def peak_flops(device, dtype):
     """Peak FLOP/s of a GPU in bfloat16 or float16, or None where it is not known: no MFU is better than a wrong one."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)
-    if "Laptop" in name:  # the same number on the box, another chip in it
-        return None
-    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
+    name = torch.cuda.get_device_name(device)  # "Laptop" in it: the same number on the box, another chip inside
+    return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
 
 
 def free_memory(device):
     """Bytes that a process may still take on the device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def sdpa_backend(q):
-    """Name of the kernel that F.scaled_dot_product_attention takes for causal attention on q (B, nh, T, hs)."""
-    from torch.nn.attention import SDPBackend
-
-    try:
-        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
-    except (AttributeError, RuntimeError, ValueError):  # a private function; MPS has none
-        return "unknown"
 
 
 def can_keep_memory():
@@ -159,21 +146,15 @@ def print_plan(cfg):
     }
     for name, text in lines.items():
         print(f"{name:<11} {text}", flush=True)
-    print(f"{'time':<11} {_hours(cfg, config, device, world_size, tokens, best)}")
-
-
-def _hours(cfg, config, device, world_size, tokens, best):
-    """Hours for `tokens`, at the speed that is assumed or measured. best: largest micro-batch that fits here, or 0."""
     speed, how = cfg.plan_tok_per_sec, "assumed"
-    if not speed and not best:
-        return "not measured, since it does not fit here; --plan-tok-per-sec assumes a speed"
-    if not speed:
+    if not speed and best:
         model, rows = GPT(config), min(best, cfg.micro_batch_size)
         if device.type != "cuda":  # seconds, not minutes
             rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
         speed = measure_speed(model, cfg, device, rows) * world_size
         how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
-    return f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})"
+    hours = f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})" if speed else "unknown: it does not fit"
+    print(f"{'time':<11} {hours}")
 
 
 def _gb(n):

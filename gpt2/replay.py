@@ -53,10 +53,20 @@ def replay_run(run, report, *, steps, whole, data):
     changed = "changed on resume:" in log  # by --allow-config-change: its steps then had several settings
     if whole and changed:
         raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
-    report.reasons += training_reasons(run, cfg, log)
+    if (cfg.compile or (run.env.get("gpus") and cfg.device != "cpu")) and not cfg.deterministic:
+        report.reasons.append("compiled kernels, and GPUs, repeat to the last bit only with --deterministic")
+    if resumed := re.findall(r"^resumed at step (\d+)", log, re.M):
+        report.reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose hardware is not recorded")
     last = run.result.get("step") or run.step or 0
-    starts, checkpoints = [] if changed else [(0, None)], usable_checkpoints(run, report)
-    starts += [(step_of(path), path) for path in checkpoints if step_of(path) <= last and not whole]
+    starts = [] if changed else [(0, None)]
+    problems = {path: problem(path) for path in sorted_checkpoints(run.run_dir / "ckpt")}
+    for path, why in problems.items():
+        if why:
+            report.fail(f"{path.name}: {why}")
+        elif step_of(path) <= last and not whole:
+            starts.append((step_of(path), path))
+    if all(problems.values()) and not cfg.eval_only:
+        report.open("no checkpoint is kept: the weights that the run ended with are not proved")
     torch.set_num_threads(run.env.get("threads") or torch.get_num_threads())  # another number sums in another order
     compared = set()
     for at, path in starts:
@@ -65,52 +75,22 @@ def replay_run(run, report, *, steps, whole, data):
         report.open(f"{left:,} rows were not computed again: only their checksum covers them (--whole replays all)")
 
 
-def usable_checkpoints(run, report):
-    """The checkpoints whose checksum matches, as paths; the others are failures."""
-    problems = {path: problem(path) for path in sorted_checkpoints(run.run_dir / "ckpt")}
-    for path, why in problems.items():
-        if why:
-            report.fail(f"{path.name}: {why}")
-    if all(problems.values()) and not run.settings.get("eval_only"):
-        report.open("no checkpoint is kept: the weights that the run ended with are not proved")
-    return [path for path, why in problems.items() if not why]
-
-
-def training_reasons(run, cfg, log):
-    """Why training may not repeat to the last bit, even on the same hardware and code."""
-    reasons = []
-    if (cfg.compile or (run.env.get("gpus") and cfg.device != "cpu")) and not cfg.deterministic:
-        reasons.append("compiled kernels, and GPUs, repeat to the last bit only with --deterministic")
-    if resumed := re.findall(r"^resumed at step (\d+)", log, re.M):
-        reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose hardware is not recorded")
-    return reasons
-
-
-class Rows(RunLog):
-    """A log that keeps the rows in memory and writes nothing."""
-
-    def __init__(self, run_dir):
-        super().__init__(run_dir, "gpt2", {}, enabled=False)
-        self.kept = {}  # (step, kind) -> fields
-
-    def metric(self, step, kind, **values):
-        self.kept[step, kind] = plain(values)
-
-
 def replay(run, report, cfg, meta, at, until, path):
     """Train from step `at` to `until` and compare the rows -> {(step, kind)} that were compared."""
+    kept = {}  # (step, kind) -> row
     with tempfile.TemporaryDirectory() as folder:
-        ranks, log = Ranks(cfg.device), Rows(folder)
+        ranks, log = Ranks(cfg.device), RunLog(folder, "gpt2", {}, enabled=False)
+        log.metric = lambda step, kind, **row: kept.update({(step, kind): plain(row)})
         trainer = Trainer(resolve(cfg, ranks.device), meta, ranks, log, path and checkpoint.load(path))
         if trainer.run(until)["status"] != "success":
             raise KeyboardInterrupt
     what = f"step {at} to {until}, from " + (path.name if path else "the start")
-    rows = {(row["step"], row["kind"]): row for row in run.metrics if (row["step"], row["kind"]) in log.kept}
+    rows = {(row["step"], row["kind"]): row for row in run.metrics if (row["step"], row["kind"]) in kept}
     recorded, computed = {}, {}
     for (step, kind), row in rows.items():
         for name in row.keys() - TIMING_FIELDS - {"step", "kind"}:
             recorded[f"{kind} {name} of step {step}"] = row[name]
-            computed[f"{kind} {name} of step {step}"] = log.kept[step, kind].get(name)
+            computed[f"{kind} {name} of step {step}"] = kept[step, kind].get(name)
     if recorded:
         precision = "16 bit" if cfg.dtype != "float32" else "muon" if cfg.optimizer == "muon" else "float32"
         compare_figures(report, what, recorded, computed, TOLERANCE[precision])

@@ -31,7 +31,6 @@ class SampleConfig:
     top_k: int = 50  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the likeliest tokens with this total probability (Holtzman et al. 2020); 1: all
     seed: int = 1337  # seed of the random draws
-    stream: bool = True  # print tokens as they come (where there is one sample)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
 
 
@@ -108,13 +107,11 @@ def pick(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p=1.0, seed=1337, eot=None, on_token=None
-):
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p=1.0, seed=1337, eot=None):
     """Continue prompts (lists of token ids) -> lists of new ids, each ending before `eot`.
 
     When a context has filled block_size, its older half is dropped and the rest is computed again: learned positions
-    cannot slide. on_token: called with the list of the batch's new ids after each step.
+    cannot slide.
     """
     if not all(prompts):
         raise UsageError("a prompt is empty; give at least one token")
@@ -140,15 +137,13 @@ def generate(
             row.append(token)
         if all(done):
             break
-        if on_token:
-            on_token(new)
     model.train(was_training)
     out = [row[len(p) :] for row, p in zip(rows, prompts)]
     return [ids[: ids.index(eot)] if eot in ids else ids for ids in out]
 
 
 def main():
-    """Generate from --model after each prompt, streaming a single one."""
+    """Generate from --model after each prompt."""
     cfg = tyro.cli(SampleConfig, description=__doc__)
     prompts = cfg.prompt
     if cfg.prompts_file:
@@ -157,22 +152,8 @@ def main():
     model, tokenizer = load_model(cfg.model, device)
     encoded = [tokenizer.encode(p, allowed_special="all") for p in prompts for _ in range(cfg.num_samples)]
     settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "seed")}
-    settings["eot"] = tokenizer.eot_token
-    if cfg.stream and len(encoded) == 1:
-        shown, ids = 0, list(encoded[0])
-
-        def show(new):
-            nonlocal shown
-            ids.extend(new)
-            text = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")  # the rest of a character is still to come
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-
-        show([])
-        generate(model, encoded, cfg.max_new_tokens, on_token=show, **settings)
-        print()
-        return
-    for prompt, new in zip(encoded, generate(model, encoded, cfg.max_new_tokens, **settings)):
+    new_ids = generate(model, encoded, cfg.max_new_tokens, eot=tokenizer.eot_token, **settings)
+    for prompt, new in zip(encoded, new_ids):
         print(tokenizer.decode(prompt + new), end="\n\n")
 
 

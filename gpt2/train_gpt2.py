@@ -9,8 +9,7 @@ Kill it at any moment: the same command resumes from the newest checkpoint and e
 Ctrl-C, a file STOP in the run directory and --stop-after-minutes save first. What to expect of gpt2-124M: a validation
 loss of about 3.3 nats after one epoch of 10B tokens (OpenAI's weights: 3.29).
 
-No preset means gpt2-124M, and PRESET --help lists every setting with its unit. The run directory gets config.json,
-metrics.jsonl, log.txt, samples.txt, loss.png, result.json and ckpt/: see runlog/.
+No preset means gpt2-124M, and PRESET --help lists every setting with its unit. What a run directory holds: runlog/.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
 from gpt2.loader import Loader, Prefetcher
 from gpt2.model import GPT
 from gpt2.optimizers import lr_at, make_optimizers, set_lr
-from gpt2.plan import advice, peak_flops, print_plan, restart_with_memory_settings, sdpa_backend
+from gpt2.plan import advice, peak_flops, print_plan, restart_with_memory_settings
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
@@ -86,7 +85,7 @@ def build_model(cfg, meta):
         sizes = f"{cfg.init} has a vocabulary of {c.vocab_size}, {cfg.data_dir} one of {meta['vocab_size']}"
         raise UsageError(f"{sizes}; prepare the data with the model's own tokenizer")
     if cfg.block_size > c.block_size:
-        raise UsageError(f"--block-size {cfg.block_size} is more than the {c.block_size} of {cfg.init}; lower it")
+        raise UsageError(f"{cfg.init} has a context of {c.block_size} tokens; lower --block-size {cfg.block_size}")
     shape = {f"--{k.replace('_', '-')}": (getattr(cfg, k), getattr(c, k)) for k in ("n_layer", "n_head", "n_embd")}
     if wrong := [f"{flag} {theirs}" for flag, (asked, theirs) in shape.items() if asked != theirs]:
         raise UsageError(f"{cfg.init} has another shape; add {' '.join(wrong)}")
@@ -94,15 +93,12 @@ def build_model(cfg, meta):
 
 
 def compiled(model, cfg, device, say):
-    """The model under torch.compile, or the model itself, with a message, where compiling does not work.
-
-    Compiling needs a C++ compiler or Triton with a C compiler, and Python's headers: one line is compiled as a test.
-    """
+    """The model under torch.compile, or the model itself, with a message, where compiling does not work."""
     if not cfg.compile:
         return model
-    # kernels compiled once are read back at the next start, also after a reboot has emptied /tmp
+    # Compiled kernels are read back at the next start, also after a reboot has emptied /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "data/cache/torch-compile"))
-    try:
+    try:  # it needs a C++ compiler or Triton with a C compiler, and Python's headers
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
     except Exception as e:  # torch raises several kinds, by platform and version
         why = " ".join(str(e).split())[:160]
@@ -141,22 +137,22 @@ def find_start(cfg, settings, ranks):
         raise UsageError(f"{run_dir} is a training run; evaluate it with --init {run_dir} and another --run-dir")
     run = read_run(run_dir) if (run_dir / "config.json").exists() else None
     same = run and learned_settings(run.settings) == learned_settings(settings)
-    if same and run.result.get("status") == "success" and (kept or cfg.eval_only):  # if the weights are still there
+    if same and run.result.get("status") == "success" and (kept or cfg.eval_only):  # the weights are still there
         start = "finished"
     elif run and not same and (cfg.overwrite or not (kept or run.metrics)):
         start, lines = "replace", [f"{run_dir} was made with other settings or data: it is replaced"]
     else:
         state = checkpoint.load_newest(run_dir / "ckpt", warn=lines.append)
-    seen = ranks.gather(state["step"] if state else start)
-    if len(set(seen)) > 1:
+    step = state["step"] if state else 0
+    if len(set(seen := ranks.gather((start, step)))) > 1:
         raise UsageError(
-            f"the processes see different checkpoints in {run_dir}/ckpt (steps {seen}); "
+            f"the processes see different checkpoints in {run_dir}/ckpt (steps {[step for _, step in seen]}); "
             "--run-dir must be on a file system that all nodes share"
         )
     if state and "optimizers" not in state:
         raise UsageError(f"{run_dir} holds imported weights; name it by --init, with another --run-dir")
     if start == "run" and (state or run):
-        changes = changed_settings(state["learned"] if state else run.settings, settings, state["step"] if state else 0)
+        changes = changed_settings(state["learned"] if state else run.settings, settings, step)
         if changes and not cfg.allow_config_change:
             raise UsageError(
                 f"{run_dir} was started with other settings ({'; '.join(changes)}); "
@@ -233,9 +229,9 @@ class Trainer:
         self.token_bytes = torch.tensor(self.tokenizer.byte_lengths())
 
         self.grad_accum_steps = cfg.grad_accum_steps(ranks.world_size)
-        rows_per_step = cfg.total_batch_size // cfg.block_size
-        self.train_loader = Loader(cfg.data_dir, "train", cfg.block_size, rows_per_step, cfg.seed, meta)
-        self.val_loader = Loader(cfg.data_dir, "val", cfg.block_size, meta=meta)
+        T = cfg.block_size
+        self.train_loader = Loader(cfg.data_dir, "train", T, cfg.total_batch_size // T, cfg.seed, meta)
+        self.val_loader = Loader(cfg.data_dir, "val", T, meta=meta)
         self.batches = Prefetcher(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps)
         counts = unigram_counts(cfg.data_dir, meta)  # (vocab_size,)
         p = counts[counts > 0] / counts.sum()
@@ -247,7 +243,7 @@ class Trainer:
             fix = "name a local file with --hellaswag-file, or leave it out with --hellaswag-every 0"
             items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, fix=fix)
             encode = self.tokenizer.to_tiktoken().encode_ordinary_batch
-            self.hellaswag_items = hellaswag.Encoded(items, encode, cfg.block_size)
+            self.hellaswag_items = hellaswag.Encoded(items, encode, T)
 
         # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
         # be compiled; `step_model` adds the exchange of gradients between processes.
@@ -312,7 +308,7 @@ class Trainer:
             if self.due(cfg.hellaswag_every) and (self.step > 0 or cfg.eval_only):
                 acc = evaluate_hellaswag(self.raw_model, self.hellaswag_items, cfg, ranks, self.stop)
                 self.report("hellaswag", acc, HELLASWAG_LINE)
-            if self.due(cfg.sample_every):
+            if self.due(cfg.sample_every) and ranks.main:
                 self.sample()
             reason = self.stop.reason()
             if reason or self.step >= last_step:
@@ -366,6 +362,18 @@ class Trainer:
             "skipped_steps": self.skipped,
         }  # fmt: skip
 
+    def announce(self):
+        """What is about to run, in two lines."""
+        cfg, ranks = self.cfg, self.ranks
+        tokens = sum(len(shard) for shard in self.train_loader.shards)
+        self.say(
+            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
+            f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
+            f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size}"
+        )
+        known = f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of knowing the token frequencies alone"
+        self.say(f"{known} | {torch.get_num_threads()} threads" + advice(self.device, cfg))
+
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""
         return every > 0 and (self.step % every == 0 or self.step >= self.cfg.max_steps)
@@ -386,15 +394,14 @@ class Trainer:
         """Read the pending figures (the one wait for the device), record them, and print the last as the log line."""
         if not self.pending:
             return
-        cfg, scaled, pending = self.cfg, self.scaler.is_enabled(), self.pending
-        self.pending = []
-        losses = self.ranks.sum(torch.stack([loss for _, loss, _, _ in pending]).tolist())
-        norms = torch.stack([norm for _, _, norm, _ in pending]).tolist()
-        seconds = (time.perf_counter() - self.clock) / len(pending)
+        cfg, scaled = self.cfg, self.scaler.is_enabled()
+        steps, losses, norms, lrs = zip(*self.pending)
+        losses, norms = self.ranks.sum(torch.stack(losses).tolist()), torch.stack(norms).tolist()
+        seconds, self.pending = (time.perf_counter() - self.clock) / len(steps), []
         ms, tok_per_sec = seconds * 1e3, cfg.total_batch_size / seconds
         flops = tok_per_sec * self.raw_model.flops_per_token()
         mfu = flops / (self.peak * self.ranks.world_size) if self.peak else None
-        for (step, _, _, lr), loss, norm in zip(pending, losses, norms):
+        for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             loss /= self.ranks.world_size
             self.log.metric(step, "train", loss=loss, grad_norm=norm, lr=lr, ms=ms, tok_per_sec=tok_per_sec, mfu=mfu)
             if not cfg.skip_nonfinite and not (math.isfinite(loss) and (scaled or math.isfinite(norm))):
@@ -416,9 +423,7 @@ class Trainer:
             self.log.plot(reference=self.reference)
 
     def sample(self):
-        """Two continuations of the prompt, on one rank: whole in samples.txt, shortened on the terminal."""
-        if not self.ranks.main:
-            return
+        """Two continuations of the prompt: whole in samples.txt, shortened on the terminal."""
         cfg, tokenizer = self.cfg, self.tokenizer
         prompt = tokenizer.encode(cfg.sample_prompt) or [tokenizer.eot_token]
         room, seed = max(1, min(100, cfg.block_size - len(prompt))), cfg.seed + self.step
@@ -426,25 +431,6 @@ class Trainer:
             text = tokenizer.decode(prompt + new)
             self.log.sample(self.step, text)
             self.say(f"  sample | {' '.join(text.split())[:160]}")
-
-    def announce(self):
-        """What is about to run, in three lines."""
-        cfg, world_size = self.cfg, self.ranks.world_size
-        self.say(
-            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {world_size} | "
-            f"{sum(map(len, self.train_loader.shards)):,} training tokens | a step is {cfg.total_batch_size:,} tokens: "
-            f"{world_size} process(es) x {self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size}"
-        )
-        heads = torch.empty(1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head, device=self.device)
-        kernel = sdpa_backend(heads.to(getattr(torch, cfg.dtype)))
-        self.say(f"attention: {kernel} | {torch.get_num_threads()} threads" + advice(self.device, cfg))
-        self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of knowing the token frequencies alone")
-
-
-def summary(result):
-    """The result of a run in a few words: "300 steps, validation loss 4.4433"."""
-    loss = result.get("val_loss")
-    return f"{result['step']} steps" + ("" if loss is None else f", validation loss {loss:.4f}")
 
 
 def main():
@@ -461,8 +447,8 @@ def main():
     start, state, lines = find_start(cfg, settings, ranks)
     if start == "finished":
         if ranks.main:
-            done = summary(read_run(cfg.run_dir).result)
-            print(f"{where} is finished: {done}; nothing is left to do (another --run-dir starts a new run)")
+            steps = read_run(cfg.run_dir).result["step"]
+            print(f"{where} is finished: {steps} steps; nothing is left to do (another --run-dir starts a new run)")
         return ranks.close()
 
     options = {"resume": start != "replace", "tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
@@ -479,8 +465,11 @@ def main():
         peak_mb = peak_memory_mb(ranks.device.type)
         log.finish(**result, peak_mb=peak_mb, flops_per_token=settings["flops_per_token"])
         log.print(f"peak memory {peak_mb or '?'} MB, of one process")
-        text = f"{summary(result)} | {where}/loss.png" if result["status"] == "success" else result["reason"]
-        log.print(f"{result['status']}: {text}")
+        if result["status"] == "success":
+            loss = "" if result["val_loss"] is None else f", validation loss {result['val_loss']:.4f}"
+            log.print(f"success: {result['step']} steps{loss} | {where}/loss.png")
+        else:
+            log.print(f"{result['status']}: {result['reason']}")
     ranks.close()
 
 

@@ -1,4 +1,4 @@
-"""Our checkpoints as Hugging Face folders, and back."""
+"""Our checkpoints as Hugging Face folders, and those loaded back."""
 
 import json
 
@@ -10,7 +10,7 @@ from bpe import Tokenizer
 from common import UsageError
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
-from gpt2.export_hf import export, import_hf, largest_difference, main
+from gpt2.export_hf import export, largest_difference, main
 from gpt2.model import CONV1D, GPT
 
 
@@ -38,28 +38,26 @@ def test_the_exported_folder_loads_with_the_auto_classes(pair, tmp_path):
     assert hf_tokenizer.eos_token_id == tokenizer.eot_token == hf.config.eos_token_id
 
 
-def test_export_and_import_change_no_weight(pair, tmp_path):
+def test_an_exported_folder_loads_back_with_the_same_weights(pair, tmp_path):
     model, tokenizer = pair
     export(model, tokenizer, tmp_path / "hf")
-    import_hf(str(tmp_path / "hf"), tmp_path / "back")
-    back, back_tokenizer = checkpoint.load_model(tmp_path / "back")
+    back, back_tokenizer = checkpoint.load_model(tmp_path / "hf")
     V = model.config.vocab_size
     for name, tensor in model.float().state_dict().items():
         assert torch.equal(tensor[:V], back.state_dict()[name][:V]), name
     assert back_tokenizer.merges == tokenizer.merges and back_tokenizer.special_tokens == tokenizer.special_tokens
 
 
-def test_gradients_are_transformers_through_export_and_import(pair, tmp_path):
-    """In float64: the loss and every gradient of the exported folder, and of what is imported from it again."""
+def test_gradients_are_those_of_transformers_through_export_and_back(pair, tmp_path):
+    """In float64: the loss and every gradient of the exported folder, and of what is loaded from it again."""
     model, tokenizer = pair
     export(model, tokenizer, tmp_path / "hf")
-    import_hf(str(tmp_path / "hf"), tmp_path / "back")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
     idx = torch.randint(model.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     logits = hf(idx[:, :-1]).logits.flatten(0, 1)
     hf_loss = torch.nn.functional.cross_entropy(logits, idx[:, 1:].flatten())
     hf_loss.backward()
-    for ours in (model.double().eval(), checkpoint.load_weights(tmp_path / "back").double()):
+    for ours in (model.double().eval(), checkpoint.load_weights(tmp_path / "hf").double()):
         loss = ours(idx[:, :-1], idx[:, 1:])[1]
         ours.zero_grad()
         loss.backward()
@@ -82,20 +80,17 @@ def test_the_comparison_of_logits_can_fail(pair, tmp_path):
 def test_a_wrong_vocabulary_is_refused_and_leaves_nothing(pair, tmp_path):
     _, tokenizer = pair
     model = GPT(GPTConfig(block_size=8, vocab_size=77, n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(UsageError, match="do not belong together"):
+    with pytest.raises(UsageError, match="do not match"):
         export(model, tokenizer, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_exports_and_imports(pair, tmp_path, in_process):
+def test_the_script_exports(pair, tmp_path, in_process):
     model, tokenizer = pair
     checkpoint.save(tmp_path / "run/ckpt", 7, checkpoint.model_state(model))
     tokenizer.save(str(tmp_path / "run/tokenizer"))
     code, out, _ = in_process(main, "--model", tmp_path / "run", "--out", tmp_path / "hf")
     assert code == 0 and "differ by at most" in out
     assert json.loads((tmp_path / "hf/config.json").read_text())["n_layer"] == 2
-    assert in_process(main, "--from-hf", tmp_path / "hf", "--out", tmp_path / "again")[0] == 0
-    assert checkpoint.load_newest(tmp_path / "again/ckpt")["step"] == 0
-    for flags, says in [(["--model", tmp_path / "nowhere"], "does not exist"), ([], "either --model")]:
-        code, _, err = in_process(main, *flags, "--out", tmp_path / "x")
-        assert code == 2 and says in err and not (tmp_path / "x").exists()
+    code, _, err = in_process(main, "--model", tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert code == 2 and "does not exist" in err and not (tmp_path / "x").exists()

@@ -198,14 +198,14 @@ def test_other_architectures(kind):
     for p in model.parameters():
         p.mul_(5)
     encoded = Encoded(make_items(9), byte_encode, 256, batch_size=6)
-    rows = in_order(evaluate(partial(hf_logits, model), encoded, CPU))
+    rows = in_order(evaluate(partial(hf_logits, model, 256), encoded, CPU))
     for row, sums in zip(rows, plain_sums(lambda idx: model(idx).logits, encoded)):
         assert np.allclose(row["logprobs"], sums, rtol=0, atol=2e-5)
 
 
 def test_a_model_without_the_usual_cache_is_refused(stories, monkeypatch):
     """Silently wrong figures would be worse: some models keep another kind of cache."""
-    monkeypatch.setattr(hellaswag, "hf_logits", lambda model, contexts, ids: model(ids).logits)
+    monkeypatch.setattr(hellaswag, "hf_logits", lambda model, block_size, contexts, ids: model(ids).logits)
     with pytest.raises(UsageError, match="cannot share"):
         hellaswag.load_hf(str(stories[0]), CPU)
 

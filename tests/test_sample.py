@@ -115,7 +115,6 @@ def test_the_script_samples_from_a_run_and_a_folder(tmp_path, corpus, in_process
 
     from_run = sample("run", "--prompt", "Return the")
     assert from_run.startswith("Return the") and from_run == sample("hf", "--prompt", "Return the")
-    assert from_run.strip() == sample("run", "--prompt", "Return the", "--no-stream").strip()
     (tmp_path / "prompts.txt").write_text("a\n\nbc\n", encoding="utf-8")
     several = sample("run", "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2)
     assert several.startswith("a") and several.count("\n\n") >= 4

@@ -170,7 +170,7 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
 def test_processes_that_see_different_checkpoints_are_stopped(reference, usage_error, tmp_path, monkeypatch):
     """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
-    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, 15])
+    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, ("run", 15)])
     usage_error(tmp_path / "run", says="(steps [20, 15]); --run-dir must be on a file system that all nodes share")
 
 
