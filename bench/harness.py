@@ -1,230 +1,223 @@
-"""Contestants taking turns: each in a process of its own, which steps when told to; medians, a table and bars.
+"""The engine of all benchmarks: contestants take turns in processes of their own; medians, rows, a table, a picture.
 
-Turns, because a machine's speed drifts: who runs first and who last would otherwise decide. Processes, because of
-memory, and because settings of torch and of the C library are a process's own.
+Turns, because a computer's speed drifts: who runs first and who last would otherwise decide. Processes, because peak
+memory, caches and torch's settings belong to a process, and because whoever runs out of memory then fails alone.
 """
 
-import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
 
+import pandas
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common import UsageError, atomic_open
+from common import UsageError, atomic_open, peak_memory_mb, read_json, synchronize
+from runlog import RunLog
 
-WARM_UP = 3  # steps that are not timed
-SLOW_SECONDS = 3.0  # who needs longer for a step has one step of warming up and one turn
+COLUMNS = ["seconds", "tok_per_sec", "mb_per_sec", "items_per_sec", "mfu", "peak_mb", "spread", "last_loss", "val_loss"]
+COLUMNS += ["n_vocab", "bytes_per_token", "ratio", "ratio_to", "failed"]  # of the table: fields of the rows
 
 
-class Here:
-    """A contestant in this process: warmed up, its first loss and its memory known, ready for `turn`."""
+@dataclass(kw_only=True)
+class BenchConfig:
+    """Settings of every benchmark."""
 
-    def __init__(self, make, size, device, kwargs):
-        from gpt2.machine import peak_of_a_step
+    run_dir: Path  # run directory to write: table, picture, result.json
+    overwrite: bool = False  # replace a finished benchmark in the run directory
+    rounds: int = 3  # turns of each contestant, in alternation; the median counts
+    slow_seconds: float = 30.0  # who needs longer than this has a single turn
+    limit_seconds: float = 600.0  # who needs longer than this for a turn is stopped
 
-        started = time.perf_counter()
-        self.device, self.contestant = device, make(size, device, **kwargs)
-        first_loss = self.contestant.step().item()
-        self.facts = {"first_step_seconds": round(time.perf_counter() - started, 2), "first_loss": first_loss}
-        for _ in range(WARM_UP - 1):
-            started = time.perf_counter()
-            self.contestant.step().item()
-            if time.perf_counter() - started > SLOW_SECONDS:
-                break
-        self.facts["peak_mb"] = peak_of_a_step(self.contestant.step, self.contestant.model, device)
 
-    def turn(self, steps):
-        """So many steps -> (seconds a step, the last loss). The host waits for the device once, at the end."""
-        from gpt2.machine import synchronize
+@dataclass
+class Contestant:
+    """One that is measured: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
 
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            loss = self.contestant.step()
-        loss = loss.item()
-        return (time.perf_counter() - started) / steps, loss
+    facts: "seconds", one figure or a list of samples; "peak_mb"; and what else is worth a field of the row.
+    """
 
-    def ready(self):
-        """The facts of the start."""
-        return self.facts
+    make: Callable
+    args: tuple = ()
+    env: dict = field(default_factory=dict)  # environment variables of its process
 
-    def close(self):
-        self.contestant = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# turns
 
 
 class OwnProcess:
-    """The same in a fresh interpreter with more environment variables; built while others are being built."""
+    """A contestant in a fresh interpreter, which takes a turn when told to."""
 
-    def __init__(self, make, size, device, kwargs, env):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, there = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(there, make, size, device, kwargs), daemon=False)
-        with _environment(env):
-            self.process.start()
-        there.close()
+    def __init__(self, contestant):
+        self.job = _turn, contestant.make, contestant.args
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with patch.dict(os.environ, contestant.env):
+            self.pid = self.pool.submit(os.getpid).result()
 
-    def _receive(self):
+    def turn(self, limit_seconds):
+        """Take one turn -> facts, or {"failed": why}; the first one sets up before."""
         try:
-            kind, value = self.pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"a contestant died (exit status {self.process.exitcode})") from None
-        if kind == "mistake":
-            raise UsageError(value)
-        if kind == "failed":
-            raise RuntimeError(f"a contestant failed:\n{value}")
-        return value
-
-    def ready(self):
-        """Wait for the facts of the start."""
-        return self._receive()
-
-    def turn(self, steps):
-        """As `Here.turn`."""
-        self.pipe.send(steps)
-        return self._receive()
+            return self.pool.submit(*self.job).result(limit_seconds)
+        except UsageError:
+            raise
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGTERM)
+            return {"failed": f"stopped after {limit_seconds:.0f} s"}
+        except Exception as e:
+            return {"failed": f"{type(e).__name__}: {e}".splitlines()[0], "traceback": traceback.format_exc()}
 
     def close(self):
-        self.pipe.close()  # the other side reads that as the end
-        self.process.join(5)
-        self.process.kill()
-        self.process.join()
+        """End the process, and give back what it holds."""
+        self.pool.shutdown()
 
 
-def _serve(pipe, make, size, device, kwargs):
-    """The other side of `OwnProcess`."""
+_ready = None  # the `turn` of this process's contestant
+
+
+def _turn(make, args):
+    global _ready
+    _ready = _ready or make(*args)
+    return _ready()
+
+
+def take_turns(contestants, cfg, log, name, *, keep=False):
+    """Let everyone take cfg.rounds turns, in alternation -> {label: facts}; each turn is a row of metrics.jsonl.
+
+    contestants: {label: Contestant}. Numbers are medians over the turns, "seconds" over all samples, with their count
+    "turns" and their "spread", (max - min) / median; other facts are those of the first turn. Whoever fails or needs
+    longer than cfg.limit_seconds has {"failed": why} instead. UsageError if that is everyone.
+    keep: processes live on between turns, unless that leaves the device too little free memory for the others
+    ("free_mb" in the facts); without it each turn has a fresh process.
+    """
+    turns, failed, alive, labels = {label: [] for label in contestants}, {}, {}, list(contestants)
+
+    def one_turn(label):
+        alive[label] = alive.get(label) or OwnProcess(contestants[label])
+        facts = alive[label].turn(cfg.limit_seconds)
+        peak = max((turn["peak_mb"] or 0 for done in turns.values() for turn in done), default=0)
+        if not keep or "failed" in facts or facts.get("free_mb", peak) < 1.2 * peak:
+            alive.pop(label).close()
+        return facts
+
     try:
-        here = Here(make, size, device, kwargs)
-        _give_back(device)
-        pipe.send(("ready", here.facts))
-        while True:
-            steps = pipe.recv()
-            if device == "cuda":
-                here.contestant.step()  # takes the memory anew, before the clock starts
-            took = here.turn(steps)
-            _give_back(device)
-            pipe.send(("turn", took))
-    except EOFError:
-        os._exit(0)  # a Trainer's thread may still wait for its next step
-    except UsageError as e:
-        pipe.send(("mistake", str(e)))
-    except Exception:
-        pipe.send(("failed", traceback.format_exc()))
+        for k in range(cfg.rounds):
+            order = labels[k % len(labels) :] + labels[: k % len(labels)]  # another one begins every round
+            for label in tqdm(order, desc=f"{name}, round {k + 1}", leave=False, disable=None):
+                if label in failed or (turns[label] and medians(turns[label])["seconds"] > cfg.slow_seconds):
+                    continue
+                facts = one_turn(label)
+                if "failed" in facts and alive:  # perhaps for want of the memory that the others hold: once more, alone
+                    while alive:
+                        alive.popitem()[1].close()
+                    facts = one_turn(label)
+                figures = {key: facts[key] for key in ("seconds", "peak_mb", "failed", "traceback") if key in facts}
+                log.metric(k, f"{name}/{label}", **figures)
+                if "failed" in facts:
+                    log.print(f"{name}: {label} failed: {facts['failed']}")
+                    failed[label] = {"failed": facts["failed"]}
+                else:
+                    turns[label].append(facts)
+    finally:
+        for process in alive.values():
+            process.close()
+    if len(failed) == len(contestants):
+        raise UsageError("no contestant could be measured; the lines above say why")
+    return {label: failed.get(label) or medians(turns[label]) for label in contestants}
 
 
-def _give_back(device):
-    """Let go of a GPU's memory that torch keeps for later: in their turns the others need it."""
+def medians(turns):
+    """The facts of several turns of one contestant as one: see `take_turns`."""
+    facts, seconds = dict(turns[0]), []
+    for turn in turns:
+        seconds += turn["seconds"] if isinstance(turn["seconds"], list) else [turn["seconds"]]
+    for key, value in facts.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            facts[key] = statistics.median(turn[key] for turn in turns)
+    median = statistics.median(seconds)
+    return facts | {"seconds": median, "turns": len(seconds), "spread": (max(seconds) - min(seconds)) / median}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time and memory of a piece of work
+
+
+@contextmanager
+def measured(device="cpu"):
+    """Measure a block -> a dict that gets "seconds", and "peak_mb", what it took beyond what was held before."""
+    facts, before = {}, peak_memory(device, reset=True)
+    synchronize(device)
+    started = time.perf_counter()
+    yield facts
+    synchronize(device)
+    facts["seconds"] = time.perf_counter() - started
+    facts["peak_mb"] = None if before is None else peak_memory(device) - before
+
+
+def peak_memory(device="cpu", reset=False):
+    """The most MB that this process has held since the last reset: of the GPU, or resident; None where unknown.
+
+    Before a reset freed memory goes back to the system, so that it does not hide what comes. Only Linux can reset
+    resident memory; elsewhere the peak since the start of the process counts.
+    """
     if device == "cuda":
         import torch
 
-        torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _environment(more):
-    before = {k: os.environ.get(k) for k in more}
-    os.environ.update(more)
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     try:
-        yield
-    finally:
-        for k, v in before.items():
-            os.environ.pop(k) if v is None else os.environ.update({k: v})
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return int(Path("/proc/self/status").read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, AttributeError, TypeError):  # no such file, function or library elsewhere
+        return peak_memory_mb()
 
 
-def contest(entrants, device, rounds, steps, log, own_process=True):
-    """Let everybody take `rounds` turns of `steps` steps -> {label: facts with "seconds", the median of the turns}.
-
-    entrants: {label: (make, size, kwargs, environment)}. One that cannot start here, for want of memory or of a
-    compiler, is left out with a line; UsageError if that leaves nobody.
-    """
-    running, facts, seconds = {}, {}, {label: [] for label in entrants}
-    together = os.cpu_count() if device == "cpu" else 1  # as many start at once: compiling is mostly one thread's work
-    try:
-        waiting = list(entrants.items())
-        bar = tqdm(total=len(waiting), desc="starting", leave=False, disable=None)
-        while waiting or len(facts) < len(running):
-            while waiting and len(running) - len(facts) < together:
-                label, (make, size, kwargs, env) = waiting.pop(0)
-                running[label] = (
-                    OwnProcess(make, size, device, kwargs, env) if own_process else Here(make, size, device, kwargs)
-                )
-            label = next(name for name in running if name not in facts)
-            bar.update()
-            try:
-                facts[label] = running[label].ready()
-            except RuntimeError as e:
-                log.print(f"{label} is left out: {str(e).splitlines()[-1]}")
-                running.pop(label).close()
-        bar.close()
-        if not running:
-            raise UsageError("no contestant could start here; the lines above say why")
-        for k in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-            order = list(running)
-            for label in order[k % len(order) :] + order[: k % len(order)]:  # another one begins every round
-                if seconds[label] and seconds[label][0] > SLOW_SECONDS:
-                    continue
-                took, facts[label]["last_loss"] = running[label].turn(steps)
-                seconds[label].append(took)
-                log.metric(k, f"turn {label}", seconds=took, loss=facts[label]["last_loss"])
-    finally:
-        for contestant in running.values():
-            contestant.close()
-    for label, fact in facts.items():
-        fact["seconds"] = statistics.median(seconds[label])
-        fact["turns"] = len(seconds[label])
-        fact["spread"] = (max(seconds[label]) - min(seconds[label])) / fact["seconds"]
-    return facts
+# ---------------------------------------------------------------------------------------------------------------------
+# rows, table, picture
 
 
-def row(name, label, fact, size, flops_per_token, peak, ratio, ratio_to):
-    """The row of one contestant, from its facts. peak: FLOP/s that its own are a share of, or None."""
-    speed = size.tokens / fact["seconds"]
-    return {
-        "name": name, "who": label, "ms": round(1e3 * fact["seconds"], 2), "seconds": fact["seconds"],
-        "tok_per_sec": round(speed, 1), "mfu": round(speed * flops_per_token / peak, 4) if peak else None,
-        "peak_mb": round(fact["peak_mb"], 1) if fact["peak_mb"] else None,
-        "first_step_seconds": fact["first_step_seconds"], "spread": round(fact["spread"], 3),
-        "turns": fact["turns"],
-        "first_loss": round(fact["first_loss"], 4), "last_loss": round(fact["last_loss"], 4),
-        "ratio": round(ratio, 3), "ratio_to": ratio_to,
-    }  # fmt: skip
+def open_log(cfg, kind, **options):
+    """The RunLog of a benchmark; UsageError where a finished one would be replaced without --overwrite."""
+    folder = Path(cfg.run_dir)
+    done = (folder / "result.json").exists() and read_json(folder / "result.json")["status"] == "success"
+    if (folder / "record.json").exists() or (done and not cfg.overwrite):
+        raise UsageError(f"{folder} holds a finished benchmark; choose another --run-dir, or replace it by --overwrite")
+    return RunLog(folder, kind, cfg, **options)
 
 
-def table(rows, share):
-    """The rows as text. share: what "mfu" is called on this device."""
-    wide = max(len(_label(r)) for r in rows) + 2
-    lines = [f"{'':<{wide}} {'ms':>9} {'tok/s':>10} {share:>8} {'MB':>8} {'loss':>7} {'ratio':>6}"]
-    for r in rows:
-        part = f"{r['mfu']:>8.1%}" if r["mfu"] else f"{'-':>8}"
-        memory = f"{r['peak_mb']:>8.0f}" if r["peak_mb"] else f"{'-':>8}"
-        figures = f"{r['ms']:>9.1f} {r['tok_per_sec']:>10,.0f} {part} {memory} {r['last_loss']:>7.3f}"
-        lines.append(f"{_label(r):<{wide}} {figures} {r['ratio']:>6.2f}")
-    return "\n".join(lines)
+def row(name, who, facts, other, ratio_to, *, speedup=False, **more):
+    """A row of result.json. ratio: the seconds over those of the facts `other`; speedup: the other way round."""
+    ratio = facts["seconds"] / other["seconds"] if "seconds" in facts and "seconds" in other else None
+    ratio = 1 / ratio if ratio and speedup else ratio
+    figures = {k: v for k, v in facts.items() if not isinstance(v, list)}
+    return {"name": name, "who": who, **figures, **more, "ratio": ratio, "ratio_to": ratio_to}
 
 
-def _label(row):
-    return row.get("lever", row["who"])
-
-
-def draw(rows, title, file):
-    """Bars of tokens a second, the first row on top; ours in orange, rungs that were not kept in grey."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(8, 0.9 + 0.36 * len(rows)), dpi=130, layout="constrained")
-    ax = fig.subplots()
-    labels, speeds = [_label(r) for r in rows], [r["tok_per_sec"] for r in rows]
-    plain = ["#D55E00" if r["who"].startswith("ours") else "#8FB8D8" for r in rows]
-    colors = [color if r.get("kept", True) else "#BBBBBB" for r, color in zip(rows, plain)]
-    bars = ax.barh(range(len(rows)), speeds, color=colors)
-    ax.bar_label(bars, [f"{r['tok_per_sec']:,.0f}  ({r['ratio']:.2f})" for r in rows], padding=3, fontsize=8)
-    ax.set_yticks(range(len(rows)), labels, fontsize=8)
-    ax.invert_yaxis()
-    ax.margins(x=0.22)
-    grey = "" if all(r.get("kept", True) for r in rows) else "; grey: measured, not kept"
-    ax.set_xlabel(f"tokens a second (in brackets: ratio to {rows[0]['ratio_to']}{grey})", fontsize=8)
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    with atomic_open(file, "wb") as f:
+def finish(log, rows, key, **more):
+    """The rows as a table, as bars of their figure `key`, and in result.json."""
+    labels = [f"{r['name']}: {r.get('lever') or r.get('kernel') or r['who']}" for r in rows]
+    frame = pandas.DataFrame(rows, index=labels).reindex(columns=COLUMNS).dropna(axis="columns", how="all")
+    log.print(frame.to_string(float_format="{:,.4g}".format, na_rep="-"))
+    done = [(label, r) for label, r in zip(labels, rows) if r.get(key)][::-1]  # the first one on top
+    fig = Figure(figsize=(8, 0.9 + 0.36 * len(done)), dpi=130, layout="constrained")
+    ax, values = fig.subplots(), [r[key] for _, r in done]
+    colors = ["#D55E00" if r["who"].startswith("ours") and r.get("kept", True) else "#8FB8D8" for _, r in done]
+    bars = ax.barh(range(len(done)), values, color=colors, tick_label=[label for label, _ in done])
+    ax.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+    ax.set(xlabel=key, xscale="log" if max(values) > 50 * min(values) else "linear")
+    with atomic_open(log.run_dir / "bench.png", "wb") as f:
         fig.savefig(f, format="png")
+    log.finish("success", rows=rows, **more)

@@ -1,25 +1,42 @@
 import random
 
+from bench import bench_bpe
 from runlog import read_run
 
 
-def test_the_bench_measures_everybody_and_says_against_what(tmp_path, script):
+def write_text(folder):
     rnd = random.Random(0)
-    (tmp_path / "t.txt").write_text("".join(rnd.choices("abcd 大学\n", k=3000)), encoding="utf-8")
-    args = ("--input", tmp_path / "t.txt", "--vocab-size", 300, "--pattern", "none", "--rounds", 1)
-    out = script("bench/bench_bpe.py", *args, "--run-dir", tmp_path / "run").stdout
-    assert "merges equal to those of the naive algorithm: yes" in out and "no --minbpe DIR" in out
+    (folder / "t.txt").write_text("".join(rnd.choices("abcd 大学\n", k=3000)), encoding="utf-8")
+    return folder / "t.txt"
+
+
+def test_all_are_measured_and_compared_with_ours(tmp_path, in_process, contestants_here):
+    args = ("--input", write_text(tmp_path), "--vocab-size", 300, "--rounds", 2, "--run-dir", tmp_path / "run")
+    code, out, err = in_process(bench_bpe.main, *args)
+    assert code == 0 and "merges equal to those of the naive algorithm: yes" in out, err
     run = read_run(tmp_path / "run")
     assert run.result["status"] == "success" and (tmp_path / "run" / "bench.png").stat().st_size > 5000
     rows = {(r["name"], r["who"].split()[0]): r for r in run.result["rows"]}
-    assert {("train", "ours"), ("train", "naive"), ("train", "tokenizers"), ("encode", "tiktoken")} <= rows.keys()
+    everyone = {("train", "ours"), ("train", "naive"), ("train", "tokenizers"), ("encode warm", "tiktoken")}
+    assert everyone | {("encode cold", "ours")} <= rows.keys()
     assert all(r["seconds"] > 0 and r["ratio_to"] == "seconds of ours" and r["threads"] >= 1 for r in rows.values())
-    assert rows["encode", "tiktoken"]["ids_equal_ours"] and rows["train", "ours"]["ratio"] == 1
+    assert rows["encode cold", "tiktoken"]["ids_equal_ours"] and rows["train", "ours"]["ratio"] == 1
+    assert all(r["turns"] == 2 and r["spread"] >= 0 and r["mb_per_sec"] > 0 for r in rows.values())
+    code, _, err = in_process(bench_bpe.main, *args)
+    assert code == 2 and "--overwrite" in err  # what was measured is not replaced unasked
+    assert in_process(bench_bpe.main, *args, "--overwrite")[0] == 0
 
 
-def test_mistakes_are_one_line(tmp_path, refuses):
-    (tmp_path / "t.txt").write_text("abc")
-    args = ("--input", tmp_path / "t.txt", "--run-dir", tmp_path / "run")
-    refuses("bench/bench_bpe.py", *args, "--minbpe", tmp_path, says="not a checkout of minbpe")
-    refuses("bench/bench_bpe.py", *args, "--pattern", "[", says="regular expression")
+def test_each_turn_is_a_fresh_process_that_can_be_stopped(tmp_path, script):
+    args = ("--input", write_text(tmp_path), "--vocab-size", 300, "--pattern", "none", "--rounds", 1)
+    out = script("bench/bench_bpe.py", *args, "--run-dir", tmp_path / "run").stdout
+    assert "merges equal to those of the naive algorithm: yes" in out
+    rows = read_run(tmp_path / "run").result["rows"]
+    assert {"train", "encode"} == {r["name"] for r in rows} and all(r["peak_mb"] is not None for r in rows)
+
+
+def test_usage_errors_are_one_line(tmp_path, in_process):
+    args = ("--input", write_text(tmp_path), "--run-dir", tmp_path / "run")
+    code, _, err = in_process(bench_bpe.main, *args, "--pattern", "[")
+    assert code == 2 and "regular expression" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
