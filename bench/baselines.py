@@ -174,37 +174,48 @@ def transformers(size, device, dtype="float32", compile=False, fused=False):
     return plain_loop(model, [optimizer], size, device, dtype, lambda idx, _: fast(input_ids=idx, labels=idx).loss)
 
 
+def stock_trainer(model, rows, device, order=None, collate=None, callbacks=(), **settings):
+    """The Hugging Face Trainer; `.last` is its last loss. order: of the rows; None: it shuffles them itself."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    class Keeping(Trainer):
+        def _get_train_sampler(self, *args):
+            return order or super()._get_train_sampler(*args)
+
+        def training_step(self, *args, **kwargs):
+            self.last = super().training_step(*args, **kwargs)
+            return self.last
+
+    settings |= {"output_dir": tempfile.gettempdir(), "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    settings |= {"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda", "logging_steps": 10**9}
+    args = TrainingArguments(**settings)
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs would multiply the batch
+    trainer = Keeping(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def hf_trainer(size, device, dtype="float32", compile=False):
     """The Hugging Face Trainer with fused AdamW, its own loop and loader.
 
     `train()` runs on a thread, and a callback at each step's end waits for the next call of `step`.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     torch.set_float32_matmul_precision("high")
-    model, go, done, losses = hf_model(size), threading.Semaphore(0), threading.Semaphore(0), []
+    model, go, done = hf_model(size), threading.Semaphore(0), threading.Semaphore(0)
 
     class Wait(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             done.release()
             go.acquire()
 
-    class Keeping(Trainer):
-        def training_step(self, *args, **kwargs):
-            losses[:] = [super().training_step(*args, **kwargs)]
-            return losses[0]
-
     rows = [{"input_ids": row, "labels": row} for idx, _ in islice(batches(size, "cpu"), 8) for row in idx]
-    args = TrainingArguments(
-        output_dir=tempfile.gettempdir(), max_steps=10**9, per_device_train_batch_size=size.batch_size,
+    trainer = stock_trainer(
+        model, rows, device, callbacks=[Wait()], max_steps=10**9, per_device_train_batch_size=size.batch_size,
         learning_rate=LR, weight_decay=WEIGHT_DECAY, adam_beta2=BETA2, max_grad_norm=1.0, optim="adamw_torch_fused",
-        lr_scheduler_type="constant", bf16=dtype == "bfloat16", torch_compile=compile, use_cpu=device == "cpu",
-        logging_steps=10**9, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=device == "cuda",
+        lr_scheduler_type="constant", bf16=dtype == "bfloat16", torch_compile=compile,
     )  # fmt: skip
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs would multiply the batch
-    trainer = Keeping(model=model, args=args, train_dataset=rows, callbacks=[Wait()])
-    trainer.remove_callback(PrinterCallback)
     thread = threading.Thread(target=trainer.train, daemon=True)
 
     def step():
@@ -212,7 +223,7 @@ def hf_trainer(size, device, dtype="float32", compile=False):
         while not done.acquire(timeout=1):
             if not thread.is_alive():
                 raise RuntimeError("the Trainer ended early; its own message is above")
-        return losses[0].detach()
+        return trainer.last.detach()
 
     return step, model, []
 

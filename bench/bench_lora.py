@@ -9,12 +9,11 @@ end with the same losses. Each turn is a fresh process, warmed up by a few steps
 that there is little to gain. Gains are measured apart, because nobody measured their product:
 
     batching    all positions have labels, the same activation: only how the adapters are batched differs
-    fast gelu   the engine with torch's kernel for BLOOM's and GPT-2's activation, against itself without
+    fast gelu   the engine with torch's kernel for BLOOM's activation, against itself without
     early stop  half of the adapters stopped at a quarter of the steps, half of the rest at the half, against none
     masked      labels at a quarter of the positions, eight times the vocabulary, against all logits computed
 """
 
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
+from bench.baselines import stock_trainer
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns
 from common import ROOT, UsageError, cli, pick_device
 from lora.generate import quiet_libraries
@@ -60,7 +60,7 @@ WARM_UP = 3  # steps before the clock starts
 @dataclass(kw_only=True)
 class Config(BenchConfig):
     run_dir: Path = ROOT / "runs" / "bench_lora"  # run directory to write: table, picture, result.json
-    family: Literal["bloom", "gpt2", "llama"] = "bloom"  # architecture of the random base
+    family: Literal["bloom", "llama"] = "bloom"  # architecture of the random base
     vocab_size: int = 1024  # tokens
     k: int = 8  # adapters
     sizes: str = "small,small-64,large,large-64,busy"  # which of the sizes
@@ -77,10 +77,8 @@ def base_model(cfg, size):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": size.width, "num_hidden_layers": size.layers, "num_attention_heads": size.width // 32}
-    shape |= {"vocab_size": cfg.vocab_size, "bos_token_id": None, "eos_token_id": None}
-    own = {"llama": {"intermediate_size": 4 * size.width}, "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(cfg.family, **shape, **own.get(cfg.family, {}))
+    config = AutoConfig.for_model(cfg.family, vocab_size=cfg.vocab_size, intermediate_size=4 * size.width, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype))
     return model.to(cfg.device).eval()
 
@@ -148,31 +146,20 @@ def in_peft(cfg, size):
 
 def trainer(cfg, size, who):
     """The stock Trainer, one adapter after another; only the order of the rows is given."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    rows = random_rows(cfg, size.tokens, 1.0)
-
-    class Ordered(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            epochs = -(-size.steps * size.batch_size // len(rows))
-            return [i for epoch in range(epochs) for i in epoch_order(len(rows), epoch, 0)]
-
-        def training_step(self, *args, **kwargs):
-            self.last = super().training_step(*args, **kwargs)
-            return self.last
-
-    trainers = []
-    for config, model in in_peft(cfg, size):
-        args = TrainingArguments(
-            output_dir=tempfile.gettempdir(), max_steps=size.steps, per_device_train_batch_size=size.batch_size,
-            learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=size.steps,
-            remove_unused_columns=False, use_cpu=cfg.device == "cpu", bf16=cfg.dtype == "bfloat16",
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        args._n_gpu = min(args.n_gpu, 1)  # several GPUs would multiply the batch
-        one = Ordered(model=model, args=args, train_dataset=rows, data_collator=lambda rows: collate(rows, 0))
-        one.remove_callback(PrinterCallback)
-        trainers.append(one)
+    rows, epochs = random_rows(cfg, size.tokens, 1.0), range(-(-size.steps * size.batch_size // 64))
+    order = [i for epoch in epochs for i in epoch_order(len(rows), epoch, 0)]
+    settings = {
+        "max_steps": size.steps,
+        "per_device_train_batch_size": size.batch_size,
+        "bf16": cfg.dtype == "bfloat16",
+    }
+    trainers = [
+        stock_trainer(
+            model, rows, cfg.device, order, lambda rows: collate(rows, 0), learning_rate=config.lr,
+            remove_unused_columns=False, **settings,
+        )
+        for config, model in in_peft(cfg, size)
+    ]  # fmt: skip
     return lambda: [(one.train(), one.last.item())[1] for one in trainers]
 
 

@@ -5,6 +5,7 @@ memory, caches and torch's settings belong to a process, and because whoever run
 """
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -106,7 +107,7 @@ def take_turns(contestants, cfg, log, name, *, keep=False):
         alive[label] = alive.get(label) or OwnProcess(contestants[label])
         facts = alive[label].turn(cfg.limit_seconds)
         peak = max((turn["peak_mb"] or 0 for done in turns.values() for turn in done), default=0)
-        if not keep or "failed" in facts or facts.get("free_mb", peak) < 1.2 * peak:
+        if not keep or "failed" in facts or facts.get("free_mb", math.inf) < 1.2 * peak:
             alive.pop(label).close()
         return facts
 
