@@ -36,10 +36,9 @@ from gpt2.config import PRESETS
 from gpt2.distributed import Ranks
 from gpt2.hellaswag import load_items
 from gpt2.loader import Loader
-from gpt2.machine import CPU_MEMORY_SETTINGS, can_keep_memory
 from gpt2.optimizers import lr_at
-from gpt2.plan import peak_flops
-from runlog import learned, read_run
+from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, peak_flops
+from runlog import TIMING_FIELDS, read_metrics, read_run
 
 WARM_UP = 3  # steps that are not timed
 SLOW_SECONDS = 3.0  # who needs longer for a step has two steps of warm-up, one timed step and a single turn
@@ -478,8 +477,10 @@ def killed_and_resumed(bench, folder):
     resumed = "resumed at" in command(*train, "--run-dir", killed)
     weights = [max((run / "ckpt").glob("step_*.pt")) for run in (alone, killed)]
     a, b = (torch.load(path, map_location="cpu", weights_only=True)["model"] for path in weights)
-    same = all(torch.equal(a[k], b[k]) for k in a)
-    equal = {"metrics_equal": learned(alone) == learned(killed), "weights_equal": same}
+    rows = [
+        [{k: v for k, v in r.items() if k not in TIMING_FIELDS} for r in read_metrics(run)] for run in (alone, killed)
+    ]
+    equal = {"metrics_equal": rows[0] == rows[1], "weights_equal": all(torch.equal(a[k], b[k]) for k in a)}
     return {"seconds": facts["seconds"], "resumed": resumed, **equal}
 
 

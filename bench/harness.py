@@ -176,7 +176,7 @@ def peak_memory(device="cpu", reset=False):
 
         if reset:
             torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return peak_memory_mb("cuda")
     try:
         if reset:
             ctypes.CDLL(None).malloc_trim(0)

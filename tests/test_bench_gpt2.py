@@ -110,6 +110,7 @@ def test_transformers_starts_as_the_same_function():
     torch.testing.assert_close(mine.eval()(idx)[0], theirs.eval()(idx).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.core
 def test_a_step_reports_seconds_memory_and_losses():
     facts = training(ours, SIZES["tiny"], "cpu", {"options": Options(compile=False)}, 3, 2)()
     assert len(facts["seconds"]) == 3 and facts["last_loss"] < facts["first_loss"] == pytest.approx(5.56, abs=0.1)
@@ -228,6 +229,7 @@ def test_the_race_stamps_losses_with_seconds(bench, corpus, nanogpt, monkeypatch
     assert min(row["ratio"] for who, row in rows.items() if who.startswith("nanoGPT")) == 1
 
 
+@pytest.mark.core
 def test_the_race_is_read_from_two_curves_by_seconds():
     curves = {"ours": [(0, 0.0, 8.0), (1, 10.0, 4.0)], "nanoGPT": [(0, 0.0, 8.0), (1, 5.0, 7.0), (2, 20.0, 5.0)]}
     facts = {who: {"seconds": curve[-1][1], "curve": curve} for who, curve in curves.items()}
@@ -261,6 +263,7 @@ def test_naive_and_batched_scoring_of_hellaswag_agree(bench, tmp_path):
         assert row["ratio"] == pytest.approx(row["seconds"] / rows["ours"]["seconds"])
 
 
+@pytest.mark.slow
 def test_naive_scoring_agrees_on_real_items(bench, shared_data):
     model, file = shared_data / "stories260K", shared_data / "hellaswag_val.jsonl.gz"
     rows = bench("hellaswag", "--model", model, "--input", file, "--items", 200, "--rounds", 1).result["rows"]

@@ -23,6 +23,7 @@ def test_a_prefix_of_the_merges_is_the_smaller_vocabulary(text):
     assert prefix.encode(text) == small.encode(text) != large.encode(text)
 
 
+@pytest.mark.core
 def test_held_out_text_is_not_trained_on(text, tmp_path):
     file = tmp_path / "t.txt"
     file.write_text(text, encoding="utf-8")
