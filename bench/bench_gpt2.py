@@ -256,7 +256,8 @@ class Profile(Steps):
         profiler.export_chrome_trace(str(log.run_dir / "trace.json.gz"))
         events, own = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
         if cuda:  # an operator's time there is that of its kernels, which are events themselves
-            events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+            on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+            events = [e for e in on_gpu if not getattr(e, "is_user_annotation", False)]
         top = sorted(events, key=lambda e: -getattr(e, own))[: self.top]
         whole = {"seconds": sum(getattr(e, own) for e in events) / 1e6}
         rows = [
@@ -477,11 +478,13 @@ def killed_and_resumed(bench, folder):
     resumed = "resumed at" in command(*train, "--run-dir", killed)
     weights = [max((run / "ckpt").glob("step_*.pt")) for run in (alone, killed)]
     a, b = (torch.load(path, map_location="cpu", weights_only=True)["model"] for path in weights)
-    rows = [
-        [{k: v for k, v in r.items() if k not in TIMING_FIELDS} for r in read_metrics(run)] for run in (alone, killed)
-    ]
-    equal = {"metrics_equal": rows[0] == rows[1], "weights_equal": all(torch.equal(a[k], b[k]) for k in a)}
+    equal = {"metrics_equal": untimed(alone) == untimed(killed), "weights_equal": all(torch.equal(a[k], b[k]) for k in a)}
     return {"seconds": facts["seconds"], "resumed": resumed, **equal}
+
+
+def untimed(run):
+    """The rows of metrics.jsonl without the fields of time and memory."""
+    return [{k: v for k, v in r.items() if k not in TIMING_FIELDS} for r in read_metrics(run)]
 
 
 def command(*args):
