@@ -48,26 +48,25 @@ test-all: $(READY) ## the full matrix as well
 	python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow or not slow"
 
 bench: $(READY) ## speed of every station against baselines on this CPU; some fifteen minutes, records in runs/
-	python bench/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --run-dir runs/bench_bpe
+	python bench/bench_bpe.py --input report.md --vocab-size 1024 --rounds 3 --overwrite
 	python bpe/train_bpe.py --input report.md --vocab-size 1024 --out data/cache/bench-1024
-	python bench/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --run-dir runs/bench_data
-	python bench/bench_gpt2.py ladder --device cpu
-	python bench/bench_gpt2.py peers --device cpu --size vocab-50304 --run-dir runs/bench_gpt2_peers_50304
-	python bench/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/bench_gpt2_peers_1024
-	python bench/bench_gpt2.py start --device cpu
-	python bench/bench_lora.py --sizes small --run-dir runs/bench_lora
+	python bench/bench_data.py --tokenizer data/cache/bench-1024.model --megabytes 10 --overwrite
+	python bench/bench_gpt2.py ladder --device cpu --overwrite
+	python bench/bench_gpt2.py peers --device cpu --size vocab-50304 --run-dir runs/bench_gpt2_peers_50304 --overwrite
+	python bench/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/bench_gpt2_peers_1024 --overwrite
+	python bench/bench_lora.py --sizes small --overwrite
 
-bench-gpu: $(READY) ## GPT-2 124M on this GPU: ladder, peers, resume, profile; made for ten minutes on an H100
-	python bench/bench_gpt2.py ladder --run-dir runs/gpu_ladder
-	python bench/bench_gpt2.py peers --run-dir runs/gpu_peers
-	python bench/bench_gpt2.py resume --run-dir runs/gpu_resume
-	python bench/bench_gpt2.py profile --run-dir runs/gpu_profile
+bench-gpu: $(READY) ## GPT-2 124M on this GPU: ablation, baselines, resume, profile; made for ten minutes on an H100
+	python bench/bench_gpt2.py ladder --device cuda --run-dir runs/gpu_ladder --overwrite
+	python bench/bench_gpt2.py peers --device cuda --run-dir runs/gpu_peers --overwrite
+	python bench/bench_gpt2.py resume --device cuda --run-dir runs/gpu_resume --overwrite
+	python bench/bench_gpt2.py profile --device cuda --run-dir runs/gpu_profile --overwrite
 
 notebook: $(READY) ## open notebooks/run.ipynb: your newest run, live
 	jupyter lab notebooks/run.ipynb
 
 notebooks: $(READY) ## execute the report's notebooks again, from records/ alone
-	jupyter nbconvert --to notebook --execute --inplace notebooks/0*.ipynb
+	jupyter nbconvert --config notebooks/nbconvert.json --to notebook --execute --inplace notebooks/0*.ipynb
 
 lint: $(READY) ## ruff: check and format
 	ruff check .
