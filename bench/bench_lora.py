@@ -27,10 +27,10 @@ import tyro
 from bench.baselines import stock_trainer
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns
 from common import ROOT, UsageError, cli, pick_device
-from lora.generate import quiet_libraries
+from lora.base import add_adapter, quiet_libraries
 from lora.multi_lora import AdapterConfig, MultiLora
 from lora.tasks import IGNORE, batch_rows, collate, epoch_order
-from lora.train_lora import TrainConfig, add_adapter
+from lora.train_lora import TrainConfig
 
 
 class Size(NamedTuple):
@@ -86,7 +86,7 @@ def base_model(cfg, size):
 def adapters(cfg, steps):
     """The grid: ranks, scales and rates in turn; no dropout, so that all contestants can be compared exactly."""
     grid = islice(cycle(product((3e-4, 1e-3), (4, 8), (1, 8))), cfg.k)
-    same = {"lora_dropout": 0.0, "max_steps": steps}
+    same = {"lora_dropout": 0.0, "bias": "none", "max_steps": steps}
     return [AdapterConfig(r=r, lora_alpha=alpha, lr=lr, seed=i, **same) for i, (lr, r, alpha) in enumerate(grid)]
 
 

@@ -16,79 +16,35 @@ one adapter reaches another, not even a NaN: gradients are those of k separate r
 Works on every causal LM whose layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and whose
 logits are its output layer on its last hidden states (checked). Dropout masks are a function of an adapter's seed, its
 step and the layer, so an adapter's training does not depend on its company. The gain is largest where the base is
-small or batches are short; once the base alone keeps the machine busy there is none (`bench_lora.py` shows both).
+small or batches are short; once the base alone keeps the hardware busy there is none (bench/bench_lora.py shows it).
 """
 
 import math
-import os
-import shutil
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
-from common import UsageError
-from lora.tasks import IGNORE, collate
-from lora.train_lora import check_adapter, is_conv1d, target_modules
+from common import UsageError, atomic_folder
+from lora.base import AdapterConfig, check_adapter, peft_config, target_modules
+from lora.tasks import IGNORE, mean_loss
 
+__all__ = ["AdapterConfig", "MultiLora"]
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as the Trainer has them
-LOSS_CHUNK = 4096  # labelled positions whose logits are in memory at once
+LOSS_CHUNK = 4096  # target positions whose logits are in memory at once
 
 
-@dataclass
-class AdapterConfig:
-    """One adapter: PEFT's names and meanings, and its own optimization."""
-
-    r: int = 8  # rank of the update
-    lora_alpha: float = 16  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.0  # probability of dropping an input of the update
-    lr: float = 3e-4  # peak learning rate
-    use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
-    bias: str = "none"  # lora_only: train the biases of the wrapped layers as well
-    init_lora_weights: str = "default"  # of A: default (Kaiming uniform) or gaussian; B starts at zero
-    lr_scheduler: str = "linear"  # linear, cosine or constant
-    warmup_steps: int = 0  # steps of linear warm-up
-    max_steps: int = 1000  # where the schedule ends
-    weight_decay: float = 0.0  # of AdamW; never on biases
-    max_grad_norm: float = 1.0  # clips this adapter's gradient; 0: off
-    seed: int = 0  # of the initial weights and the dropout
-
-    def __post_init__(self):
-        for name, known in _KNOWN.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f"the engine has no {name} {getattr(self, name)!r}, only {', '.join(known)}")
-        if self.r < 1:
-            raise UsageError(f"r is the rank of the update, at least 1, not {self.r}")
-
-    @property
-    def scaling(self):
-        """What the product of the two low-rank matrices is multiplied by: alpha / r; rsLoRA: alpha / sqrt(r)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def lr_at(self, step):
-        """Learning rate of a step, counted from 0, as transformers' schedules have it."""
-        if step < self.warmup_steps:
-            return self.lr * step / max(1, self.warmup_steps)
-        done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        if self.lr_scheduler == "linear":
-            return self.lr * max(0.0, 1 - done)
-        return self.lr if self.lr_scheduler == "constant" else self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-
-
-_KNOWN = {
-    "bias": ("none", "lora_only"),
-    "init_lora_weights": ("default", "gaussian"),
-    "lr_scheduler": ("linear", "cosine", "constant"),
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the adapted layer
+def unsupported(config):
+    """What of an AdapterConfig cannot be trained at once with others, as text, or None."""
+    known = {"bias": ("none", "lora_only"), "init_lora_weights": ("default", "gaussian"), "use_dora": (False,)}
+    wrong = [f"{name} {getattr(config, name)}" for name in known if getattr(config, name) not in known[name]]
+    return wrong[0] if wrong else None
 
 
 class AdaptedLinear(nn.Module):
@@ -123,17 +79,16 @@ class AdaptedLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.n_out)
 
 
-def adapted_names(model, names):
-    """Layers that `names` selects, as PEFT does: called so, or ending in ".name"; "all-linear": all but the head."""
-    from transformers.pytorch_utils import Conv1D
-
+def adapted_names(model, targets):
+    """Layers that `targets` selects, as PEFT does: called so, or ending in ".name"; "all-linear": all but the head."""
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    if names != "all-linear":
-        linear = [n for n in linear if any(n == t or n.endswith("." + t) for t in names)]
-    if not linear:
-        raise UsageError(f"the model has no linear layer named {names}; see --target-modules")
-    return linear
+    if targets == "all-linear":
+        return linear
+    chosen = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in targets}
+    for target in [target for target in targets if not chosen[target]]:
+        raise UsageError(f"--target-modules {target}: adapters at once need linear layers before the output layer")
+    return [n for n in linear if any(n in names for names in chosen.values())]
 
 
 def swap_gelus(model):
@@ -144,25 +99,23 @@ def swap_gelus(model):
     return slow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the engine
-
-
 class MultiLora:
     """k adapters on one frozen model, which is changed in place until `unwrap`.
 
-    names: layers to adapt, as PEFT's target_modules. r_max: room for the largest rank that a slot will ever hold.
-    bias: room for trained biases, needed when a later adapter of a slot has bias="lora_only".
+    room: configs that slots will hold later (`replace`): the largest rank and trained biases among them fit.
     fast_gelu: let one kernel of torch do what BLOOM's and GPT-2's activation does in eight; equal but for rounding.
     """
 
-    def __init__(self, model, configs, names="auto", r_max=0, bias=False, gradient_checkpointing=False, fast_gelu=True):
-        self.model, self.names = model, target_modules(names, model)
+    def __init__(self, model, configs, room=(), gradient_checkpointing=False, fast_gelu=True):
+        every = [*configs, *room]
+        if len({c.target_modules for c in every}) > 1:
+            raise UsageError("adapters trained at once need the same target_modules")
+        self.model = model
         self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self.device = next(model.parameters()).device
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
-        self.r_max = max(r_max, *(c.r for c in configs))
-        self.with_bias = bias or any(c.bias == "lora_only" for c in configs)
+        self.r_max = max(c.r for c in every)
+        self.with_bias = any(c.bias == "lora_only" for c in every)
         model.requires_grad_(False).eval()
         self._check_head()
         if gradient_checkpointing:
@@ -170,12 +123,11 @@ class MultiLora:
             model.train()
         self.slow_gelus = swap_gelus(model) if fast_gelu and model.dtype != torch.float64 else {}
         self.layers = []
-        for index, name in enumerate(adapted_names(model, self.names)):
+        for index, name in enumerate(adapted_names(model, target_modules(every[0].target_modules, model))):
             self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))
             model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
         self.training = True
-        self.configs, self.steps = [], []
         self._allocate(len(configs))
         for i, config in enumerate(configs):
             self.replace(i, config)
@@ -187,7 +139,7 @@ class MultiLora:
             logits, ours = self.model(ids).logits, self.head(self.body(ids).last_hidden_state)
         if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
             raise UsageError(
-                f"{type(self.model).__name__} changes its logits after the output layer; use engine trainer"
+                f"{type(self.model).__name__} changes its logits after the output layer; use --engine trainer"
             )
 
     def _allocate(self, k):
@@ -198,8 +150,8 @@ class MultiLora:
             if self.with_bias and layer.base.bias is not None:
                 sizes.append((layer, "bias", (layer.n_out,)))
         P = sum(math.prod(shape) for _, _, shape in sizes)
-        new = [torch.zeros(k, P, dtype=self.dtype, device=self.device) for _ in range(3)]
-        self.theta, self.exp_avg, self.exp_avg_sq = new
+        self.state = torch.zeros(3, k, P, dtype=self.dtype, device=self.device)
+        self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
         self.decayed = torch.ones(P, dtype=self.dtype, device=self.device)  # 0 where weight decay is off: biases
         self.trained = torch.ones(k, P, dtype=torch.bool, device=self.device)  # False: biases of an adapter without
         self.spans, self.parameters, start = {}, [], 0
@@ -217,11 +169,12 @@ class MultiLora:
 
     def replace(self, i, config):
         """Put a fresh adapter into slot i: A random by its seed, B zero, biases the base's, optimizer at its start."""
+        if wrong := unsupported(config):
+            raise UsageError(f"adapters at once cannot have {wrong}; train it with lora/train_lora.py")
         if config.r > self.r_max or (config.bias == "lora_only" and not self.with_bias):
-            raise UsageError(f"slot {i} has no room for r {config.r} with bias {config.bias}; say r_max and bias first")
+            raise UsageError(f"slot {i} has no room for r {config.r} with bias {config.bias}; name it in `room` first")
         g = torch.Generator().manual_seed(config.seed)
-        for tensor in (self.theta, self.exp_avg, self.exp_avg_sq):
-            tensor[i].zero_()
+        self.state[:, i] = 0
         for layer in self.layers:
             A = torch.empty(config.r, layer.n_in, dtype=self.dtype)
             if config.init_lora_weights == "gaussian":
@@ -232,24 +185,22 @@ class MultiLora:
             if layer.bias is not None:
                 layer.bias.data[i] = layer.base.bias
                 self.trained[i, self.spans[layer.index, "bias"]] = config.bias == "lora_only"
-        self.configs[i], self.steps[i], self.scaling[i] = config, 0, config.scaling
+        self.configs[i], self.steps[i] = config, 0
+        self.scaling[i] = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def keep(self, slots):
-        """Go on with these slots alone, in this order; the memory and time of the others are freed."""
-        old = {name: getattr(self, name)[slots] for name in ("theta", "exp_avg", "exp_avg_sq", "trained", "scaling")}
+        """Continue with these slots alone, in this order; the memory and time of the others are freed."""
+        state, trained, scaling = self.state[:, slots], self.trained[slots], self.scaling[slots]
         configs, steps = [self.configs[i] for i in slots], [self.steps[i] for i in slots]
         self._allocate(len(slots))
-        for name, value in old.items():
-            getattr(self, name).copy_(value)
-        self.configs, self.steps = configs, steps
+        self.state.copy_(state)
+        self.trained, self.scaling, self.configs, self.steps = trained, scaling, configs, steps
 
     def unwrap(self):
         """Give the model its own layers back -> the model, as it was."""
         for name, module in {**{layer.name: layer.base for layer in self.layers}, **self.slow_gelus}.items():
             self.model.set_submodule(name, module)
         return self.model
-
-    # -- forward
 
     def dropout(self, z, layer):
         """Drop inputs of each adapter's update with its own probability. z: (k, b, T, in)
@@ -282,9 +233,9 @@ class MultiLora:
             self.training, self.only, self.n_active = before
 
     def nll(self, batch):
-        """Summed loss at the labelled positions -> (sums (k,), their numbers (k,) on the CPU).
+        """Summed loss at the target positions -> (sums (k,), their numbers (k,) on the CPU).
 
-        batch: "input_ids" and "labels", (b, T) read by every adapter or (k, b, T) with each its own; rows filled up on
+        batch: "input_ids" and "labels", (b, T) read by every adapter or (k, b, T) with each its own; rows padded on
         the right, so no attention mask is needed: a causal model does not see the padding from the left.
         """
         k = self.n_active
@@ -292,29 +243,22 @@ class MultiLora:
             x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in (batch["input_ids"], batch["labels"])
         )
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1; (k*b, T)
-        where = (labels != IGNORE).flatten().nonzero()[:, 0]  # the labelled positions; adapter by adapter
+        where = (labels != IGNORE).flatten().nonzero()[:, 0]  # the target positions; adapter by adapter
         counts = (labels != IGNORE).view(k, -1).sum(1)  # (k,)
         hidden = self.body(ids.to(self.device), use_cache=False).last_hidden_state  # (k*b, T, C)
-        hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device))  # (labelled, C)
+        hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device))  # (targets, C)
         nll = token_nll(hidden, self.head, labels.flatten()[where].to(self.device))
         return torch.stack([part.sum() for part in nll.split(counts.tolist())]), counts
 
     def forward(self, batch):
-        """Mean loss per learned token of each adapter -> (k,)."""
+        """Mean loss per target token of each adapter -> (k,)."""
         sums, counts = self.nll(batch)
         return sums / counts.clamp(min=1).to(sums)
 
     def held_out(self, rows, pad, batch_size=8):
-        """Loss per learned token over `rows`, for each adapter -> list of k floats."""
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # alike lengths together: little padding
-        sums, counts = torch.zeros(self.k, dtype=torch.float64), 0
+        """Mean loss per target token over `rows`, for each adapter -> list of k floats."""
         with self.evaluating():
-            for i in range(0, len(rows), batch_size):
-                part, n = self.nll(collate(rows[i : i + batch_size], pad))
-                sums, counts = sums + part.double().cpu(), counts + n
-        return (sums / counts).tolist()
-
-    # -- backward
+            return mean_loss(self.nll, rows, pad, batch_size)
 
     def gradients(self, losses):
         """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""
@@ -333,11 +277,9 @@ class MultiLora:
         losses, norms = torch.stack([losses.detach().to(grad), grad.norm(dim=1)]).tolist()
         fine = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
         bad = [i for i in range(self.k) if not fine[i]]
-        state = (self.theta, self.exp_avg, self.exp_avg_sq)
-        kept = [tensor[bad] for tensor in state]
+        kept = self.state[:, bad]
         self._adamw(grad, norms)
-        for tensor, value in zip(state, kept):
-            tensor[bad] = value
+        self.state[:, bad] = kept
         self.steps = [step + ok for step, ok in zip(self.steps, fine)]
         return losses, norms, fine
 
@@ -361,8 +303,6 @@ class MultiLora:
         self.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
         self.theta.sub_(size * self.exp_avg / (self.exp_avg_sq.sqrt().div_(root).add_(EPS)))
 
-    # -- saving
-
     def tensors(self, i):
         """Adapter i as PEFT names and shapes it: {"base_model.model.NAME.lora_A.weight": (r, in), …}."""
         r, out = self.configs[i].r, {}
@@ -376,35 +316,21 @@ class MultiLora:
 
     def save(self, i, folder):
         """Write adapter i as a PEFT folder, whole or not at all; a broken or empty one is refused."""
-        from peft import LoraConfig
-        from safetensors.torch import save_file
-
-        config, tensors = self.configs[i], self.tensors(i)
+        tensors, name = self.tensors(i), self.model.config.name_or_path
         check_adapter(tensors, folder)
-        peft = LoraConfig(
-            task_type="CAUSAL_LM", r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora, bias=config.bias, target_modules=self.names,
-            init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
-            fan_in_fan_out=is_conv1d(self.model), inference_mode=True,
-            base_model_name_or_path=self.model.config.name_or_path,
-        )  # fmt: skip
-        part = Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.part")
-        part.mkdir(parents=True, exist_ok=True)  # one may be left of a killed process of the same number
-        peft.save_pretrained(part)
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with atomic_folder(folder) as part:
+            config = peft_config(self.configs[i], self.model, inference_mode=True, base_model_name_or_path=name)
+            config.save_pretrained(part)
+            save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def state_dict(self):
-        """All that training goes on from: plain tensors and lists."""
-        names = ("theta", "exp_avg", "exp_avg_sq")
-        return {"steps": list(self.steps), **{name: getattr(self, name).clone() for name in names}}
+        """All that training resumes from: a tensor and a list."""
+        return {"steps": list(self.steps), "state": self.state.clone()}
 
     def load_state_dict(self, state):
-        """Go on from `state_dict` of an engine with the same configs."""
+        """Resume from `state_dict` of an engine with the same configs."""
         self.steps = list(state["steps"])
-        for name in ("theta", "exp_avg", "exp_avg_sq"):
-            getattr(self, name).copy_(state[name])
+        self.state.copy_(state["state"])
 
 
 def token_nll(hidden, head, targets):
@@ -424,54 +350,28 @@ def token_nll(hidden, head, targets):
     return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory
+def memory_per_adapter(model, configs, batch, gradient_checkpointing=False):
+    """Bytes that one more adapter takes: weights, gradient, moments, and what autograd saves for a batch (b, T).
 
-
-@dataclass
-class MemoryPlan:
-    """Bytes: what the base takes, what one more adapter adds, and what the device has left."""
-
-    base: int
-    weights: int  # one adapter's weights, gradient and two moments
-    activations: int  # saved for the backward pass of one adapter's rows
-    available: int
-
-    def at_once(self, most):
-        """How many adapters go together, at least one; a fifth is left for what no estimate sees."""
-        return max(1, min(most, int(0.8 * self.available // (self.weights + self.activations))))
-
-    def __str__(self):
-        mb = [f"{value / 2**20:,.1f} MB" for value in (self.base, self.weights, self.activations, self.available)]
-        return f"base {mb[0]} | one adapter: weights and optimizer {mb[1]}, activations {mb[2]} | available {mb[3]}"
-
-
-def plan_memory(model, configs, batch, names="auto", gradient_checkpointing=False):
-    """Measure one forward pass of one adapter on `batch` (b, T) -> MemoryPlan. The model is left as it was."""
-    engine = MultiLora(
-        model, configs[:1], names, max(c.r for c in configs), any(c.bias != "none" for c in configs),
-        gradient_checkpointing,
-    )  # fmt: skip
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {engine.theta.untyped_storage().data_ptr()}
-    seen = {}  # storage -> bytes: what autograd keeps for the backward pass
+    Measured in one forward pass; the model is left as it was.
+    """
+    engine = MultiLora(model, configs[:1], configs, gradient_checkpointing)
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), engine.theta]}
+    saved = {}  # storage -> bytes
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = engine.forward(batch)
     del losses
     engine.unwrap()
-    base = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in model.parameters()}.values())
-    state = 4 * engine.theta[0].numel() * engine.theta.element_size()
-    return MemoryPlan(base, state, sum(seen.values()), available_memory(engine.device))
+    return 4 * engine.theta[0].nbytes + sum(saved.values())
 
 
 def available_memory(device):
-    """Bytes free on the device (on a CPU and on a Mac: of the machine)."""
-    import psutil
-
+    """Bytes free on the device; without a GPU, of the computer."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -2,20 +2,20 @@
 
     imdb         reviews (noob123/imdb_review_3000, or a local csv with columns review, sentiment)
     alpaca       instructions (tatsu-lab/alpaca, or a local json/jsonl of instruction, input, output)
-    pydocs       "what does this function do" -> its summary, from the docstrings on this machine
+    pydocs       "what does this function do" -> its summary, from the docstrings of the installed packages
     text         your own .txt or .md (documents between blank lines) or .jsonl with a field `text`
     instruction  your own rows in Alpaca's fields, or `prompt` and `response`
     chat         `messages` (role, content) or ShareGPT `conversations` (from, value), in the model's own chat template
 
-Files may be gzipped. Every row becomes an `Example`: segments of text, each learned or masked. Segments are tokenized
-one by one, so that in training a prompt has exactly the ids that it has when the model is asked. Two modes:
+Files may be gzipped. Every row becomes an `Example`: segments of text, each a target or masked. Segments are tokenized
+one by one, so that a prompt has the same ids in training as in generation. Two modes:
 
-    faithful   as the common course notebook does it: all of the text is learned, the prompt too, no end-of-text;
+    faithful   as the common course notebook does it: loss on all of the text, the prompt too, no end-of-text;
                cut only at the model's block (or at --max-length, to make long reviews affordable)
-    corrected  (default) loss on the response only; end-of-text is learned, and padding is masked by position, so that
+    corrected  (default) loss on the response only; end-of-text is a target, and padding is masked by position, so that
                a pad token equal to end-of-text costs nothing; truncation shortens the prompt and keeps the response
 
-Labels follow Hugging Face: the id where the token is learned, -100 elsewhere; the model shifts them itself.
+Labels follow Hugging Face: the id where the token is a target, -100 elsewhere; the model shifts them itself.
 """
 
 import csv
@@ -26,9 +26,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
-from common import UsageError, from_hub, open_text
+import torch
+
+from common import UsageError, from_hub, open_text, read_jsonl
 
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
@@ -44,13 +47,13 @@ PREAMBLE = (
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text. segments: ((text, learned), …); asking the model `prompt` should give `answer`."""
+    """One row as text. segments: ((text, is target), …); after `prompt` the model should generate `answer`."""
 
     segments: tuple
     prompt: str = ""
     answer: str = ""
     bos: bool = True  # False where the text (a chat template) brings its own first token
-    ends_itself: bool = False  # True where the last learned segment ends in the template's end-of-turn
+    ends_itself: bool = False  # True where the last target segment ends in the template's end of turn
 
 
 @dataclass
@@ -63,17 +66,12 @@ class TaskData:
     held_out_examples: list
     report: dict
     stop_ids: list  # generation ends at any of these
-    sha256: str = ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
 
 
 def load_rows(task, data_file=None):
-    """Rows (dicts) of a task, from a local file, from the hub, or (pydocs) from this machine's own documentation."""
+    """Rows (dicts) of a task, from a local file, from the hub, or (pydocs) from the installed documentation."""
     if data_file:
-        return read_rows(data_file)
+        return read_rows(Path(data_file))
     if task == "pydocs":
         from data.sources import docstrings
 
@@ -88,39 +86,34 @@ def load_rows(task, data_file=None):
 
 def read_rows(path):
     """Rows of a .csv, .json, .jsonl, .txt or .md file, gzipped or not -> list of dicts."""
-    path = Path(path)
-    with open_text(path, newline="") as f:  # as it stands: a field of a csv may hold line ends
-        text = f.read()
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".csv":
-        return read_csv(path, text)
-    if kind in (".txt", ".md"):
-        return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
-    try:
-        if kind == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        elif kind == ".json":
-            rows = json.loads(text)
-        else:
-            raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
-    except json.JSONDecodeError as e:
-        raise UsageError(f"{path} is not valid JSON ({e})") from None
+    if kind not in (".csv", ".json", ".jsonl", ".txt", ".md"):
+        raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
+    if kind == ".jsonl":
+        rows = [row for _, row in read_jsonl(path)]
+    else:
+        with open_text(path, newline="") as f:  # unchanged: a field of a csv may hold line ends
+            text = f.read()
+        try:
+            rows = parse_rows(kind, text)
+        except (json.JSONDecodeError, csv.Error) as e:
+            raise UsageError(f"{path} is not valid {kind[1:].upper()} ({e})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} should hold a list of objects")
-    return rows
-
-
-def read_csv(path, text):
-    """Rows of a csv with a head; a row that does not fit it is refused."""
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
-    try:
-        rows = list(csv.DictReader(io.StringIO(text)))
-    except csv.Error as e:
-        raise UsageError(f"{path} is not valid csv ({e})") from None
     for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UsageError(f"{path}, row {number} has more fields than the head; put fields with commas in quotes")
+        if None in row:  # so says the csv module
+            raise UsageError(f"{path}, row {number} has more fields than the header; quote fields with commas")
     return rows
+
+
+def parse_rows(kind, text):
+    """The text of a file -> its rows, by the kind of file."""
+    if kind == ".json":
+        return json.loads(text)
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
+        return list(csv.DictReader(io.StringIO(text)))
+    return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 def pydocs_rows(docstrings):
@@ -134,10 +127,6 @@ def pydocs_rows(docstrings):
             question = f"What does the {entry['kind']} `{entry['name']}` do?"
             rows.append({"instruction": question, "input": entry["signature"] or "", "output": summary})
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rows -> examples
 
 
 def field_of(row, *names):
@@ -155,11 +144,11 @@ def instruction_prompt(instruction, context="", preamble=True):
     return f"{start if preamble else ''}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def imdb_example(row, tokenizer, mode):
+def imdb_example(row, mode):
     """A review; corrected mode lets its sentiment follow, so that the model can be asked for it."""
-    review = field_of(row, "review", "text").replace("<br />", "\n") if mode == "corrected" else field_of(row, "review")
     if mode == "faithful":
-        return Example(((review, True),))
+        return Example(((field_of(row, "review"), True),))
+    review = field_of(row, "review", "text").replace("<br />", "\n")
     label = field_of(row, "sentiment", "label").strip().lower()
     if label not in POSITIVE + NEGATIVE:
         raise UsageError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
@@ -167,8 +156,8 @@ def imdb_example(row, tokenizer, mode):
     return Example(((review, True), (SENTIMENT + answer, True)), prompt=review + SENTIMENT, answer=answer)
 
 
-def instruction_example(row, tokenizer, mode, preamble=True):
-    """A row with instruction, input and output (or the usual other names) -> Example that learns the answer."""
+def instruction_example(row, mode, preamble=True):
+    """A row with instruction, input and output (or the usual other names) -> Example with loss on the answer."""
     if "instruction" in row:
         prompt = instruction_prompt(field_of(row, "instruction"), str(row.get("input") or ""), preamble)
     else:
@@ -178,13 +167,8 @@ def instruction_example(row, tokenizer, mode, preamble=True):
     return Example(segments, prompt, answer)
 
 
-def text_example(row, tokenizer, mode):
-    """A row with text -> Example that learns all of it."""
-    return Example(((field_of(row, "text", "content"), True),))
-
-
 def chat_example(row, tokenizer, mode):
-    """A conversation in the model's own template: each assistant turn is learned, up to and with its end of turn.
+    """A conversation in the model's own template: loss on each assistant turn, up to and with its end of turn.
 
     The template is rendered up to every turn; what an assistant turn adds is that turn's text.
     """
@@ -193,12 +177,8 @@ def chat_example(row, tokenizer, mode):
     if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
     turns = chat_turns(row)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UsageError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
     segments, done, prompt, answer = [], "", "", ""
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
+    for i in [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]:
         try:
             prompt = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
             after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
@@ -208,9 +188,9 @@ def chat_example(row, tokenizer, mode):
         if not (prompt.startswith(done) and after.startswith(prompt)):
             raise UsageError("this model's chat template rewrites earlier turns; split the conversations")
         said = after[len(prompt) :]
-        spoken = said.rstrip("\n")  # a newline after the end of turn is never generated, so not learned
+        spoken = said.rstrip("\n")  # a newline after the end of turn is never generated, so it is no target
         segments += [(prompt[len(done) :], mode == "faithful"), (spoken, True), (said[len(spoken) :], False)]
-        done, answer = after, turn["content"]
+        done, answer = after, turns[i]["content"]
     return Example(tuple(s for s in segments if s[0]), prompt, answer, bos=False, ends_itself=True)
 
 
@@ -222,28 +202,25 @@ def chat_turns(row):
             {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
             for turn in row.get("conversations") or []
         ]
-        if not all(isinstance(turn["content"], str) and turn["role"] for turn in turns):
-            raise TypeError
+        valid = all(isinstance(turn["content"], str) and turn["role"] for turn in turns)
     except (KeyError, TypeError):
-        raise UsageError(
-            "a chat row's turn lacks role or content (ShareGPT: from or value), or it is no text"
-        ) from None
+        valid = False
+    if not valid:
+        raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise UsageError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
     return turns
 
 
 def to_example(task, row, tokenizer, mode):
     """One row -> Example."""
     if task == "imdb":
-        return imdb_example(row, tokenizer, mode)
+        return imdb_example(row, mode)
     if task == "text":
-        return text_example(row, tokenizer, mode)
+        return Example(((field_of(row, "text", "content"), True),))
     if task == "chat":
         return chat_example(row, tokenizer, mode)
-    return instruction_example(row, tokenizer, mode, preamble=task != "pydocs")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# examples -> ids
+    return instruction_example(row, mode, preamble=task != "pydocs")
 
 
 def pad_id(tokenizer):
@@ -265,60 +242,67 @@ def prompt_ids(tokenizer, text, bos=True):
 def encode(example, tokenizer, max_length, mode="corrected"):
     """Example -> ({"input_ids", "labels"}, cut): equally long lists of at most `max_length`; cut says what was lost.
 
-    cut: None, "prompt" (shortened from the left), "text" (a learned text shortened at its end, so end-of-text is not
-    learned there unless a response follows it) or "response" (longer than the block by itself).
+    cut: None, "prompt" (shortened from the left), "text" (a target text shortened at its end, so end-of-text is no
+    target there unless a response follows it) or "response" (longer than the block by itself).
     """
-    parts = [(tokenizer(text, add_special_tokens=False).input_ids, learned) for text, learned in example.segments]
+    parts = [(tokenizer(text, add_special_tokens=False).input_ids, target) for text, target in example.segments]
     end = mode == "corrected" and not example.ends_itself
     if end and tokenizer.eos_token_id is None:
         raise UsageError("this tokenizer has no end-of-text token to learn; use --mode faithful")
     start = starting_ids(tokenizer) if example.bos else []
     over = len(start) + sum(len(ids) for ids, _ in parts) + end - max_length
     cut = None
-    if over > 0:  # the first segment gives way: a prompt loses its beginning, a learned text its end
-        ids, learned = parts[0]
-        cut = "text" if learned else "prompt"
-        if learned and len(parts) == 1:  # a text that goes on beyond the cut does not learn to end there
+    if over > 0:  # the first segment gives way: a prompt loses its beginning, a target text its end
+        ids, target = parts[0]
+        cut = "text" if target else "prompt"
+        if target and len(parts) == 1:  # a text that goes on beyond the cut does not end there
             over, end = over - end, False
         keep = max(len(ids) - over, 0)
-        parts[0] = (ids[:keep] if learned else ids[len(ids) - keep :], learned)
+        parts[0] = (ids[:keep] if target else ids[len(ids) - keep :], target)
     input_ids, labels = list(start), [IGNORE] * len(start)
-    for ids, learned in parts:
+    for ids, target in parts:
         input_ids += ids
-        labels += ids if learned else [IGNORE] * len(ids)
+        labels += ids if target else [IGNORE] * len(ids)
     if end:
         input_ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
     if len(input_ids) > max_length:
         cut = "response"
     if labels:
-        labels[0] = IGNORE  # nothing comes before the first token, so it cannot be learned
+        labels[0] = IGNORE  # nothing comes before the first token, so nothing predicts it
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, cut
 
 
 def collate(rows, pad):
-    """Rows -> {"input_ids", "labels", "attention_mask"}, each (B, T) int64, filled up on the right."""
-    import torch
-
+    """Rows -> {"input_ids", "labels", "attention_mask"}, each (B, T) int64, padded on the right."""
     T = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), T), pad),
-        "labels": torch.full((len(rows), T), IGNORE),
-        "attention_mask": torch.zeros(len(rows), T, dtype=torch.long),
+    columns = {
+        "input_ids": [row["input_ids"] + [pad] * (T - len(row["input_ids"])) for row in rows],
+        "labels": [row["labels"] + [IGNORE] * (T - len(row["labels"])) for row in rows],
+        "attention_mask": [[1] * len(row["labels"]) + [0] * (T - len(row["labels"])) for row in rows],
     }
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        batch["input_ids"][i, :n] = torch.tensor(row["input_ids"])
-        batch["labels"][i, :n] = torch.tensor(row["labels"])
-        batch["attention_mask"][i, :n] = 1
-    return batch
+    return {name: torch.tensor(column) for name, column in columns.items()}
+
+
+def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
+    """Mean loss per target token over `rows`, whatever the batch size and the number of processes -> list of k floats.
+
+    nll: batch -> (summed losses (k,), numbers of target tokens (k,)) of the k adapters that are asked.
+    """
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # similar lengths together: little padding
+    total = torch.zeros(2, 1, dtype=torch.float64)  # becomes (2, k)
+    for i in range(rank * batch_size, len(rows), world_size * batch_size):
+        sums, counts = nll(collate(rows[i : i + batch_size], pad))
+        total = total + torch.stack([sums.cpu().double(), counts.cpu().double()])
+    if world_size > 1:
+        total = total.cuda() if torch.distributed.get_backend() == "nccl" else total
+        torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).tolist()
 
 
 @lru_cache(maxsize=64)  # every adapter of a sweep asks at every step
 def epoch_order(n, epoch, seed):
     """The order of `n` rows in an epoch: a function of seed and epoch alone, so resuming needs no loader state."""
-    import torch
-
     return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
 
 
@@ -328,74 +312,55 @@ def batch_rows(n, batch_size, step, seed):
     return epoch_order(n, epoch, seed)[i * batch_size : (i + 1) * batch_size]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a whole task
-
-
 def is_held_out(row, fraction):
     """By the row's own content, so that equal rows fall on the same side and new rows move no old one."""
     digest = hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def load_task(task, tokenizer, block_size, *, data_file="", mode="corrected", max_length=0, held_out=0.05, max_rows=0):
+def load_task(cfg, tokenizer, block_size):
     """Load, split and tokenize a task -> TaskData.
 
-    block_size: tokens that the model can read. max_length: tokens of a row; 0: 512 in corrected mode, the block in
-    faithful mode. max_rows: rows of each part, 0 for all.
+    cfg: settings with task, data_file, mode, max_length, held_out and max_rows, as in train_lora's TrainConfig.
+    block_size: tokens that the model can read.
     """
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task}; choose from {', '.join(TASKS)}")
-    if mode not in ("corrected", "faithful"):
-        raise UsageError(f"unknown mode {mode}; choose corrected or faithful")
-    limit = min(max_length or (block_size if mode == "faithful" else 512), block_size)
-    rows = load_rows(task, data_file)
+    limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
+    rows = load_rows(cfg.task, cfg.data_file)
     parts = {"train": [], "held_out": []}
     for row in rows:
-        parts["held_out" if is_held_out(row, held_out) else "train"].append(row)
+        parts["held_out" if is_held_out(row, cfg.held_out) else "train"].append(row)
+    cuts, kept = Counter(), {}
     for name, part in parts.items():
-        if not part:
-            raise UsageError(f"{len(rows)} rows leave none for the {name} part; give more rows or another --held-out")
-    cuts, encoded, examples, digest = Counter(), {}, {}, hashlib.sha256()
-    for name, part in parts.items():
-        encoded[name], examples[name] = [], []
-        for row in part[: max_rows or None]:
-            example = to_example(task, row, tokenizer, mode)
-            ids, cut = encode(example, tokenizer, limit, mode)
-            if all(label == IGNORE for label in ids["labels"]):
-                cuts["dropped"] += 1  # nothing to learn: an empty response
-                continue
-            cuts[cut] += 1
-            encoded[name].append(ids)
-            examples[name].append(example)
-            digest.update(json.dumps(ids, sort_keys=True).encode("utf-8"))
-        if not encoded[name]:
-            raise UsageError(f"no row of the {name} part has a token to learn")
+        kept[name] = []  # (example, ids)
+        for row in part[: cfg.max_rows or None]:
+            example = to_example(cfg.task, row, tokenizer, cfg.mode)
+            ids, cut = encode(example, tokenizer, limit, cfg.mode)
+            empty = all(label == IGNORE for label in ids["labels"])  # an empty response
+            cuts["dropped" if empty else cut] += 1
+            kept[name] += [] if empty else [(example, ids)]
+        if not kept[name]:
+            raise UsageError(f"{len(rows)} rows leave no target for the {name} part; give more, or another --held-out")
+    (examples, train), (held_out_examples, held_out) = (map(list, zip(*part)) for part in kept.values())
     report = {
-        "rows_train": len(encoded["train"]),
-        "rows_held_out": len(encoded["held_out"]),
-        "max_length": limit,
+        "rows_train": len(train), "rows_held_out": len(held_out), "max_length": limit,
         **{f"cut_{what}": n for what, n in sorted(cuts.items(), key=str) if what},
-        "tokens_train": sum(len(row["input_ids"]) for row in encoded["train"]),
-        "learned_tokens_train": sum(label != IGNORE for row in encoded["train"] for label in row["labels"]),
-    }
-    stops = stop_ids(tokenizer, examples["train"][0])
-    return TaskData(
-        task, encoded["train"], encoded["held_out"], examples["held_out"], report, stops, digest.hexdigest()
-    )
+        "tokens_train": sum(len(row["input_ids"]) for row in train),
+        "target_tokens_train": sum(label != IGNORE for row in train for label in row["labels"]),
+    }  # fmt: skip
+    return TaskData(cfg.task, train, held_out, held_out_examples, report, stop_ids(tokenizer, examples[0]))
 
 
 def stop_ids(tokenizer, example):
-    """End-of-text, and for chat the token that ends the template's turns: the last one learned."""
+    """End-of-text, and for chat the token that ends the template's turns: the last target."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if example.ends_itself:
-        end = [text for text, learned in example.segments if learned][-1]
+        end = [text for text, target in example.segments if target][-1]
         stops.append(tokenizer(end, add_special_tokens=False).input_ids[-1])
     return sorted(set(stops))
 
 
 def default_prompt(task, data):
-    """What to ask before and after training when nobody says: the original's words, or a held-out prompt."""
+    """The prompt of the samples where none is given: the original's words, or a held-out prompt."""
     if task == "imdb":
         return "I love this movie because"
     if task == "alpaca":
@@ -404,41 +369,23 @@ def default_prompt(task, data):
 
 
 def show_batch(rows, tokenizer):
-    """A batch as text: one line per run of tokens that are learned or masked."""
+    """A batch as text: one line per run of tokens that are targets or masked."""
     lines = []
     for i, row in enumerate(rows):
         lines.append(f"row {i}: {len(row['input_ids'])} tokens")
-        runs = []  # [learned, ids]
-        for token, label in zip(row["input_ids"], row["labels"]):
-            learned = label != IGNORE
-            if runs and runs[-1][0] == learned:
-                runs[-1][1].append(token)
-            else:
-                runs.append([learned, [token]])
-        for learned, ids in runs:
-            lines.append(f"  {'learned' if learned else 'masked ':<8}| {tokenizer.decode(ids)!r}")
+        pairs = zip(row["input_ids"], row["labels"])
+        for masked, run in groupby(pairs, key=lambda pair: pair[1] == IGNORE):
+            lines.append(f"  {'masked' if masked else 'target'} | {tokenizer.decode([token for token, _ in run])!r}")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how well an answer matches
+def answer_scores(answer, reference):
+    """Exact match and F1 of the words, much as SQuAD's evaluation.  ("the black cat", "cat") -> (0.0, 0.667)
 
-
-def normalized(text):
-    """Lower case, punctuation and articles away, much as in SQuAD's evaluation (here a hyphen parts words) -> words."""
-    return re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower())).split()
-
-
-def exact_match(answer, reference):
-    """1.0 or 0.0.  exact_match("The cat.", "cat") -> 1.0"""
-    return float(normalized(answer) == normalized(reference))
-
-
-def token_f1(answer, reference):
-    """Harmonic mean of the words' precision and recall.  token_f1("the black cat", "cat") -> 0.667"""
-    got, want = normalized(answer), normalized(reference)
+    Case, punctuation and articles do not count; unlike SQuAD's, a hyphen parts words.
+    """
+    got, want = (
+        re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower())).split() for text in (answer, reference)
+    )
     common = sum((Counter(got) & Counter(want)).values())
-    if not common:
-        return float(got == want)
-    precision, recall = common / len(got), common / len(want)
-    return 2 * precision * recall / (precision + recall)
+    return float(got == want), 2 * common / (len(got) + len(want)) if got or want else 1.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import ROOT, UsageError
 from runlog.record import environment, git
 
-REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.train_bpe", "lora": "lora.replay_lora"}
+REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.train_bpe", "lora": "lora.train_lora"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
 # Figures that stand in result.json and, as the last row of a kind, in metrics.jsonl as well.
 STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_byte")}

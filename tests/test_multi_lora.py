@@ -9,25 +9,31 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from common import UsageError
-from lora import multi_lora
-from lora.multi_lora import AdapterConfig, MultiLora, plan_memory
+from lora import base, multi_lora
+from lora.multi_lora import AdapterConfig, MultiLora, memory_per_adapter
 from lora.tasks import IGNORE
 
+
+def plain_adapter(**settings):
+    """An AdapterConfig without dropout and trained biases, unless they are given."""
+    return AdapterConfig(**{"lora_dropout": 0.0, "bias": "none"} | settings)
+
+
 MIXED = [
-    AdapterConfig(r=4, lora_alpha=1, lr=3e-3, seed=1),
-    AdapterConfig(r=8, lora_alpha=8, lr=3e-4, seed=2, bias="lora_only"),
-    AdapterConfig(r=1, lora_alpha=4, lr=1e-2, seed=3, use_rslora=True),
-    AdapterConfig(r=6, lora_alpha=16, lr=3e-3, seed=4, use_rslora=True, bias="lora_only", warmup_steps=4),
-    AdapterConfig(r=8, lora_alpha=1, lr=3e-2, seed=5, lr_scheduler="cosine"),
-    AdapterConfig(r=2, lora_alpha=2, lr=3e-3, seed=6, max_grad_norm=0.01),
-    AdapterConfig(r=5, lora_alpha=8, lr=1e-3, seed=7, weight_decay=0.1, bias="lora_only"),
-    AdapterConfig(r=3, lora_alpha=3, lr=3e-3, seed=8, init_lora_weights="gaussian", lr_scheduler="constant"),
+    plain_adapter(r=4, lora_alpha=1, lr=3e-3, seed=1),
+    plain_adapter(r=8, lora_alpha=8, lr=3e-4, seed=2, bias="lora_only"),
+    plain_adapter(r=1, lora_alpha=4, lr=1e-2, seed=3, use_rslora=True),
+    plain_adapter(r=6, lora_alpha=16, lr=3e-3, seed=4, use_rslora=True, bias="lora_only", warmup_steps=4),
+    plain_adapter(r=8, lora_alpha=1, lr=3e-2, seed=5, lr_scheduler="cosine"),
+    plain_adapter(r=2, lora_alpha=2, lr=3e-3, seed=6, max_grad_norm=0.01),
+    plain_adapter(r=5, lora_alpha=8, lr=1e-3, seed=7, weight_decay=0.1, bias="lora_only"),
+    plain_adapter(r=3, lora_alpha=3, lr=3e-3, seed=8, init_lora_weights="gaussian", lr_scheduler="constant"),
 ]
 STEPS = 20
 
 
 def batch(k=None, b=2, T=24, seed=0):
-    """Random rows, some filled up on the right, about half of the positions learned; (b, T) or (k, b, T)."""
+    """Random rows, some filled up on the right, about half of the positions targets; (b, T) or (k, b, T)."""
     g = torch.Generator().manual_seed(seed)
     shape = (b, T) if k is None else (k, b, T)
     ids = torch.randint(1, 290, shape, generator=g)
@@ -50,7 +56,7 @@ def peft_twin(family, config, tensors, dtype=torch.float64):
     conv = any(isinstance(m, Conv1D) for m in model.modules())
     peft = LoraConfig(
         task_type="CAUSAL_LM", r=config.r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora,
-        bias=config.bias, target_modules=multi_lora.target_modules("auto", model), fan_in_fan_out=conv,
+        bias=config.bias, target_modules=base.target_modules("auto", model), fan_in_fan_out=conv,
     )  # fmt: skip
     model = get_peft_model(model, peft, autocast_adapter_dtype=False)
     own = dict(model.named_parameters())
@@ -80,6 +86,7 @@ def gradients(engine, losses):
     return grads
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_equal_pefts_in_float64(family):
     engine = engine_of(family)
@@ -137,6 +144,7 @@ def test_twenty_steps_equal_pefts_in_float64(family):
             assert (tensor - start[i][name]).abs().max() > 1e-5, name
 
 
+@pytest.mark.core
 def test_padding_of_ranks_stays_zero():
     engine = engine_of("gpt2")
     for step in range(5):
@@ -154,6 +162,7 @@ def test_one_batch_for_all_is_each_its_own_copy():
     assert torch.equal(shared, own)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_nan_adapter_changes_no_bit_of_the_others(family):
     healthy, sick = engine_of(family, dtype=torch.float32), engine_of(family, dtype=torch.float32)
@@ -216,9 +225,9 @@ def test_complaint_the_base_is_mutated_in_place_peft_940():
 
 
 def test_dropout_does_not_depend_on_company_and_is_off_in_evaluation():
-    drop = AdapterConfig(r=4, lora_dropout=0.5, seed=3)
+    drop = plain_adapter(r=4, lora_dropout=0.5, seed=3)
     alone = engine_of("gpt2", [drop])
-    among = engine_of("gpt2", [MIXED[0], AdapterConfig(lora_dropout=0.1, seed=9), drop])
+    among = engine_of("gpt2", [MIXED[0], plain_adapter(lora_dropout=0.1, seed=9), drop])
     for step in range(4):
         a, b = alone.forward(batch(seed=step)), among.forward(batch(seed=step))
         assert abs(a[0] - b[2]).item() < 1e-12
@@ -235,7 +244,7 @@ def test_dropout_does_not_depend_on_company_and_is_off_in_evaluation():
 
 
 def test_dropout_gradients_equal_pefts_under_the_same_mask():
-    engine = engine_of("gpt2", [AdapterConfig(r=4, lora_dropout=0.3, seed=3)])
+    engine = engine_of("gpt2", [plain_adapter(r=4, lora_dropout=0.3, seed=3)])
     data = batch()
     grads = gradients(engine, engine.forward(data))
     twin = peft_twin("gpt2", engine.configs[0], engine.tensors(0))
@@ -252,8 +261,8 @@ def test_dropout_gradients_equal_pefts_under_the_same_mask():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    plain = engine_of("llama", [AdapterConfig(lora_dropout=0.2), AdapterConfig(r=2)])
-    spare = engine_of("llama", [AdapterConfig(lora_dropout=0.2), AdapterConfig(r=2)], gradient_checkpointing=True)
+    plain = engine_of("llama", [plain_adapter(lora_dropout=0.2), plain_adapter(r=2)])
+    spare = engine_of("llama", [plain_adapter(lora_dropout=0.2), plain_adapter(r=2)], gradient_checkpointing=True)
     for step in range(2):
         plain.step(plain.forward(batch(seed=step)))
         spare.step(spare.forward(batch(seed=step)))
@@ -300,7 +309,7 @@ def test_a_slot_is_given_to_the_next_and_slots_are_dropped():
     engine = engine_of("gpt2")
     for step in range(3):
         engine.step(engine.forward(batch(seed=step)))
-    fresh = AdapterConfig(r=7, lora_alpha=3, seed=11, bias="lora_only", max_steps=STEPS)
+    fresh = plain_adapter(r=7, lora_alpha=3, seed=11, bias="lora_only", max_steps=STEPS)
     engine.replace(2, fresh)
     engine.keep([2, 5])
     alone = engine_of("gpt2", [fresh])
@@ -311,7 +320,7 @@ def test_a_slot_is_given_to_the_next_and_slots_are_dropped():
     ours, theirs = engine.tensors(0), alone.tensors(0)
     assert ours.keys() == theirs.keys() and all((ours[n] - theirs[n]).abs().max() < 1e-10 for n in ours)
     with pytest.raises(UsageError, match="no room for r 9"):
-        engine.replace(0, AdapterConfig(r=9))
+        engine.replace(0, plain_adapter(r=9))
 
 
 def test_training_goes_on_from_its_state():
@@ -343,28 +352,32 @@ def test_held_out_loss_is_the_one_of_train_lora():
 
 
 def test_complaint_memory_estimate_llama_factory_5717():
-    """The estimate before the start counts what autograd keeps, and chooses how many adapters go together."""
+    """The estimate before the start counts weights, optimizer state and what autograd keeps."""
     model = tiny_model("gpt2", width=64, n_layer=4)
-    data = batch(b=4, T=64)
-    plan = plan_memory(model, MIXED, data)
-    twice = plan_memory(model, MIXED, batch(b=8, T=64))
-    engine = MultiLora(model, MIXED)
-    assert plan.weights == 4 * 4 * engine.theta.shape[1]
-    assert plan.base == sum(p.numel() * 4 for p in tiny_model("gpt2", width=64, n_layer=4).parameters())
+    weights = 4 * 4 * MultiLora(tiny_model("gpt2", width=64, n_layer=4), MIXED).theta.shape[1]
+    once, twice = (memory_per_adapter(model, MIXED, batch(b=b, T=64)) - weights for b in (4, 8))
     hidden = 4 * 64 * 64 * 4  # bytes of one (b, T, C) float32
-    assert 4 * 8 * hidden < plan.activations < 4 * 40 * hidden  # per layer between 8 and 40 of them
-    assert 1.7 * plan.activations < twice.activations < 2.1 * plan.activations
-    plan.available = int(5.5 * (plan.weights + plan.activations))
-    assert plan.at_once(8) == 4 and plan.at_once(2) == 2 and "one adapter" in str(plan)
+    assert 4 * 8 * hidden < once < 4 * 40 * hidden  # per layer between 8 and 40 of them
+    assert 1.7 * once < twice < 2.1 * once
+    assert not any("lora" in name for name, _ in model.named_modules())  # the model is left as it was
 
 
 @pytest.mark.parametrize(
     "wrong, says",
-    [({"bias": "all"}, "no bias 'all'"), ({"r": 0}, "rank"), ({"init_lora_weights": "pissa"}, "no init_lora_weights")],
+    [({"bias": "all"}, "bias all"), ({"use_dora": True}, "use_dora True"), ({"init_lora_weights": "pissa"}, "pissa")],
 )
 def test_settings_beyond_the_engine_are_refused(wrong, says):
     with pytest.raises(UsageError, match=says):
-        AdapterConfig(**wrong)
+        engine_of("gpt2", [AdapterConfig(**wrong)])
+
+
+def test_targets_that_no_layer_has_are_refused():
+    """lm_head is the output layer: on it adapters cannot be trained at once."""
+    for names, says in [("c_attn,c_atn", "no module c_atn"), ("c_attn,lm_head", "lm_head: adapters at once")]:
+        with pytest.raises(UsageError, match=says):
+            engine_of("gpt2", [AdapterConfig(target_modules=names)])
+    with pytest.raises(UsageError, match="same target_modules"):
+        engine_of("gpt2", [AdapterConfig(), AdapterConfig(target_modules="c_proj")])
 
 
 def test_a_model_that_bends_its_logits_is_refused():

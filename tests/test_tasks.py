@@ -2,13 +2,20 @@ import copy
 import gzip
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from lora_models import tiny_tokenizer
 
 from common import UsageError
 from lora import tasks
-from lora.tasks import IGNORE, collate, encode, load_task, to_example, token_f1
+from lora.tasks import IGNORE, collate, encode, to_example
+
+
+def load_task(task, tokenizer, block_size, **settings):
+    """`tasks.load_task` with the defaults of the settings that are not given."""
+    defaults = {"data_file": "", "mode": "corrected", "max_length": 0, "held_out": 0.05, "max_rows": 0}
+    return tasks.load_task(SimpleNamespace(task=task, **defaults | settings), tokenizer, block_size)
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +38,28 @@ def chat_tokenizer():
 
 
 def parts(row, tokenizer):
-    """What of an encoded row is masked and what is learned, as text."""
+    """What of an encoded row is masked and what is a target, as text."""
     masked = [t for t, label in zip(row["input_ids"], row["labels"]) if label == IGNORE]
-    learned = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORE]
-    assert learned == [label for label in row["labels"] if label != IGNORE]
-    return tokenizer.decode(masked), tokenizer.decode(learned)
+    targets = [t for t, label in zip(row["input_ids"], row["labels"]) if label != IGNORE]
+    assert targets == [label for label in row["labels"] if label != IGNORE]
+    return tokenizer.decode(masked), tokenizer.decode(targets)
 
 
-def test_only_the_response_and_the_end_are_learned(tokenizer):
+@pytest.mark.core
+def test_only_the_response_and_the_end_are_targets(tokenizer):
     row = {"instruction": "Name a cat.", "input": "", "output": "Tom"}
     encoded, cut = encode(to_example("alpaca", row, tokenizer, "corrected"), tokenizer, 400)
-    masked, learned = parts(encoded, tokenizer)
+    masked, targets = parts(encoded, tokenizer)
     assert masked.endswith("### Response:\n") and "Name a cat." in masked
-    assert learned == "Tom<|endoftext|>" and cut is None
+    assert targets == "Tom<|endoftext|>" and cut is None
 
 
 def test_faithful_learns_the_prompt_and_no_end(tokenizer):
     row = {"instruction": "Name a cat.", "input": "a list", "output": "Tom"}
     example = to_example("alpaca", row, tokenizer, "faithful")
     encoded, _ = encode(example, tokenizer, 400, "faithful")
-    _, learned = parts(encoded, tokenizer)
-    assert learned.endswith("### Input:\na list\n\n### Response:\nTom")
+    _, targets = parts(encoded, tokenizer)
+    assert targets.endswith("### Input:\na list\n\n### Response:\nTom")
     assert tokenizer.eos_token_id not in encoded["input_ids"]
     whole = tokenizer(example.segments[0][0]).input_ids
     assert encoded["input_ids"] == whole and encoded["labels"][1:] == whole[1:]
@@ -65,12 +73,13 @@ def test_a_prompt_is_tokenized_in_training_as_when_asking(tokenizer):
     assert encoded["input_ids"][: len(ids)] == ids and encoded["labels"][len(ids)] != IGNORE
 
 
+@pytest.mark.core
 def test_complaint_truncation_removes_the_response_llama_cookbook_215(tokenizer):
     """The prompt gives way, from its beginning; the response and its end stay whole, and the cut is reported."""
     row = {"prompt": "x" * 500 + " the end of the question", "response": "the film was good"}
     encoded, cut = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
-    masked, learned = parts(encoded, tokenizer)
-    assert learned == "the film was good<|endoftext|>" and masked.endswith("question")
+    masked, targets = parts(encoded, tokenizer)
+    assert targets == "the film was good<|endoftext|>" and masked.endswith("question")
     assert len(encoded["input_ids"]) == 64 and cut == "prompt"
 
 
@@ -94,6 +103,7 @@ def test_a_long_review_keeps_its_sentiment(tokenizer):
     assert tokenizer.decode(encoded["input_ids"]).endswith("\nSentiment: positive<|endoftext|>") and cut == "text"
 
 
+@pytest.mark.core
 def test_complaint_pad_is_eos_so_generation_never_stops_llm_course_33(tokenizer):
     """Padding with the end-of-text id masks the padding and still learns the end of every row."""
     assert tokenizer.pad_token_id is None
@@ -106,12 +116,13 @@ def test_complaint_pad_is_eos_so_generation_never_stops_llm_course_33(tokenizer)
     batch = collate(rows, pad)
     for i, row in enumerate(rows):
         n = len(row["input_ids"])
-        assert batch["labels"][i, n - 1] == pad  # the end is learned
+        assert batch["labels"][i, n - 1] == pad  # the end is a target
         assert (batch["labels"][i, n:] == IGNORE).all() and (batch["attention_mask"][i, n:] == 0).all()
 
 
+@pytest.mark.core
 def test_complaint_chat_templates_and_assistant_loss_llama_factory_2154_5707(chat_tokenizer):
-    """`messages` and ShareGPT rows: the assistant's turns are learned with their end of turn, and nothing else."""
+    """`messages` and ShareGPT rows: the assistant's turns are targets with their end of turn, and nothing else."""
     messages = [
         {"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"},
@@ -146,7 +157,7 @@ def test_a_base_without_chat_template_says_so(tokenizer):
         ),
     ],
 )
-def test_a_conversation_that_cannot_be_learned_is_one_line(chat_tokenizer, row, says):
+def test_a_conversation_without_targets_is_one_line(chat_tokenizer, row, says):
     strict = copy.deepcopy(chat_tokenizer)
     strict.chat_template = (
         "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
@@ -187,7 +198,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b'{"a": 1}', "list of objects"),
         ("a.csv", b"\xff\xfe", "not UTF-8"),
-        ("a.csv", b"review,sentiment\ngood, fine,positive\n", "row 1 has more fields than the head"),
+        ("a.csv", b"review,sentiment\ngood, fine,positive\n", "row 1 has more fields than the header"),
         ("a.xls", b"a", "unknown kind"),
         ("a.csv.gz", b"plain", "gzip"),
     ],
@@ -205,6 +216,7 @@ def write_rows(path, n):
     return path
 
 
+@pytest.mark.core
 def test_the_held_out_split_does_not_move_when_rows_are_added(tmp_path, tokenizer):
     few = load_task("instruction", tokenizer, 128, data_file=write_rows(tmp_path / "a.jsonl", 200), held_out=0.2)
     many = load_task("instruction", tokenizer, 128, data_file=write_rows(tmp_path / "b.jsonl", 400), held_out=0.2)
@@ -222,7 +234,7 @@ def test_cuts_are_reported(tmp_path, tokenizer):
     assert report["cut_prompt"] == 2 and report["cut_response"] == 1 and report["max_length"] == 32
 
 
-def test_a_row_is_as_long_as_the_mode_or_a_person_says(tmp_path, tokenizer):
+def test_max_length_defaults_by_mode(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{i} " + "the cat " * 900}) for i in range(40)), encoding="utf-8")
 
@@ -234,6 +246,7 @@ def test_a_row_is_as_long_as_the_mode_or_a_person_says(tmp_path, tokenizer):
     assert longest("corrected", max_length=900) == 800
 
 
+@pytest.mark.core
 def test_every_row_is_seen_once_an_epoch_and_order_is_a_function():
     steps = [tasks.batch_rows(10, 4, step, seed=3) for step in range(6)]
     assert [len(s) for s in steps] == [4, 4, 2] * 2
@@ -242,19 +255,19 @@ def test_every_row_is_seen_once_an_epoch_and_order_is_a_function():
     assert tasks.batch_rows(10, 4, 4, seed=4) != steps[4]
 
 
-def test_show_batch_tells_learned_and_masked_apart(tokenizer):
+def test_show_batch_tells_targets_and_masked_apart(tokenizer):
     row = {"prompt": "the cat", "response": "sat"}
     encoded, _ = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
     assert tasks.show_batch([encoded], tokenizer).splitlines()[1:] == [
-        "  masked  | 'the cat'",
-        "  learned | 'sat<|endoftext|>'",
+        "  masked | 'the cat'",
+        "  target | 'sat<|endoftext|>'",
     ]
 
 
 def test_answers_are_scored_by_words():
-    assert tasks.exact_match("The cat.", "cat") == 1.0 and tasks.exact_match("dog", "cat") == 0.0
-    assert token_f1("the black cat", "cat") == pytest.approx(2 / 3)
-    assert token_f1("", "cat") == 0.0 and token_f1("", "") == 1.0
+    assert tasks.answer_scores("The cat.", "cat") == (1.0, 1.0) and tasks.answer_scores("dog", "cat") == (0.0, 0.0)
+    assert tasks.answer_scores("the black cat", "cat") == (0.0, pytest.approx(2 / 3))
+    assert tasks.answer_scores("", "cat") == (0.0, 0.0) and tasks.answer_scores("", "") == (1.0, 1.0)
 
 
 def test_pydocs_rows_ask_for_the_summary():

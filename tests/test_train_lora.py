@@ -10,6 +10,7 @@ from lora_models import tiny_model
 
 from common import UsageError
 from lora import train_lora
+from lora.base import check_adapter, load_adapter, load_base, target_modules
 from lora.train_lora import TrainConfig
 from runlog import comparable_metrics, read_run
 
@@ -41,14 +42,10 @@ def logits(model, ids=None):
 
 
 def adapted(base, run_dir, dtype="float32"):
-    from peft import PeftModel
-
-    from lora.generate import adapter_folder, load_base
-
-    return PeftModel.from_pretrained(load_base(str(base), dtype), adapter_folder(run_dir)).eval()
+    return load_adapter(load_base(str(base), dtype), run_dir)
 
 
-def test_a_run_as_a_person_starts_it(script, base, rows, tmp_path):
+def test_the_script_trains_one_adapter(script, base, rows, tmp_path):
     args = ("--base", base, "--task", "alpaca", "--data-file", rows, "--run-dir", tmp_path, *QUICK)
     first = script("lora/train_lora.py", *args)
     assert "before training" in first.stdout and "after training" in first.stdout
@@ -68,8 +65,6 @@ def test_a_run_as_a_person_starts_it(script, base, rows, tmp_path):
 
 
 def test_the_adapter_changes_the_model(base, rows, tmp_path):
-    from lora.generate import load_base
-
     train_lora.run(config(base, rows, tmp_path))
     assert (logits(adapted(base, tmp_path)) - logits(load_base(str(base)))).abs().max() > 1e-3
 
@@ -89,19 +84,19 @@ AT_A_ROW = (
     "    if (step, kind) == ({step}, 'train'): os._exit(9)\n"
     "train_lora.RunLog.metric = metric\n"
 )
-AFTER_THE_LAST_STEP = "train_lora.whole_run = lambda log: os._exit(9)\n"
+AFTER_THE_LAST_STEP = "train_lora.mean_train_loss = lambda run: os._exit(9)\n"
 
 
-def killed(moment, base, rows, run_dir, **changes):
-    """A run that dies without a word at a moment."""
-    code = f"import os\nfrom lora import train_lora\nfrom test_train_lora import config\n{moment}"
-    code += f"train_lora.run(config({str(base)!r}, {str(rows)!r}, {str(run_dir)!r}, **{changes!r}))\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+def kill(moment, base, rows, run_dir, **changes):
+    """Train in a process that is gone at once at a moment."""
+    code = f"import os\nfrom lora import train_lora\nfrom lora.train_lora import TrainConfig\n{moment}"
+    code += f"train_lora.run({config(base, rows, run_dir, **changes)!r})\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     assert read_run(run_dir).result["status"] == "running"
 
 
-def same_run(one, other):
+def assert_same_run(one, other):
     """Equal metrics, weights and results, but for what time it took."""
     assert comparable_metrics(one) == comparable_metrics(other)
     name = "ckpt/adapter/adapter_model.safetensors"
@@ -121,10 +116,10 @@ def same_run(one, other):
 def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_path, moment, changes):
     """Killed after a checkpoint and started again, a run ends with the metrics and weights of an undisturbed one."""
     train_lora.run(config(base, rows, tmp_path / "whole", **changes))
-    killed(moment, base, rows, tmp_path / "killed", **changes)
+    kill(moment, base, rows, tmp_path / "killed", **changes)
     train_lora.run(config(base, rows, tmp_path / "killed", **changes))
     assert "resuming from checkpoint-" in (tmp_path / "killed/log.txt").read_text()
-    same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -132,9 +127,9 @@ def test_patience_outlives_a_kill(base, rows, tmp_path):
     changes = {"lr": 3.0, "max_steps": 40, "eval_every": 1, "patience": 3}
     last = train_lora.run(config(base, rows, tmp_path / "whole", **changes))["step"]
     for name, moment in [("middle", AT_A_ROW.format(step=last - 1)), ("end", AFTER_THE_LAST_STEP)]:
-        killed(moment, base, rows, tmp_path / name, **changes)
+        kill(moment, base, rows, tmp_path / name, **changes)
         train_lora.run(config(base, rows, tmp_path / name, **changes))
-        same_run(tmp_path / name, tmp_path / "whole")
+        assert_same_run(tmp_path / name, tmp_path / "whole")
 
 
 def test_complaint_nan_step_hidden_trl_6702_and_loss_0_alpaca_lora_391(base, rows, tmp_path):
@@ -157,9 +152,9 @@ def test_complaint_empty_adapters_saved_alpaca_lora_446(base, rows, tmp_path):
     assert shapes == {"lora_A.weight": (3, 32), "lora_B.weight": (96, 3), "base_layer.bias": (96,)}
     assert len(tensors) == 6 and all(t.abs().sum() > 0 for t in tensors.values())
     with pytest.raises(UsageError, match="empty"):
-        train_lora.check_adapter({}, "here")
+        check_adapter({}, "here")
     with pytest.raises(UsageError, match="empty"):
-        train_lora.check_adapter({"x.lora_B.weight": torch.zeros(0)}, "here")
+        check_adapter({"x.lora_B.weight": torch.zeros(0)}, "here")
 
 
 def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
@@ -175,8 +170,6 @@ def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
 def test_biases_of_a_bfloat16_base_are_trained_in_float32(base, rows, tmp_path):
     """Steps of 3e-4 on values of about 0.1 are rounded away in bfloat16."""
     from safetensors.torch import load_file
-
-    from lora.generate import load_base
 
     train_lora.run(config(base, rows, tmp_path, dtype="bfloat16", lr=3e-4, max_steps=4))
     tensors = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
@@ -194,8 +187,8 @@ def test_several_gpus_without_torchrun_do_not_multiply_the_batch(base, rows, tmp
 
     setup = TrainingArguments.__post_init__
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: (setup(self), setattr(self, "_n_gpu", 2))[0])
-    seen, make = [], train_lora.make_trainer
-    monkeypatch.setattr(train_lora, "make_trainer", lambda *args: seen.append(make(*args)) or seen[0])
+    seen, inner = [], train_lora.LoraTrainer.run
+    monkeypatch.setattr(train_lora.LoraTrainer, "run", lambda self, *args: seen.append(self) or inner(self, *args))
     train_lora.run(config(base, rows, tmp_path, max_steps=2))
     assert seen[0].args.train_batch_size == 2 and seen[0].args.n_gpu == 1
 
@@ -208,6 +201,7 @@ def test_early_stopping_keeps_the_best_adapter_llama_factory_4637_3336(base, row
     assert result["held_out_loss"] == pytest.approx(min(losses), abs=1e-5)
 
 
+@pytest.mark.core
 def test_held_out_loss_is_per_token_whatever_the_batch(base):
     from lora.tasks import IGNORE
 
@@ -227,12 +221,20 @@ def test_held_out_loss_is_per_token_whatever_the_batch(base):
     assert losses == pytest.approx([sum(nll) / len(nll)] * 3, abs=1e-6)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("family, names", [("bloom", ["query_key_value"]), ("llama", ["q_proj", "k_proj", "v_proj"])])
 def test_targets_are_the_originals(family, names):
-    assert train_lora.target_modules("auto", tiny_model(family)) == names
-    assert train_lora.target_modules("a, b", tiny_model(family)) == ["a", "b"]
+    assert target_modules("auto", tiny_model(family)) == names
+    assert target_modules(", ".join(names), tiny_model(family)) == names
 
 
+def test_a_misspelt_target_is_refused(base, rows, tmp_path):
+    """PEFT would train the others and say nothing."""
+    with pytest.raises(UsageError, match="no module c_prj"):
+        train_lora.run(config(base, rows, tmp_path, target_modules="c_attn,c_prj"))
+
+
+@pytest.mark.core
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -244,10 +246,11 @@ def test_targets_are_the_originals(family, names):
         ({"log_every": 0}, "--log-every must be at least 1"),
         ({"bias": "lora"}, "unknown bias lora; choose from none"),
         ({"lr_scheduler": "linaer"}, "choose from linear"),
+        ({"batch_size": 2.5}, "batch_size should be int"),
         ({"max_steps": 0, "epochs": 0}, "nothing to train"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp_path, changes, says):
+def test_usage_errors_are_named_before_anything_is_loaded_or_written(base, rows, tmp_path, changes, says):
     cfg = config(base, rows, tmp_path / "run")
     for name, value in changes.items():
         setattr(cfg, name, value)
@@ -256,7 +259,7 @@ def test_mistakes_are_named_before_anything_is_loaded_or_written(base, rows, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_one_line(refuses, tmp_path):
+def test_a_usage_error_is_one_line(refuses, tmp_path):
     refuses("lora/train_lora.py", "--base", "./no", "--run-dir", tmp_path / "run", says="./no does not exist")
     assert not (tmp_path / "run").exists()
 

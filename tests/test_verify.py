@@ -262,7 +262,7 @@ def test_another_base_or_other_rows_are_found(adapter, verify, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text((adapter / "rows.json").read_text() + " ", encoding="utf-8")
     out = verify(adapter / "run", "--data", rows, ok=False)
-    assert "rows.json is not what the run read: its sum is not the recorded data_file_sha256" in out
+    assert "rows.json is not what the run read: its checksum is not the recorded data_file_sha256" in out
 
 
 def test_a_sweep_is_verified_adapter_by_adapter(adapter, verify, tmp_path):
