@@ -19,6 +19,7 @@ def tiny():
     return GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=8))
 
 
+@pytest.mark.core
 def test_what_is_saved_is_loaded(tmp_path):
     model = tiny()
     path = checkpoint.save(tmp_path, 500, checkpoint.model_state(model))
@@ -47,6 +48,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, harm):
         checkpoint.load(newest)
 
 
+@pytest.mark.core
 def test_the_newest_are_kept(tmp_path):
     for step in (9, 10, 100):
         checkpoint.save(tmp_path, step, {}, keep=2)

@@ -140,6 +140,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.core
 def test_no_tensor_holds_all_logits_of_a_micro_batch():
     """nanochat#443: the logits of a micro-batch do not fit into memory."""
     B, T, V = 32, 128, 16384

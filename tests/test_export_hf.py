@@ -38,6 +38,7 @@ def test_the_exported_folder_loads_with_the_auto_classes(pair, tmp_path):
     assert hf_tokenizer.eos_token_id == tokenizer.eot_token == hf.config.eos_token_id
 
 
+@pytest.mark.core
 def test_an_exported_folder_loads_back_with_the_same_weights(pair, tmp_path):
     model, tokenizer = pair
     export(model, tokenizer, tmp_path / "hf")

@@ -142,6 +142,7 @@ def test_a_block_shorter_than_an_ending_still_scores(gpt):
     assert encoded.cut == 5 and len(evaluate(ours(gpt), encoded, CPU)) == 5
 
 
+@pytest.mark.core
 def test_a_reason_to_stop_ends_the_scoring_between_batches(gpt):
     encoded, asked = Encoded(make_items(), byte_encode, 256, batch_size=1), []
     rows = evaluate(ours(gpt), encoded, CPU, stop=lambda: asked.append(1) or len(asked) > 2)
@@ -285,6 +286,7 @@ def test_wilsons_interval_solves_its_equation():
             assert math.isclose((k / n - p) ** 2, 1.959964**2 * p * (1 - p) / n, rel_tol=1e-9, abs_tol=1e-15)
 
 
+@pytest.mark.core
 def test_figures_come_from_sums():
     result = figures([8.0, 2.0, 4.0, 8.0])
     assert (result["items"], result["acc"], result["acc_norm"], result["acc_char"]) == (8, 0.25, 0.5, 1.0)

@@ -33,6 +33,7 @@ def rows(batch):
     return [tuple(row) for row in batch[0].tolist()]
 
 
+@pytest.mark.core
 def test_targets_are_the_next_tokens_of_one_shard(counting):
     loader = Loader(counting, "train", T, rows_per_step=16)
     assert loader.n_sequences == (100 - 1) // T + (33 - 1) // T  # the last shard is too short for one
@@ -41,6 +42,7 @@ def test_targets_are_the_next_tokens_of_one_shard(counting):
     assert torch.equal(targets, idx + 1)
 
 
+@pytest.mark.core
 def test_an_epoch_holds_every_sequence_once_and_the_next_another_order(counting):
     """karpathy/build-nanogpt#52: data in the order of the files gives a loss that rises and falls with them."""
     loader = Loader(counting, "train", T, rows_per_step=4, seed=7)

@@ -37,6 +37,7 @@ SCALED = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape", SCALED)
 @pytest.mark.parametrize("return_logits", [True, False])
 def test_logits_loss_and_every_gradient_equal_transformers(shape, return_logits):
@@ -72,6 +73,7 @@ def test_state_dict_has_the_names_of_hugging_face():
     assert all(back[k].shape == hf.state_dict()[k].shape for k in back)
 
 
+@pytest.mark.core
 def test_a_token_does_not_see_the_future():
     model = GPT(GPTConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16)).double()
     idx = torch.randint(50, (1, 12))
@@ -181,6 +183,7 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=0.01)
 
 
+@pytest.mark.core
 def test_the_published_size_and_its_flops():
     """124,439,808 parameters; 854.7 MFLOP a token at T = 1024, the padded vocabulary's matmul counted."""
     with torch.device("meta"):

@@ -16,6 +16,7 @@ def tiny():
     return GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=8))
 
 
+@pytest.mark.core
 def test_warmup_is_linear_and_the_cosine_ends_at_a_tenth():
     lr = [lr_at(step, 1.0, 10, 110) for step in range(111)]
     assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 == lr[10]
@@ -55,6 +56,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     torch.testing.assert_close(orthogonalise(x), one_by_one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.core
 def test_muon_follows_torchs_own():
     """Ten steps from the same weights. torch's iterates in bfloat16, good for some three digits of the way gone."""
     torch.manual_seed(0)

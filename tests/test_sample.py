@@ -22,6 +22,7 @@ def model():
     return model.eval()
 
 
+@pytest.mark.core
 def test_logits_with_the_cache_equal_the_full_forward_pass(model):
     idx = torch.randint(50, (3, 16))
     full = model(idx)[0]
@@ -40,6 +41,7 @@ def test_prompts_of_different_lengths_in_one_batch_do_not_see_each_other(model):
     assert together == alone
 
 
+@pytest.mark.core
 def test_greedy_generation_equals_recomputing_everything(model):
     ids = [3, 1, 4]
     for _ in range(13):  # up to the block

@@ -17,7 +17,7 @@ import torch
 
 from common import UsageError
 from common.checkpoints import sorted_checkpoints
-from gpt2 import checkpoint, train_gpt2
+from gpt2 import checkpoint, plan, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main, parse
@@ -103,8 +103,22 @@ def test_the_run_directory_holds_what_is_promised(reference):
     assert run.settings["tokenizer_sha256"] and run.settings["dtype"] == "float32"
     assert run.env["threads"] == 1 and run.env["torch"] == torch.__version__
     assert (run_dir / "log.txt").read_text(encoding="utf-8") == stdout
-    assert stdout.splitlines()[-1].startswith("success: 20 steps")
+    last_line = stdout.splitlines()[-1]
+    assert last_line.startswith(f"success: 20 steps, validation loss {last:.4f} | ")  # result.json has all the digits
+    model = GPT(GPTConfig(block_size=32, vocab_size=385, n_layer=1, n_head=2, n_embd=16))
+    assert run.settings["flops_per_token"] == run.result["flops_per_token"] == model.flops_per_token()
     assert sorted(p.name for p in (run_dir / "ckpt").glob("*.pt")) == ["step_000015.pt", "step_000020.pt"]
+
+
+@pytest.mark.core
+def test_a_run_learns_and_resumes_in_process(train, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(whole, "--checkpoint-every", "5")
+    train(halves, "--stop-after-minutes", "0.0000001")
+    assert read_run(halves).result["status"] == "preempted"
+    train(halves)
+    losses = read_run(whole).curve("val")[1]
+    assert losses[-1] < losses[0] - 0.3 and identical(whole, halves)
 
 
 def test_two_identical_runs_give_identical_metrics_and_weights(reference, train, tmp_path):
@@ -157,6 +171,14 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, 
     usage_error(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
     usage_error(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
     assert record == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_with_bfloat16_is_told_so(train, tmp_path, monkeypatch, has):
+    monkeypatch.setattr(plan, "has_bfloat16", lambda device: has)
+    out = train(tmp_path / "run", "--max-steps", "1")
+    assert ("--dtype bfloat16 is faster" in out) == has
+    assert read_run(tmp_path / "run").settings["dtype"] == "float32"  # auto never decides by what the CPU can
 
 
 def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path):
@@ -286,11 +308,13 @@ def test_an_unknown_preset_or_flag_is_the_parsers_message_and_status_2(in_proces
     assert code == 2 and (wrong[-1] in err or wrong[-2] in err)
 
 
+@pytest.mark.core
 def test_a_setting_that_cannot_be_is_named(in_process):
     code, _, err = in_process(parse_only, "quickstart", "--total-batch-size", "1000")
     assert code == 2 and "no multiple of" in err and "--block-size 128" in err
 
 
+@pytest.mark.core
 def test_no_preset_means_gpt2_124m():
     assert parse([]) == PRESETS["gpt2-124M"] == parse(["gpt2-124M"])
     assert parse(["--max-steps", "7"]).max_steps == 7
@@ -352,6 +376,7 @@ def test_a_published_model_is_where_training_may_begin(train, corpus, tmp_path):
     assert read_run(tmp_path / "run").rows("val")[0]["loss"] == result["val_loss"]
 
 
+@pytest.mark.core
 def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
     cfg = TrainConfig(total_batch_size=24 * 1024, micro_batch_size=8)
     assert [cfg.grad_accum_steps(n) for n in (1, 3)] == [3, 1]
@@ -362,9 +387,9 @@ def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
 
 
 def test_a_plan_starts_nothing(train, tmp_path):
-    plan = train(tmp_path / "run", "--plan")
+    shown = train(tmp_path / "run", "--plan")
     for word in ("parameters", "tokens", "memory", "fits here", "time", "disk", "measured"):
-        assert word in plan
+        assert word in shown
     assert "assumed" in train(tmp_path / "run", "--plan", "--plan-tok-per-sec", "1e6")
     assert not (tmp_path / "run").exists()
 
