@@ -105,9 +105,8 @@ class TrainConfig:
         for name in ("max_steps", "block_size", "total_batch_size", "micro_batch_size", "log_every", "val_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        total, T = self.total_batch_size, self.block_size
-        if total % T:
-            raise UsageError(f"--total-batch-size {total} tokens are no multiple of --block-size {T}")
+        if self.total_batch_size % (T := self.block_size):
+            raise UsageError(f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {T}")
 
     @property
     def shape(self):

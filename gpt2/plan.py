@@ -5,7 +5,6 @@ import re
 import sys
 import time
 
-import psutil
 import torch
 
 from common import UsageError, has_bfloat16, pick_device, synchronize
@@ -44,6 +43,8 @@ def peak_flops(device, dtype):
 
 def free_memory(device):
     """Bytes that a process may still take on the device."""
+    import psutil
+
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 

@@ -399,8 +399,7 @@ class Trainer:
         losses, norms = self.ranks.sum(torch.stack(losses).tolist()), torch.stack(norms).tolist()
         seconds, self.pending = (time.perf_counter() - self.clock) / len(steps), []
         ms, tok_per_sec = seconds * 1e3, cfg.total_batch_size / seconds
-        flops = tok_per_sec * self.raw_model.flops_per_token()
-        mfu = flops / (self.peak * self.ranks.world_size) if self.peak else None
+        mfu = self.peak and tok_per_sec * self.raw_model.flops_per_token() / self.peak / self.ranks.world_size
         for step, loss, norm, lr in zip(steps, losses, norms, lrs):
             loss /= self.ranks.world_size
             self.log.metric(step, "train", loss=loss, grad_norm=norm, lr=lr, ms=ms, tok_per_sec=tok_per_sec, mfu=mfu)
@@ -457,6 +456,7 @@ def main():
             shutil.rmtree(log.ckpt_dir, ignore_errors=True)
         for line in lines:
             log.print(line)
+        ranks.wait()  # until one has the lock of the run directory: where it is refused, all end with one line
         try:
             trainer, state = Trainer(cfg, meta, ranks, log, state), None  # which frees gigabytes
             result = trainer.run()
