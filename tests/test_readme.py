@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import wraps
 
 import pytest
 import tyro
 from conftest import ROOT, SHARED
 from figures import paths, table_rows, wrong_figures
 
+from data import prepare
 from runlog import read_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,6 +76,8 @@ def parse(monkeypatch, capsys):
 
         return wrapped
 
+    for command in (prepare.merge, prepare.adopt, prepare.download):  # tyro calls these when their flags are read
+        monkeypatch.setattr(prepare, command.__name__, wraps(command)(lambda *args, **kwargs: None))
     monkeypatch.setattr(tyro, "cli", stop_after(tyro.cli))
     for name in ("overridable_config_cli", "subcommand_cli_from_dict"):
         monkeypatch.setattr(tyro.extras, name, stop_after(getattr(tyro.extras, name)))
