@@ -89,7 +89,7 @@ def kill_and_resume(corpus, run_dir, kills, seed, *flags, nproc=1):
     """Kill -9 so many times, each a random moment further into the run, then let the last start end -> its output.
 
     The moments follow the steps that the run has recorded, not a clock, so that every kill falls inside training on a
-    machine of any speed: within it, a pause of a random length decides what the process is doing when it dies.
+    computer of any speed: within it, a pause of a random length decides what the process is doing when it dies.
     """
     random_moment = random.Random(seed)
     for i in range(kills):
@@ -129,7 +129,7 @@ def test_sigterm_saves_and_the_next_start_ends_identical(reference, corpus, tmp_
 
 
 def test_a_killed_rank_leads_to_a_restart_that_resumes(corpus, tmp_path):
-    """torchrun --max-restarts; and the file STOP stops both ranks, who then go on from where they saved."""
+    """torchrun --max-restarts; and the file STOP stops both ranks, which then resume where they saved."""
     undisturbed(corpus, tmp_path / "reference", nproc=2)
     run_dir = tmp_path / "run"
     process = start(command(corpus, run_dir, nproc=2, restarts=2))

@@ -148,7 +148,7 @@ def test_the_command_is_one_that_torchrun_and_the_trainer_understand(job, tmp_pa
 
 @pytest.mark.parametrize("stop, code", [(False, 0), (False, 2), (True, 0)])
 def test_an_array_job_takes_its_shard_and_comes_back_when_its_time_is_up(tmp_path, stop, code):
-    """Success and mistakes end the job with the sweep's own exit status; a stop puts it back into the queue."""
+    """Success and usage errors end the job with the sweep's own exit status; a stop puts it back into the queue."""
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     wait = "touch waiting; for i in {1..600}; do sleep 0.05; done" if stop else f"exit {code}"

@@ -203,7 +203,7 @@ def test_imported_weights_are_no_run_to_go_on_with(usage_error, tmp_path):
 
 @pytest.mark.parametrize("where", ["validation", "HellaSwag"])
 def test_a_reason_to_stop_is_heard_in_the_middle_of(where, train, shared_data, tmp_path, monkeypatch):
-    """They may take longer than the 30 s that torchrun gives. When the run goes on they are done again, whole."""
+    """They may take longer than the 30 s that torchrun gives. When the run resumes they are repeated, whole."""
     flags = ["--hellaswag-every", "10", "--hellaswag-file", shared_data / "hellaswag_val.jsonl.gz"]
     flags += ["--hellaswag-limit", "8", "--max-steps", "12"]
     train(tmp_path / "undisturbed", *flags)
