@@ -80,13 +80,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON file; UsageError names a missing or damaged one."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} is not valid JSON ({e}); it may be damaged") from None
+    """Read a JSON file, gzipped or not; UsageError names a missing or damaged one."""
+    with open_text(path) as f:
+        try:
+            return json.load(f)
+        except json.JSONDecodeError as e:
+            raise UsageError(f"{path} is not valid JSON ({e}); it may be damaged") from None
 
 
 def read_jsonl(path):

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median_low
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -19,9 +20,9 @@ from common import atomic_open
 from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
-from lora.multi_lora import MultiLora, available_memory, memory_per_adapter
+from lora.multi_lora import MultiLora, memory_per_adapter
 from lora.tasks import IGNORE, batch_rows, collate, default_prompt, pad_id, prompt_ids
-from lora.train_lora import fingerprint, load, perplexity, plan_steps, settings, task_metric
+from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan_steps, settings, task_metric
 from runlog import RunLog, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
@@ -34,9 +35,8 @@ class Slot:
 
     def __init__(self, cfg, inputs, state=None, best_theta=None):
         self.cfg, self.name = cfg, Path(cfg.run_dir).name
-        start = {"smooth": 0.0, "seen": 0, "best_smooth": None, "window": [], "worse": 0}
-        start |= {"best": None, "best_step": 0, "last": None}  # held-out losses
-        self.state = state or start  # plain numbers and lists, so that a checkpoint can hold them
+        start = {"smooth": 0.0, "seen": 0, "best_smooth": None, "window": [], "held_out": {}}  # held_out: step -> loss
+        self.state = state or start  # plain numbers and containers, so that a checkpoint can hold them
         self.best_theta = best_theta  # (P,): the weights at the best held-out loss
         mirrors = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
         log = RunLog(cfg.run_dir, "lora", settings(cfg, inputs), resume=state is not None, **mirrors)
@@ -59,17 +59,14 @@ class Slot:
 
     def held_out(self, step, loss, text, theta):
         """Record a held-out loss and a sample; keep the best weights -> whether patience is at an end."""
-        s = self.state
-        s["last"] = loss
+        losses = self.state["held_out"]
         self.log.metric(step, "val", loss=loss, perplexity=perplexity(loss))
         if text is not None:
             self.log.metric(step, "sample", text=text)
-        if math.isfinite(loss) and (s["best"] is None or loss < s["best"]):
-            s |= {"best": loss, "best_step": step, "worse": 0}
+        if loss < min(losses.values(), default=math.inf):
             self.best_theta = theta.clone()
-        else:
-            s["worse"] += 1
-        return 0 < self.cfg.patience <= s["worse"]
+        losses[step] = loss
+        return out_of_patience(losses, self.cfg.patience)
 
 
 class Group:
@@ -78,15 +75,15 @@ class Group:
     def __init__(self, sweep, configs, log):
         self.sweep, self.configs, self.log, self.first = sweep, configs, log, configs[0]
         self.tokenizer, self.model, self.data = load(self.first)
+        plans = [plan_steps(cfg, len(self.data.train)) for cfg in configs]
+        self.adapters = [  # as the engine takes them
+            replace(cfg, max_steps=steps, eval_every=every) for cfg, (steps, every) in zip(configs, plans)
+        ]
         self.inputs, self.pad = fingerprint(self.first), pad_id(self.tokenizer)
-        self.prompt = self.first.prompt or default_prompt(self.first.task, self.data)
+        self.prompt = self.first.prompt or default_prompt(self.data)
         self.held_out = self.data.held_out[: self.first.eval_rows or None]
         self.rungs = {}  # rung -> held-out losses of those that reached it
         self.slots, self.queue, self.trained = [], list(range(len(configs))), 0
-
-    def adapter(self, cfg):
-        """A configuration as the engine takes it: with its number of steps."""
-        return replace(cfg, max_steps=plan_steps(cfg, len(self.data.train))[0])
 
     def rung_steps(self, i):
         """{step: rung} at which halving compares slot i: the rungs are shares of all steps."""
@@ -95,13 +92,13 @@ class Group:
 
     def is_due(self, i):
         """Whether the held-out loss of slot i is taken at its step."""
-        step, every = self.engine.steps[i], plan_steps(self.slots[i].cfg, len(self.data.train))[1]
-        return step % every == 0 or step == self.engine.configs[i].max_steps or step in self.rung_steps(i)
+        step, config = self.engine.steps[i], self.engine.configs[i]
+        return step % config.eval_every == 0 or step == config.max_steps or step in self.rung_steps(i)
 
     def build(self, members):
         """Put these configurations into the slots of an engine with room for all others of the group."""
-        adapters = [self.adapter(self.configs[i]) for i in members]
-        self.engine = MultiLora(self.model, adapters, self.configs, self.first.gradient_checkpointing)
+        adapters = [self.adapters[i] for i in members]
+        self.engine = MultiLora(self.model, adapters, self.adapters, self.first.gradient_checkpointing)
 
     def start(self):
         """Fill the slots, from the checkpoint if there is one."""
@@ -110,7 +107,9 @@ class Group:
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
         spare = self.first.gradient_checkpointing
         needed = memory_per_adapter(self.model, self.configs, collate(longest, self.pad), spare)
-        fit = int(0.8 * available_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
+        device = self.model.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        fit = int(0.8 * free // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
         self.log.print(f"{len(self.configs)} adapters, {k} at a time, {needed / 2**20:,.1f} MB each, {fit} would fit")
         self.log.print(json.dumps(self.data.report))
@@ -147,7 +146,7 @@ class Group:
         """Train until no configuration is left."""
         try:
             self.start()
-            total = sum(self.adapter(cfg).max_steps for cfg in self.configs)
+            total = sum(adapter.max_steps for adapter in self.adapters)
             with tqdm(total=total, initial=self.trained, unit="step", disable=None) as bar:
                 while self.slots:
                     losses, norms, finite = self.engine.step(self.engine.forward(self.batch()))
@@ -211,10 +210,9 @@ class Group:
         arrived = []
         for i in sorted(due):
             if rung := self.rung_steps(i).get(self.engine.steps[i]):
-                value = losses[i] if math.isfinite(losses[i]) else math.inf
-                self.rungs.setdefault(rung, []).append(value)
-                arrived.append((i, rung, value))
-        return {i: "halving" for i, rung, value in arrived if value > median_low(self.rungs[rung])}
+                self.rungs.setdefault(rung, []).append(losses[i])
+                arrived.append((i, rung))
+        return {i: "halving" for i, rung in arrived if losses[i] > median_low(self.rungs[rung])}
 
     def retire(self, gone):
         """Finish these slots, keeping their best weights, and give their places to the next configurations."""
@@ -222,9 +220,9 @@ class Group:
             self.finish(i, why)
             self.slots[i] = None
             if self.queue:
-                cfg = self.configs[self.queue.pop(0)]
-                self.engine.replace(i, self.adapter(cfg))
-                self.slots[i] = Slot(cfg, self.inputs)
+                number = self.queue.pop(0)
+                self.engine.replace(i, self.adapters[number])
+                self.slots[i] = Slot(self.configs[number], self.inputs)
                 self.evaluate([i])
         stay = [i for i, slot in enumerate(self.slots) if slot is not None]
         if stay and len(stay) < len(self.slots):
@@ -233,7 +231,8 @@ class Group:
 
     def finish(self, i, why):
         """Save slot i's best adapter and its result."""
-        slot, step, state = self.slots[i], self.engine.steps[i], self.slots[i].state
+        slot, step, losses = self.slots[i], self.engine.steps[i], self.slots[i].state["held_out"]
+        best_step = min(losses, key=losses.get)
         if slot.best_theta is not None:
             self.engine.theta[i] = slot.best_theta
         with self.engine.evaluating(i) as model:
@@ -241,13 +240,13 @@ class Group:
         self.engine.save(i, slot.log.ckpt_dir / "adapter")
         slot.log.finish(
             "diverged" if why == "diverged" else "success", stopped=why, step=step,
-            max_steps=self.engine.configs[i].max_steps, best_step=state["best_step"], held_out_loss=state["best"],
-            last_held_out_loss=state["last"], perplexity=perplexity(state["best"]), after=numbers,
+            max_steps=self.engine.configs[i].max_steps, best_step=best_step, held_out_loss=losses[best_step],
+            last_held_out_loss=list(losses.values())[-1], perplexity=perplexity(losses[best_step]), after=numbers,
         )  # fmt: skip
         with atomic_open(slot.log.run_dir / "samples.txt") as f:  # from the rows: a resumed run holds each sample once
             for row in read_run(slot.log.run_dir).rows("sample"):
                 f.write(f"--- step {row['step']}\n{row['text']}\n")
         slot.log.plot()
         slot.close()
-        shown = "none" if state["best"] is None else f"{state['best']:.4f} at step {state['best_step']}"
-        self.log.print(f"{slot.name}: {why} at step {step}, best held-out loss {shown}")
+        shown = f"best held-out loss {losses[best_step]:.4f} at step {best_step}"
+        self.log.print(f"{slot.name}: {why} at step {step}, {shown}")

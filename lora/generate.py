@@ -81,7 +81,7 @@ def encode_prompt(tokenizer, prompt, chat=False):
     """What the model reads, and where its answer ends -> (ids, stop ids), as in training."""
     row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}]}
     example = to_example("chat", row, tokenizer, "corrected") if chat else Example(((prompt, True),), prompt)
-    return prompt_ids(tokenizer, example.prompt, example.bos), stop_ids(tokenizer, example)
+    return prompt_ids(tokenizer, example.prompt, chat), stop_ids(tokenizer, example)
 
 
 def main():

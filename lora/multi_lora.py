@@ -23,7 +23,6 @@ import math
 import zlib
 from contextlib import contextmanager
 
-import psutil
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -152,17 +151,14 @@ class MultiLora:
         P = sum(math.prod(shape) for _, _, shape in sizes)
         self.state = torch.zeros(3, k, P, dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
-        self.decayed = torch.ones(P, dtype=self.dtype, device=self.device)  # 0 where weight decay is off: biases
-        self.trained = torch.ones(k, P, dtype=torch.bool, device=self.device)  # False: biases of an adapter without
-        self.spans, self.parameters, start = {}, [], 0
+        self.is_bias = torch.zeros(P, dtype=torch.bool, device=self.device)  # never decayed, not trained in every slot
+        self.parameters, start = [], 0
         for layer, attribute, shape in sizes:
-            span = slice(start, start + math.prod(shape))
-            start = span.stop
-            self.spans[layer.index, attribute] = span
-            self.parameters.append(nn.Parameter(self.theta[:, span].view(k, *shape)))
+            end = start + math.prod(shape)
+            self.parameters.append(nn.Parameter(self.theta[:, start:end].view(k, *shape)))
             setattr(layer, attribute, self.parameters[-1])
-            if attribute == "bias":
-                self.decayed[span] = 0
+            self.is_bias[start:end] = attribute == "bias"
+            start = end
         self.k, self.n_active, self.only = k, k, None
         self.configs, self.steps = [None] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
@@ -184,17 +180,16 @@ class MultiLora:
             layer.A.data[i, : config.r] = A.to(self.device)
             if layer.bias is not None:
                 layer.bias.data[i] = layer.base.bias
-                self.trained[i, self.spans[layer.index, "bias"]] = config.bias == "lora_only"
         self.configs[i], self.steps[i] = config, 0
         self.scaling[i] = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def keep(self, slots):
         """Continue with these slots alone, in this order; the memory and time of the others are freed."""
-        state, trained, scaling = self.state[:, slots], self.trained[slots], self.scaling[slots]
+        state, scaling = self.state[:, slots], self.scaling[slots]
         configs, steps = [self.configs[i] for i in slots], [self.steps[i] for i in slots]
         self._allocate(len(slots))
         self.state.copy_(state)
-        self.trained, self.scaling, self.configs, self.steps = trained, scaling, configs, steps
+        self.scaling, self.configs, self.steps = scaling, configs, steps
 
     def unwrap(self):
         """Give the model its own layers back -> the model, as it was."""
@@ -265,7 +260,8 @@ class MultiLora:
         # the adapters share no row and no weight, so the gradient of the sum is that of each
         grads = torch.autograd.grad(losses.sum(), self.parameters)
         grad = torch.cat([g.reshape(self.k, -1) for g in grads], dim=1)
-        return grad.masked_fill_(~self.trained, 0) if self.with_bias else grad
+        untrained = torch.tensor([[config.bias == "none"] for config in self.configs], device=self.device)  # (k, 1)
+        return grad.masked_fill_(self.is_bias & untrained, 0) if self.with_bias else grad
 
     def step(self, losses):
         """One AdamW step of every adapter -> (losses, gradient norms, which were finite): three lists of k.
@@ -298,7 +294,7 @@ class MultiLora:
         root = column(math.sqrt(1 - BETAS[1] ** (self.steps[i] + 1)) for i in rows)
         grad.mul_(clip)
         if any(c.weight_decay for c in configs):
-            self.theta.mul_(1 - shrink * self.decayed * self.trained)
+            self.theta.mul_(1 - shrink * ~self.is_bias)
         self.exp_avg.lerp_(grad, 1 - BETAS[0])
         self.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
         self.theta.sub_(size * self.exp_avg / (self.exp_avg_sq.sqrt().div_(root).add_(EPS)))
@@ -356,22 +352,17 @@ def memory_per_adapter(model, configs, batch, gradient_checkpointing=False):
     Measured in one forward pass; the model is left as it was.
     """
     engine = MultiLora(model, configs[:1], configs, gradient_checkpointing)
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), engine.theta]}
-    saved = {}  # storage -> bytes
+    saved = {}  # address of a storage -> its bytes
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = engine.forward(batch)
+        losses = engine.forward(batch)  # holds what is saved, so that no address is used twice
+    for own in [*model.parameters(), engine.theta]:
+        saved.pop(own.untyped_storage().data_ptr(), None)
     del losses
     engine.unwrap()
     return 4 * engine.theta[0].nbytes + sum(saved.values())
-
-
-def available_memory(device):
-    """Bytes free on the device; without a GPU, of the computer."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -20,8 +20,8 @@ Labels follow Hugging Face: the id where the token is a target, -100 elsewhere; 
 
 import csv
 import hashlib
-import io
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from common import UsageError, from_hub, open_text, read_jsonl
+from common import UsageError, from_hub, open_text, read_json, read_jsonl
 
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
@@ -52,8 +53,7 @@ class Example:
     segments: tuple
     prompt: str = ""
     answer: str = ""
-    bos: bool = True  # False where the text (a chat template) brings its own first token
-    ends_itself: bool = False  # True where the last target segment ends in the template's end of turn
+    chat: bool = False  # True where a chat template brings the first token, and its end of turn ends the last target
 
 
 @dataclass
@@ -89,31 +89,23 @@ def read_rows(path):
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".csv", ".json", ".jsonl", ".txt", ".md"):
         raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
-    if kind == ".jsonl":
+    if kind == ".json":
+        rows = read_json(path)
+    elif kind == ".jsonl":
         rows = [row for _, row in read_jsonl(path)]
     else:
         with open_text(path, newline="") as f:  # unchanged: a field of a csv may hold line ends
-            text = f.read()
-        try:
-            rows = parse_rows(kind, text)
-        except (json.JSONDecodeError, csv.Error) as e:
-            raise UsageError(f"{path} is not valid {kind[1:].upper()} ({e})") from None
+            if kind == ".csv":
+                csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
+                rows = list(csv.DictReader(f))
+            else:
+                rows = [{"text": part} for part in re.split(r"\n\s*\n", f.read()) if part.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} should hold a list of objects")
     for number, row in enumerate(rows, 1):
         if None in row:  # so says the csv module
             raise UsageError(f"{path}, row {number} has more fields than the header; quote fields with commas")
     return rows
-
-
-def parse_rows(kind, text):
-    """The text of a file -> its rows, by the kind of file."""
-    if kind == ".json":
-        return json.loads(text)
-    if kind == ".csv":
-        csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
-        return list(csv.DictReader(io.StringIO(text)))
-    return [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 def pydocs_rows(docstrings):
@@ -191,7 +183,7 @@ def chat_example(row, tokenizer, mode):
         spoken = said.rstrip("\n")  # a newline after the end of turn is never generated, so it is no target
         segments += [(prompt[len(done) :], mode == "faithful"), (spoken, True), (said[len(spoken) :], False)]
         done, answer = after, turns[i]["content"]
-    return Example(tuple(s for s in segments if s[0]), prompt, answer, bos=False, ends_itself=True)
+    return Example(tuple(s for s in segments if s[0]), prompt, answer, chat=True)
 
 
 def chat_turns(row):
@@ -234,9 +226,9 @@ def starting_ids(tokenizer):
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def prompt_ids(tokenizer, text, bos=True):
+def prompt_ids(tokenizer, text, chat=False):
     """Ids of a prompt, as `encode` gives them to the same text in training."""
-    return (starting_ids(tokenizer) if bos else []) + tokenizer(text, add_special_tokens=False).input_ids
+    return ([] if chat else starting_ids(tokenizer)) + tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode(example, tokenizer, max_length, mode="corrected"):
@@ -246,10 +238,10 @@ def encode(example, tokenizer, max_length, mode="corrected"):
     target there unless a response follows it) or "response" (longer than the block by itself).
     """
     parts = [(tokenizer(text, add_special_tokens=False).input_ids, target) for text, target in example.segments]
-    end = mode == "corrected" and not example.ends_itself
+    end = mode == "corrected" and not example.chat
     if end and tokenizer.eos_token_id is None:
         raise UsageError("this tokenizer has no end-of-text token to learn; use --mode faithful")
-    start = starting_ids(tokenizer) if example.bos else []
+    start = [] if example.chat else starting_ids(tokenizer)
     over = len(start) + sum(len(ids) for ids, _ in parts) + end - max_length
     cut = None
     if over > 0:  # the first segment gives way: a prompt loses its beginning, a target text its end
@@ -259,13 +251,9 @@ def encode(example, tokenizer, max_length, mode="corrected"):
             over, end = over - end, False
         keep = max(len(ids) - over, 0)
         parts[0] = (ids[:keep] if target else ids[len(ids) - keep :], target)
-    input_ids, labels = list(start), [IGNORE] * len(start)
-    for ids, target in parts:
-        input_ids += ids
-        labels += ids if target else [IGNORE] * len(ids)
-    if end:
-        input_ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
+    parts = [(start, False), *parts, ([tokenizer.eos_token_id] * end, True)]
+    input_ids = [token for ids, _ in parts for token in ids]
+    labels = [token if target else IGNORE for ids, target in parts for token in ids]
     if len(input_ids) > max_length:
         cut = "response"
     if labels:
@@ -275,19 +263,17 @@ def encode(example, tokenizer, max_length, mode="corrected"):
 
 def collate(rows, pad):
     """Rows -> {"input_ids", "labels", "attention_mask"}, each (B, T) int64, padded on the right."""
-    T = max(len(row["input_ids"]) for row in rows)
-    columns = {
-        "input_ids": [row["input_ids"] + [pad] * (T - len(row["input_ids"])) for row in rows],
-        "labels": [row["labels"] + [IGNORE] * (T - len(row["labels"])) for row in rows],
-        "attention_mask": [[1] * len(row["labels"]) + [0] * (T - len(row["labels"])) for row in rows],
-    }
-    return {name: torch.tensor(column) for name, column in columns.items()}
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    fill = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0}
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in fill}
+    return {name: pad_sequence(column, batch_first=True, padding_value=fill[name]) for name, column in columns.items()}
 
 
 def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
     """Mean loss per target token over `rows`, whatever the batch size and the number of processes -> list of k floats.
 
-    nll: batch -> (summed losses (k,), numbers of target tokens (k,)) of the k adapters that are asked.
+    nll: batch -> (summed losses (k,), numbers of target tokens (k,)) of the k adapters that are asked. A loss that is
+    not finite counts as infinite.
     """
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # similar lengths together: little padding
     total = torch.zeros(2, 1, dtype=torch.float64)  # becomes (2, k)
@@ -297,7 +283,7 @@ def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
     if world_size > 1:
         total = total.cuda() if torch.distributed.get_backend() == "nccl" else total
         torch.distributed.all_reduce(total)
-    return (total[0] / total[1]).tolist()
+    return (total[0] / total[1]).nan_to_num(nan=math.inf, posinf=math.inf).tolist()
 
 
 @lru_cache(maxsize=64)  # every adapter of a sweep asks at every step
@@ -353,17 +339,17 @@ def load_task(cfg, tokenizer, block_size):
 def stop_ids(tokenizer, example):
     """End-of-text, and for chat the token that ends the template's turns: the last target."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if example.ends_itself:
+    if example.chat:
         end = [text for text, target in example.segments if target][-1]
         stops.append(tokenizer(end, add_special_tokens=False).input_ids[-1])
     return sorted(set(stops))
 
 
-def default_prompt(task, data):
+def default_prompt(data):
     """The prompt of the samples where none is given: the original's words, or a held-out prompt."""
-    if task == "imdb":
+    if data.task == "imdb":
         return "I love this movie because"
-    if task == "alpaca":
+    if data.task == "alpaca":
         return instruction_prompt("Give three tips for staying healthy.")
     return data.held_out_examples[0].prompt
 

