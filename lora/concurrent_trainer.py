@@ -73,12 +73,10 @@ class Group:
     """Trains a list of configurations on one base, some at a time; a freed slot takes the next."""
 
     def __init__(self, sweep, configs, log):
-        self.sweep, self.configs, self.log, self.first = sweep, configs, log, configs[0]
+        self.sweep, self.log, self.first = sweep, log, configs[0]
         self.tokenizer, self.model, self.data = load(self.first)
         plans = [plan_steps(cfg, len(self.data.train)) for cfg in configs]
-        self.adapters = [  # as the engine takes them
-            replace(cfg, max_steps=steps, eval_every=every) for cfg, (steps, every) in zip(configs, plans)
-        ]
+        self.configs = [replace(cfg, max_steps=n, eval_every=every) for cfg, (n, every) in zip(configs, plans)]
         self.inputs, self.pad = fingerprint(self.first), pad_id(self.tokenizer)
         self.prompt = self.first.prompt or default_prompt(self.data)
         self.held_out = self.data.held_out[: self.first.eval_rows or None]
@@ -88,22 +86,22 @@ class Group:
     def rung_steps(self, i):
         """{step: rung} at which halving compares slot i: the rungs are shares of all steps."""
         rungs = self.sweep.rungs.split(",") if self.sweep.halving else []
-        return {max(1, round(float(rung) * self.engine.configs[i].max_steps)): rung for rung in rungs}
+        return {max(1, round(float(rung) * self.slots[i].cfg.max_steps)): rung for rung in rungs}
 
     def is_due(self, i):
         """Whether the held-out loss of slot i is taken at its step."""
-        step, config = self.engine.steps[i], self.engine.configs[i]
-        return step % config.eval_every == 0 or step == config.max_steps or step in self.rung_steps(i)
+        step, cfg = self.engine.steps[i], self.slots[i].cfg
+        return step % cfg.eval_every == 0 or step == cfg.max_steps or step in self.rung_steps(i)
 
     def build(self, members):
         """Put these configurations into the slots of an engine with room for all others of the group."""
-        adapters = [self.adapters[i] for i in members]
-        self.engine = MultiLora(self.model, adapters, self.adapters, self.first.gradient_checkpointing)
+        configs = [self.configs[i] for i in members]
+        self.engine = MultiLora(self.model, configs, self.configs, self.first.gradient_checkpointing)
 
     def start(self):
         """Fill the slots, from the checkpoint if there is one."""
         if path := newest_checkpoint(self.log.ckpt_dir, self.log.print):
-            return self.restore(torch.load(path, weights_only=True, map_location="cpu"))
+            return self.restore(torch.load(path, weights_only=True, map_location=self.model.device))
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
         spare = self.first.gradient_checkpointing
         needed = memory_per_adapter(self.model, self.configs, collate(longest, self.pad), spare)
@@ -123,30 +121,24 @@ class Group:
 
     def save(self):
         """Write the checkpoint: everything that the next step depends on."""
-        state = {
-            "queue": self.queue, "rungs": self.rungs, "trained": self.trained, "engine": self.engine.state_dict(),
-            "members": [self.configs.index(slot.cfg) for slot in self.slots],
-            "slots": [slot.state for slot in self.slots], "best_theta": [slot.best_theta for slot in self.slots],
-        }  # fmt: skip
-        save_checkpoint(self.log.ckpt_dir, self.trained, state)
+        slots = [(self.configs.index(slot.cfg), slot.state, slot.best_theta) for slot in self.slots]
+        state = {"queue": self.queue, "rungs": self.rungs, "trained": self.trained, "slots": slots}
+        save_checkpoint(self.log.ckpt_dir, self.trained, {**state, "engine": self.engine.state_dict()})
 
     def restore(self, state):
         """The inverse of `save`."""
         self.queue, self.rungs, self.trained = state["queue"], state["rungs"], state["trained"]
-        if not state["members"]:  # killed after the last adapter's end
-            return
-        self.build(state["members"])
-        self.engine.load_state_dict(state["engine"])
-        for i, saved, theta in zip(state["members"], state["slots"], state["best_theta"]):
-            theta = theta if theta is None else theta.to(self.engine.theta)
-            self.slots.append(Slot(self.configs[i], self.inputs, saved, theta))
-        self.log.print(f"resuming at step {max(self.engine.steps)} with {len(self.slots)} adapters")
+        if state["slots"]:  # else killed after the last adapter's end
+            self.build([number for number, _, _ in state["slots"]])
+            self.engine.load_state_dict(state["engine"])
+            self.slots = [Slot(self.configs[number], self.inputs, *saved) for number, *saved in state["slots"]]
+            self.log.print(f"resuming at step {max(self.engine.steps)} with {len(self.slots)} adapters")
 
     def train(self):
         """Train until no configuration is left."""
         try:
             self.start()
-            total = sum(adapter.max_steps for adapter in self.adapters)
+            total = sum(cfg.max_steps for cfg in self.configs)
             with tqdm(total=total, initial=self.trained, unit="step", disable=None) as bar:
                 while self.slots:
                     losses, norms, finite = self.engine.step(self.engine.forward(self.batch()))
@@ -173,7 +165,7 @@ class Group:
         """Log the step -> {slot: why it has to stop}: those that diverge, and those at their end."""
         gone = {}
         for i, slot in enumerate(self.slots):
-            step, config = self.engine.steps[i] + (not finite[i]), self.engine.configs[i]  # a failed step isn't counted
+            step = self.engine.steps[i] + (not finite[i])  # a failed step isn't counted
             if not finite[i]:
                 slot.log.print(f"step {step}: loss {losses[i]} or gradient norm {norms[i]} is not finite")
                 gone[i] = "diverged"
@@ -183,10 +175,10 @@ class Group:
             if slot.diverges(losses[i], self.sweep.divergence_factor):
                 slot.log.print(f"step {step}: smoothed loss above {self.sweep.divergence_factor} times its best")
                 gone[i] = "diverged"
-            elif step == config.max_steps:
+            elif step == slot.cfg.max_steps:
                 gone[i] = "end"
             if step % slot.cfg.log_every == 0 or i in gone:
-                loss, lr = sum(window) / len(window), config.lr_at(step - 1)
+                loss, lr = sum(window) / len(window), slot.cfg.lr_at(step - 1)
                 slot.log.metric(step, "train", loss=loss, lr=lr, grad_norm=norms[i])
                 window.clear()
         return gone
@@ -207,12 +199,10 @@ class Group:
 
     def halve(self, due, losses):
         """At a rung, stop those in the worse half of all that have come this far -> {slot: "halving"}."""
-        arrived = []
-        for i in sorted(due):
-            if rung := self.rung_steps(i).get(self.engine.steps[i]):
-                self.rungs.setdefault(rung, []).append(losses[i])
-                arrived.append((i, rung))
-        return {i: "halving" for i, rung in arrived if losses[i] > median_low(self.rungs[rung])}
+        arrived = {i: rung for i in sorted(due) if (rung := self.rung_steps(i).get(self.engine.steps[i]))}
+        for i, rung in arrived.items():
+            self.rungs.setdefault(rung, []).append(losses[i])
+        return {i: "halving" for i, rung in arrived.items() if losses[i] > median_low(self.rungs[rung])}
 
     def retire(self, gone):
         """Finish these slots, keeping their best weights, and give their places to the next configurations."""
@@ -220,9 +210,9 @@ class Group:
             self.finish(i, why)
             self.slots[i] = None
             if self.queue:
-                number = self.queue.pop(0)
-                self.engine.replace(i, self.adapters[number])
-                self.slots[i] = Slot(self.configs[number], self.inputs)
+                cfg = self.configs[self.queue.pop(0)]
+                self.engine.replace(i, cfg)
+                self.slots[i] = Slot(cfg, self.inputs)
                 self.evaluate([i])
         stay = [i for i, slot in enumerate(self.slots) if slot is not None]
         if stay and len(stay) < len(self.slots):
@@ -240,7 +230,7 @@ class Group:
         self.engine.save(i, slot.log.ckpt_dir / "adapter")
         slot.log.finish(
             "diverged" if why == "diverged" else "success", stopped=why, step=step,
-            max_steps=self.engine.configs[i].max_steps, best_step=best_step, held_out_loss=losses[best_step],
+            max_steps=slot.cfg.max_steps, best_step=best_step, held_out_loss=losses[best_step],
             last_held_out_loss=list(losses.values())[-1], perplexity=perplexity(losses[best_step]), after=numbers,
         )  # fmt: skip
         with atomic_open(slot.log.run_dir / "samples.txt") as f:  # from the rows: a resumed run holds each sample once

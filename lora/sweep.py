@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,6 +43,7 @@ from runlog import RunLog, read_run
 
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
+INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
 DECISIVE = ("engine", "adapters_at_once", "divergence_factor", "halving", "rungs", "sample_tokens")
 
 
@@ -70,11 +72,11 @@ class SweepConfig:
 def read_grid(cfg):
     """The grid file with the flags over it -> [TrainConfig], one an adapter, its run_dir named after what it varies."""
     grid = read_json(cfg.grid)
-    known = {"task", "base", "data_file", "settings", "grid", "configs", "seeds", "about"}
+    known = {*INPUTS, "settings", "grid", "configs", "seeds", "about"}
     if not isinstance(grid, dict) or set(grid) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
     shared = {"device": cfg.device, **grid.get("settings", {}), **assignments(cfg.set)}
-    shared |= {name: grid[name] for name in ("task", "base", "data_file") if name in grid}
+    shared |= {name: grid[name] for name in INPUTS & set(grid)}
     flags = ("base", "data_file", "max_steps", "tensorboard", "wandb")
     shared |= {name: getattr(cfg, name) for name in flags if getattr(cfg, name)}
     if not shared.get("base"):
@@ -85,8 +87,8 @@ def read_grid(cfg):
     configs = []
     for point, seed in itertools.product(points + grid.get("configs", []) or [{}], seeds):
         values = shared | {"seed": seed} | point
-        if unknown := set(values) - SETTINGS:
-            raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(unknown))}")
+        if wrong := (set(values) - SETTINGS) | (set(point) & INPUTS):
+            raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(wrong))} of a configuration")
         varied = point | ({"seed": seed} if len(seeds) > 1 else {})
         name = [f"{len(configs):03d}"] + [f"{SHORT.get(k, k)}{v}".replace("/", "-") for k, v in varied.items()]
         configs.append(TrainConfig(run_dir=str(Path(cfg.run_dir) / "adapters" / "_".join(name)), **values))
@@ -122,26 +124,20 @@ def make_groups(configs, engine, n):
     return groups
 
 
-def worker(cfg):
-    """(index, number) of this process among all that work on the sweep: from --shard and from torchrun."""
-    try:
-        index, number = (int(part) for part in (cfg.shard or "0/1").split("/"))
-    except ValueError:
-        index, number = -1, 0
-    if not 0 <= index < number:
+def take_place(cfg):
+    """(index, number) of this process among all that work on the sweep, from --shard and from torchrun.
+
+    Under torchrun each process takes its GPU and then works by itself: no process group, nothing to wait for.
+    """
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", cfg.shard or "0/1")) or int(match[1]) >= int(match[2]):
         raise UsageError(f"--shard {cfg.shard} should be i/n with i from 0 to n - 1")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    return index * world + int(os.environ.get("RANK", 0)), number * world
-
-
-def take_own_device():
-    """Under torchrun each process takes its GPU and then works by itself: no process group, nothing to wait for."""
-    local = os.environ.get("LOCAL_RANK")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    if local is not None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    torchrun = {name: os.environ.pop(name) for name in names if name in os.environ}
+    if local := torchrun.get("LOCAL_RANK"):
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if visible else local
+    rank, world = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
+    return int(match[1]) * world + rank, int(match[2]) * world
 
 
 def agree(cfg, configs, n):
@@ -150,11 +146,10 @@ def agree(cfg, configs, n):
     The first one writes it into config.json, beside the settings; a sweep with other settings is refused.
     """
     folder = Path(cfg.run_dir)
-    inputs = [fingerprint(one) for one in {(one.base, one.data_file): one for one in configs}.values()]
     wanted = {
         "configs": [{k: v for k, v in asdict(c).items() if k not in (*NO_EFFECT, "device")} for c in configs],
         "settings": {name: getattr(cfg, name) for name in DECISIVE},
-        "inputs": inputs if len(inputs) > 1 else inputs[0],
+        "inputs": fingerprint(configs[0]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
@@ -173,16 +168,11 @@ def work_through(cfg, configs, groups, index, n):
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder.with_suffix(".lock"))
         try:
-            held = lock.acquire(timeout=0)  # the system drops it when the process dies, so its group is free again
+            with lock.acquire(timeout=0):  # the system drops it when the process dies, so its group is free again
+                if not is_done(folder):
+                    train_group(cfg, groups[g], configs, folder)
         except filelock.Timeout:
             print(f"group {g} is being trained by another process")
-            continue
-        with held:
-            if not is_done(folder):
-                kind, members = groups[g]
-                with RunLog(folder, f"lora_group_{kind}", {"members": members}, resume=True) as log:
-                    run_group(cfg, kind, [configs[i] for i in members], log)
-                    log.finish("success")
 
 
 def group_folder(cfg, g):
@@ -193,21 +183,23 @@ def is_done(folder):
     return (folder / "result.json").exists() and read_json(folder / "result.json")["status"] == "success"
 
 
-def run_group(cfg, kind, configs, log):
+def train_group(cfg, group, configs, folder):
     """Train a group's configurations: all at once, or one after another by the Trainer."""
-    if kind == "concurrent":
-        return Group(cfg, configs, log).train()
-    for one in configs:  # the base is loaded anew for each: PEFT changes it in place
-        result = train_with_trainer(one)
-        log.print(f"{Path(one.run_dir).name}: {result['status']}, held-out loss {result['held_out_loss']}")
+    kind, members = group
+    with RunLog(folder, f"lora_group_{kind}", {"members": members}, resume=True) as log:
+        if kind == "concurrent":
+            Group(cfg, [configs[i] for i in members], log).train()
+        else:
+            for i in members:  # the base is loaded anew for each: PEFT changes it in place
+                train_with_trainer(configs[i])
+        log.finish("success")
 
 
 def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
     configs = read_grid(cfg)
-    index, n = worker(cfg)
+    index, n = take_place(cfg)
     groups = agree(cfg, configs, n)
-    take_own_device()
     work_through(cfg, configs, groups, index, n)
     left = [g for g in range(len(groups)) if not is_done(group_folder(cfg, g))]
     if left:
