@@ -1,6 +1,8 @@
 """The schedule, the groups, and Muon against torch's own."""
 
+import os
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
@@ -72,3 +74,37 @@ def test_muon_follows_torchs_own():
         b.step()
     for p, q, s in zip(ours, theirs, start):
         assert (p - q).norm() < 0.02 * (q - s).norm()
+
+
+def muon_steps(rank, world_size, store, out):
+    """Three steps of Muon on one of `world_size` gloo ranks; rank 0 saves the weights."""
+    if world_size > 1:
+        shared = torch.distributed.FileStore(store, world_size)
+        timeout = timedelta(seconds=60)
+        torch.distributed.init_process_group("gloo", store=shared, rank=rank, world_size=world_size, timeout=timeout)
+    torch.set_num_threads(1)
+    model = tiny()
+    optimizers = make_optimizers(model, replace(TrainConfig(), optimizer="muon"))
+    idx = torch.arange(16).view(2, 8)
+    for _ in range(3):
+        model(idx, idx)[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if rank == 0:
+        torch.save(model.state_dict(), out)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
+def test_muon_sharded_over_ranks_gives_the_weights_of_one_rank(tmp_path):
+    """Two matrices of a shape over 2 and 3 ranks: an even share, and a rank with nothing but filling."""
+    muon_steps(0, 1, None, tmp_path / "1.pt")
+    alone = torch.load(tmp_path / "1.pt")
+    for world_size in (2, 3):
+        args = (world_size, str(tmp_path / f"store{world_size}"), tmp_path / f"{world_size}.pt")
+        torch.multiprocessing.start_processes(muon_steps, args, nprocs=world_size, start_method="fork")
+        sharded = torch.load(tmp_path / f"{world_size}.pt")
+        for name, weight in alone.items():
+            torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-6)
