@@ -50,4 +50,4 @@ def from_hub(what, instead):
         yield
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(f"{what} cannot be had from the hub ({reason}); {instead}") from None
+        raise UsageError(f"the download of {what} failed ({reason}); {instead}") from None

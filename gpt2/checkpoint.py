@@ -7,10 +7,12 @@ written and verified: common/checkpoints.py.
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from common import UsageError
@@ -26,21 +28,63 @@ def save(ckpt_dir, step, state, keep=2):
     return save_checkpoint(ckpt_dir, step, {**state, "format": FORMAT, "version": VERSION, "step": step}, keep)
 
 
+class Writer:
+    """Writes checkpoints on a thread, one at a time, from a copy of their tensors: training continues meanwhile.
+
+    done: called with the path of each one that is on disk.
+    """
+
+    def __init__(self, done):
+        self.done, self.thread, self.pending = done, ThreadPoolExecutor(1), None
+
+    def save(self, ckpt_dir, step, state, keep):
+        """As `save`, after the last one is on disk."""
+        self.wait()
+        state = on_cpu(state)
+        self.pending = self.thread.submit(lambda: self.done(save(ckpt_dir, step, state, keep)))
+
+    def wait(self):
+        """Until the last checkpoint is on disk; UsageError if it could not be written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def on_cpu(state):
+    """A copy of a state whose tensors are on the CPU; those that share memory (wte and lm_head) still do."""
+    copies = {}
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = value.data_ptr(), value.shape, value.dtype
+        if key not in copies or not value.numel():
+            target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            copies[key] = target.copy_(value, non_blocking=True)
+        return copies[key]
+
+    state = tree_map(copy, state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return state
+
+
 def load(path):
     """Read one checkpoint whose sha256 matches, onto the CPU -> dict; UsageError otherwise."""
     if reason := problem(path):
         raise UsageError(f"{path} is not a usable checkpoint: {reason}; take another one")
-    return _read(path)
+    return read(path)
 
 
 def load_newest(ckpt_dir, warn=print):
     """The newest checkpoint of a folder whose sha256 matches -> dict, or None. `warn` gets a line for each skipped."""
     path = newest_checkpoint(ckpt_dir, warn)
-    return path and _read(path)
+    return path and read(path)
 
 
-def _read(path):
-    state = torch.load(path, map_location="cpu", weights_only=True)
+def read(path):
+    """Read a checkpoint whose sha256 has been checked; its tensors are mapped from the file, not copied."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     found = state.get("format"), state.get("version")
     if found != (FORMAT, VERSION):
         raise UsageError(f"{path} has format {found[0]!r} version {found[1]}, not {FORMAT} {VERSION}")

@@ -6,6 +6,7 @@
 import contextlib
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -33,23 +34,29 @@ def autocast(device, dtype):
 class Ranks:
     """This process among `world_size`: its rank, its device, and what the processes agree on.
 
-    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue.
+    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue. `started`: when the first
+    attempt of this torchrun started, in seconds since 1970; a restart by --max-restarts does not reset it.
     """
 
     def __init__(self, device="auto"):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
-        self.main = self.rank == 0
-        self.control = None
+        self.main, self.node_leader = self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"
+        self.control, self.started = None, time.time()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
+            if interface := _interface_to(os.environ["MASTER_ADDR"]):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            store, attempt = _store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.started = float(store.compare_set("started", "", str(self.started)))  # set by the first attempt alone
+            # Keys that a killed rank left in the store would make a restart wait forever for an address that is gone.
+            store, timeout = dist.PrefixStore(f"attempt_{attempt}", store), timedelta(minutes=10)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, store=_store(), rank=self.rank, world_size=self.world_size, timeout=timedelta(minutes=10)
-            )
-            self.control = dist.new_group(backend="gloo")
+            where = {"store": store, "rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, timeout=timeout, **where)
+            self.control = dist.new_group(backend="gloo", timeout=timeout)
 
     def any(self, flag):
         """True on every rank if `flag` is true on one of them."""
@@ -92,21 +99,31 @@ def _one_line_when_another_rank_is_gone():
 
 
 def _store():
-    """The key-value store over which ranks find each other, under a prefix of its own for each restart.
-
-    torchrun's agent keeps one store through all restarts. Keys that a killed rank left there would make the next
-    attempt wait forever for an address that is gone; a prefix per attempt hides them.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """The key-value store over which ranks find each other: the one of torchrun's agent, which outlives restarts."""
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         is_master=not agent_has_store and os.environ["RANK"] == "0",
         wait_for_workers=False,
     )
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def _interface_to(host):
+    """The network interface that leads to a host, or None. By itself gloo takes the one that this host's own name
+    resolves to, on Debian 127.0.1.1, which other nodes cannot reach.
+    """
+    import psutil  # which imports what only Unix has
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect((host, 9))  # sends nothing, but chooses a route
+            address = s.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if address in [a.address for a in found]), None)
 
 
 class Stop:
@@ -118,7 +135,7 @@ class Stop:
 
     def __init__(self, ranks, run_dir, after_minutes=0.0):
         self.ranks, self.file = ranks, Path(run_dir) / "STOP"
-        self.deadline = time.monotonic() + 60 * after_minutes if after_minutes else None
+        self.deadline = ranks.started + 60 * after_minutes if after_minutes else None
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.why = None  # set once, then kept
         for name in ("SIGTERM", "SIGINT"):
@@ -134,7 +151,7 @@ class Stop:
         if not self.why and self.ranks.main and self.file.exists():
             self.file.unlink(missing_ok=True)  # the next start shall run
             self.why = "found the file STOP"
-        if not self.why and self.deadline and time.monotonic() > self.deadline:
+        if not self.why and self.deadline and time.time() > self.deadline:
             self.why = "the time of --stop-after-minutes is over"
         if not self.why and self.torchrun and self.torchrun != os.getppid():
             self.why = "torchrun is gone"

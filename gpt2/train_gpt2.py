@@ -13,6 +13,7 @@ No preset means gpt2-124M, and PRESET --help lists every setting with its unit. 
 """
 
 import contextlib
+import gc
 import hashlib
 import math
 import os
@@ -31,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
-from common import ROOT, UsageError, cli, peak_memory_mb, portable
-from common.checkpoints import sorted_checkpoints
+from common import UsageError, cli, peak_memory_mb, portable
+from common.checkpoints import newest_checkpoint, sorted_checkpoints
 from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
@@ -92,17 +93,20 @@ def build_model(cfg, meta):
     return model
 
 
-def compiled(model, cfg, device, say):
-    """The model under torch.compile, or the model itself, with a message, where compiling does not work."""
+def compiled(model, cfg, ranks, say):
+    """The model under torch.compile, or on all ranks the model itself where compiling fails on one of them.
+
+    Compiling needs a C++ compiler or Triton with a C compiler, and Python's headers: one line is compiled as a test.
+    """
     if not cfg.compile:
         return model
-    # Compiled kernels are read back at the next start, also after a reboot has emptied /tmp.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "data/cache/torch-compile"))
-    try:  # it needs a C++ compiler or Triton with a C compiler, and Python's headers
-        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    why = None
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=ranks.device))
     except Exception as e:  # torch raises several kinds, by platform and version
         why = " ".join(str(e).split())[:160]
-        say(f"torch.compile does not work here ({why}): training runs eager, without --compile")
+    if failed := [f"rank {rank}: {why}" for rank, why in enumerate(ranks.gather(why)) if why]:
+        say(f"torch.compile does not work here ({failed[0]}): training runs eager, without --compile")
         return model
     return torch.compile(model, dynamic=False)
 
@@ -131,7 +135,7 @@ def find_start(cfg, settings, ranks):
     "run" begins, or resumes from the checkpoint; "replace" drops another run's record first. Nothing is written before
     this is decided, so a refusal leaves the record as it was. Collective.
     """
-    run_dir, start, state, lines = Path(cfg.run_dir), "run", None, []
+    run_dir, start, newest, lines = Path(cfg.run_dir), "run", None, []
     kept = sorted_checkpoints(run_dir / "ckpt")
     if cfg.eval_only and kept:
         raise UsageError(f"{run_dir} is a training run; evaluate it with --init {run_dir} and another --run-dir")
@@ -141,14 +145,17 @@ def find_start(cfg, settings, ranks):
         start = "finished"
     elif run and not same and (cfg.overwrite or not (kept or run.metrics)):
         start, lines = "replace", [f"{run_dir} was made with other settings or data: it is replaced"]
-    else:
-        state = checkpoint.load_newest(run_dir / "ckpt", warn=lines.append)
-    step = state["step"] if state else 0
-    if len(set(seen := ranks.gather((start, step)))) > 1:
+    elif ranks.node_leader:  # hashes gigabytes, once a node
+        newest = newest_checkpoint(run_dir / "ckpt", warn=lines.append)
+    seen = ranks.gather((start, newest and newest.name) if ranks.node_leader else None)
+    if len(answers := {answer for answer in seen if answer}) > 1:
         raise UsageError(
-            f"the processes see different checkpoints in {run_dir}/ckpt (steps {[step for _, step in seen]}); "
+            f"the nodes see different checkpoints in {run_dir}/ckpt ({', '.join(sorted(str(a[1]) for a in answers))}); "
             "--run-dir must be on a file system that all nodes share"
         )
+    start, name = answers.pop()
+    state = checkpoint.read(run_dir / "ckpt" / name) if name else None
+    step = state["step"] if state else 0
     if state and "optimizers" not in state:
         raise UsageError(f"{run_dir} holds imported weights; name it by --init, with another --run-dir")
     if start == "run" and (state or run):
@@ -239,20 +246,16 @@ class Trainer:
         self.reference = {"unigram entropy": self.unigram_entropy}  # lines in the picture
         if meta["name"].startswith("fineweb-edu") and meta["tokenizer"]["name"] == "gpt2":
             self.reference["GPT-2 124M (OpenAI)"] = 3.2924  # its validation loss on the same tokens
-        if cfg.hellaswag_every:
-            fix = "name a local file with --hellaswag-file, or leave it out with --hellaswag-every 0"
-            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, fix=fix)
-            encode = self.tokenizer.to_tiktoken().encode_ordinary_batch
-            self.hellaswag_items = hellaswag.Encoded(items, encode, T)
+        self.hellaswag_items = self.load_hellaswag() if cfg.hellaswag_every else None
 
         # The raw model serves odd shapes (samples) and checkpoints, whose names so stay free of prefixes; `model` may
         # be compiled; `step_model` adds the exchange of gradients between processes.
         self.raw_model = build_model(cfg, meta).to(self.device)
         torch.manual_seed(cfg.seed + ranks.rank)  # dropout: every rank has other rows, and other masks
-        self.model = self.step_model = compiled(self.raw_model, cfg, self.device, self.say)
+        self.model = self.step_model = compiled(self.raw_model, cfg, ranks, self.say)
         if ranks.world_size > 1:
             gpu = [self.device.index] if self.device.type == "cuda" else None
-            self.step_model = DistributedDataParallel(self.model, device_ids=gpu)
+            self.step_model = DistributedDataParallel(self.model, gpu, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.raw_model, cfg)
         # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
@@ -260,10 +263,25 @@ class Trainer:
 
         self.learned = learned_settings(all_settings(cfg, meta))
         self.step, self.skipped, self.saved_at = 0, 0, 0
+        self.writer = checkpoint.Writer(done=lambda path: self.say(f"  saved {path.name}"))
         self.pending = []  # (step, loss, grad_norm, lr) whose tensors have not been read yet
         self.last = {"val": {}, "hellaswag": {}}  # the newest figures of each evaluation
         if state:
             self.load(state)
+
+    def load_hellaswag(self):
+        """The items, or None on all ranks where one of them has no file and no hub: training then goes without."""
+        cfg, items, why = self.cfg, [], None
+        try:
+            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, fix="--hellaswag-file FILE")
+        except UsageError as e:
+            if cfg.hellaswag_file or cfg.eval_only:
+                raise
+            why = str(e)
+        if missing := [why for why in self.ranks.gather(why) if why]:
+            self.say(f"HellaSwag is not scored: {missing[0]}")
+            return None
+        return hellaswag.Encoded(items, self.tokenizer.to_tiktoken().encode_ordinary_batch, cfg.block_size)
 
     def load(self, state):
         """Continue from a checkpoint."""
@@ -280,22 +298,21 @@ class Trainer:
         self.say(f"resumed at step {self.step}")
 
     def save(self):
-        """Write a checkpoint of this step, unless there is one already. Collective."""
+        """Write a checkpoint of this step on a thread, unless there is one already. Collective."""
         self.flush()  # raises Diverged, before a good checkpoint is replaced, if a loss was not finite
         rng = self.ranks.gather(checkpoint.rng_state(self.device))
         if self.ranks.main and self.step != self.saved_at:
             state = {"scaler": self.scaler.state_dict(), "skipped": self.skipped, "rng": rng, "learned": self.learned}
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             state |= checkpoint.model_state(self.raw_model)
-            path = checkpoint.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
-            self.say(f"  saved {path.name}")
+            self.writer.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
         self.saved_at = self.step
 
     def run(self, until=None):
         """Step after step, until max_steps (or `until`) or a reason to stop -> the fields of result.json."""
         cfg, ranks = self.cfg, self.ranks
         last_step = 0 if cfg.eval_only else cfg.max_steps if until is None else until
-        start_step = self.step
+        start_step, started_at = self.step, time.perf_counter()
         self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
@@ -305,7 +322,7 @@ class Trainer:
             if self.due(cfg.val_every):
                 val = evaluate_loss(self.model, self.val_loader, cfg, ranks, self.token_bytes, self.stop)
                 self.report("val", val, VAL_LINE)
-            if self.due(cfg.hellaswag_every) and (self.step > 0 or cfg.eval_only):
+            if self.hellaswag_items and self.due(cfg.hellaswag_every) and (self.step > 0 or cfg.eval_only):
                 acc = evaluate_hellaswag(self.raw_model, self.hellaswag_items, cfg, ranks, self.stop)
                 self.report("hellaswag", acc, HELLASWAG_LINE)
             if self.due(cfg.sample_every) and ranks.main:
@@ -342,6 +359,9 @@ class Trainer:
             self.pending.append((self.step, loss_sum, norm, lr))
             self.step += 1
             bar.update()
+            if self.step == start_step + 1:
+                gc.collect()
+                gc.freeze()  # what lives now lives to the end: later collections do not pause for it
 
             # --- the figures stay on the device until a log line is due, so that the host never waits in between
             compiling = self.model is not self.raw_model and self.step == start_step + 1  # its time is a line by itself
@@ -354,8 +374,10 @@ class Trainer:
             self.save()
             return {"status": "preempted", "reason": f"{reason}; the same command resumes", "step": self.step}
         val, acc = self.last["val"], self.last["hellaswag"]
+        tok_per_sec = (self.step - start_step) * cfg.total_batch_size / (time.perf_counter() - started_at)
         return {
             "status": "success", "step": self.step, "tokens": self.step * cfg.total_batch_size,
+            "tok_per_sec": tok_per_sec,  # of this start, evaluations included
             "val_loss": val.get("loss"), "bits_per_byte": val.get("bits_per_byte"),
             **{f"hellaswag_{k}": acc[k] for k in ("items", "acc", "acc_norm") if acc},
             "unigram_entropy": self.unigram_entropy, "parameters": self.raw_model.num_params(),
@@ -457,11 +479,13 @@ def main():
         for line in lines:
             log.print(line)
         ranks.wait()  # until one has the lock of the run directory: where it is refused, all end with one line
+        trainer, state = Trainer(cfg, meta, ranks, log, state), None  # which frees gigabytes
         try:
-            trainer, state = Trainer(cfg, meta, ranks, log, state), None  # which frees gigabytes
             result = trainer.run()
         except Diverged as e:
             result = {"status": "diverged", "reason": f"{e}; the last good checkpoint is kept, try a lower --max-lr"}
+        finally:
+            trainer.writer.wait()
         peak_mb = peak_memory_mb(ranks.device.type)
         log.finish(**result, peak_mb=peak_mb, flops_per_token=settings["flops_per_token"])
         log.print(f"peak memory {peak_mb or '?'} MB, of one process")
@@ -470,6 +494,7 @@ def main():
             log.print(f"success: {result['step']} steps{loss} | {where}/loss.png")
         else:
             log.print(f"{result['status']}: {result['reason']}")
+    ranks.wait()  # srun and torchrun kill the others when a rank ends early, and rank 0 may still write
     ranks.close()
 
 

@@ -192,8 +192,11 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
 def test_processes_that_see_different_checkpoints_are_stopped(reference, usage_error, tmp_path, monkeypatch):
     """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
-    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, ("run", 15)])
-    usage_error(tmp_path / "run", says="(steps [20, 15]); --run-dir must be on a file system that all nodes share")
+    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, ("run", "step_000015.pt")])
+    usage_error(
+        tmp_path / "run",
+        says="(step_000015.pt, step_000020.pt); --run-dir must be on a file system that all nodes share",
+    )
 
 
 def test_imported_weights_are_no_run_to_go_on_with(usage_error, tmp_path):
@@ -403,8 +406,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(t
     assert good["step"] <= 1  # but none from after it was noticed
 
 
-def test_without_the_hub_hellaswag_says_which_flags_help(usage_error, tmp_path):
-    usage_error(tmp_path / "run", "--hellaswag-every", "5", says="or leave it out with --hellaswag-every 0")
+def test_without_the_hub_training_goes_on_without_hellaswag_and_says_so_once(train, usage_error, tmp_path):
+    out = train(tmp_path / "run", "--hellaswag-every", "5", "--max-steps", "5")
+    assert out.count("HellaSwag is not scored: the download of Rowan/hellaswag") == 1 and "--hellaswag-file FILE" in out
+    assert read_run(tmp_path / "run").result["status"] == "success"
+    usage_error(tmp_path / "other", "--hellaswag-every", "5", "--hellaswag-file", "none.jsonl", says="none.jsonl")
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_when_asked(train, tmp_path, monkeypatch):
