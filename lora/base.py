@@ -13,7 +13,7 @@ from typing import Literal
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -80,11 +80,11 @@ def load_tokenizer(base):
     return _load(AutoTokenizer, base)
 
 
-def load_base(base, dtype="float32", device="cpu"):
+def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     """A causal LM to put adapters on -> model in eval mode, on `device`.
 
     Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
-    adapter learns the same alone and beside others.
+    adapter learns the same alone and beside others. load_in_4bit: NF4 through bitsandbytes, CUDA only.
     """
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UsageError(f"dtype {dtype} is not supported; use float32 or bfloat16 (float16 overflows in training)")
@@ -92,12 +92,16 @@ def load_base(base, dtype="float32", device="cpu"):
     for name, value in list(vars(config).items()):  # resid_pdrop, attention_dropout, layerdrop, …
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    model = _load(AutoModelForCausalLM, base, config=config, dtype=getattr(torch, dtype))
+    options = {"config": config, "dtype": getattr(torch, dtype)}
+    if load_in_4bit:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
+    model = _load(AutoModelForCausalLM, base, **options)
     if "gguf_file" in locate(base)[1]:  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
         model.config.name_or_path = model.name_or_path = base
-    return model.to(device).eval()
+    return (model if load_in_4bit else model.to(device)).eval()
 
 
 def locate(base):
@@ -160,6 +164,8 @@ def peft_config(cfg, model, **more):
 
 def add_adapter(cfg, model):
     """Wrap `model` with a fresh adapter -> PeftModel whose adapter alone is trained, in float32."""
+    if cfg.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing)
     set_seed(cfg.seed)
     config = peft_config(cfg, model)
     try:

@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,6 +63,7 @@ class TrainConfig(AdapterConfig):
     prompt: str = ""  # text to continue before and after; empty: as the task has it
     max_new_tokens: int = 60  # tokens of a sample
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    load_in_4bit: bool = False  # a 4-bit base (NF4), where bitsandbytes is installed
     dtype: str = "float32"  # of the base: float32 or bfloat16; adapters train in float32
     device: str = "auto"  # auto, cuda, mps or cpu
     tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
@@ -89,6 +91,8 @@ def check(cfg):
     if cfg.max_steps < 0 or (cfg.max_steps == 0 and cfg.epochs <= 0):
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
     base.locate(cfg.base)
+    if cfg.load_in_4bit and (find_spec("bitsandbytes") is None or pick_device(cfg.device).type != "cuda"):
+        raise UsageError("--load-in-4bit needs a CUDA GPU and the package bitsandbytes; leave it out here")
 
 
 def settings(cfg, inputs=None):
@@ -129,7 +133,7 @@ def run_state(run_dir, wanted, overwrite):
 def load(cfg):
     """What a run trains on -> (tokenizer, model, TaskData)."""
     tokenizer = base.load_tokenizer(cfg.base)
-    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device))
+    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device), cfg.load_in_4bit)
     return tokenizer, model, tasks.load_task(cfg, tokenizer, block_size(model.config))
 
 

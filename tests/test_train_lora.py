@@ -241,6 +241,7 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
         ({"data_file": "no.json"}, "no.json is not a file"),
         ({"task": "poetry"}, "unknown task poetry"),
         ({"base": "./no"}, "./no does not exist"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
         ({"r": 0}, "--r must be at least 1"),
         ({"log_every": 0}, "--log-every must be at least 1"),
         ({"bias": "lora"}, "unknown bias lora; choose from none"),
