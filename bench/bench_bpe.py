@@ -1,14 +1,14 @@
 """Speed and memory of BPE training and encoding against other tokenizers; and how far each vocabulary compresses.
 
-    python bench/bench_bpe.py --input handbook.txt --vocab-size 1024 --pattern none
+    python bench/bench_bpe.py --input handbook.txt --vocab-size 1024 --pattern none --minbpe ../minbpe
     python bench/bench_bpe.py --input tinyshakespeare.txt --vocab-size 4096 --pattern gpt4 --growth 1 10 100
     python bench/bench_bpe.py compression --input english.txt chinese.jsonl
 
-Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only) and `rustbpe`
-where it is installed. Each turn is a process of its own. Ours uses one thread; the others as many as they like, unless
---threads says otherwise. Timed is training from a str in memory to the merges, and encoding of text that the tokenizer
-has not seen before: "cold" with an empty cache, "warm" after the preceding part of the file went through it. Peak
-memory is what the process needed beyond its imports and the text.
+Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), `rustbpe`
+where it is installed, and minbpe from a checkout. Each turn is a process of its own. Ours uses one thread, `rustbpe`
+and `tokenizers` as many as they like, unless --threads says otherwise. Timed is training from a str in memory to the
+merges, and encoding of text that the tokenizer has not seen before: "cold" with an empty cache, "warm" after the
+preceding part of the file went through it. Peak memory is what the process needed beyond its imports and the text.
 
 compression: each text gets a tokenizer of its own, trained on nine tenths; bytes per token are those of the last tenth.
 One training serves all sizes, since the first merges of a large vocabulary are the smaller vocabulary.
@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Speed(BenchConfig):
     pattern: str = "gpt4"  # how text is cut before merging: none, gpt2, gpt4 or a regular expression
     growth: tuple[int, ...] = ()  # megabytes of installed Python source to train on, each size by itself
     threads: int = 0  # threads that the others may use; 0: all cores
+    minbpe: Path | None = None  # checkout of karpathy/minbpe
     run_dir: Path = ROOT / "runs" / "bench_bpe"  # run directory to write: table, picture, result.json
     rounds: int = 5  # turns of each contestant, in alternation; the median counts
     slow_seconds: float = 5.0  # who needs longer than this has a single turn
@@ -57,10 +59,10 @@ class Speed(BenchConfig):
         """Training, encoding and growth; what ours learns must equal what the naive algorithm learns."""
         text = "".join(read_documents([self.input]))
         tok = Tokenizer(self.pattern)  # refuses a wrong pattern before anything is measured
-        os.environ["RAYON_NUM_THREADS"] = str(self.threads or os.cpu_count())
+        os.environ |= {"RAYON_NUM_THREADS": str(self.threads or os.cpu_count()), "MINBPE": str(self.minbpe)}
         with open_log(self, "bench_bpe") as log:
             log.print(f"{self.input.name}: {len(text.encode()):,} bytes, vocab {self.vocab_size}, {self.pattern}")
-            baselines = installed(log)
+            baselines = installed(log, self.minbpe)
             settings = (self.vocab_size, self.pattern)
             facts, rows = self.compare("train", training, baselines, text, settings, log)
             if "merges" in facts.get("naive", {}):
@@ -94,9 +96,12 @@ class Speed(BenchConfig):
         return facts, rows
 
 
-def installed(log):
-    """{key: name with version} of those that are installed; a line for those that are not."""
+def installed(log, minbpe):
+    """{key: name with version} of those that are installed; a line for those that are not. minbpe: its checkout."""
     names = {"ours": "ours", "naive": "naive (bpe/reference.py)"}
+    if minbpe and not (minbpe / "minbpe/__init__.py").is_file():
+        raise UsageError(f"{minbpe} is not a checkout of minbpe: it has no minbpe/__init__.py")
+    names |= {"minbpe": "minbpe"} if minbpe else {}
     for package in ("rustbpe", "tokenizers", "tiktoken"):
         try:
             names[package] = f"{package} {version(package)}"
@@ -150,7 +155,22 @@ def train_rustbpe(text, vocab_size, pattern):
     importlib.import_module("rustbpe").Tokenizer().train_from_iterator([text], vocab_size, pattern=source)
 
 
+def train_minbpe(text, vocab_size, pattern):
+    tok = minbpe_tokenizer(pattern)
+    tok.train(text, vocab_size)
+    return list(tok.merges)
+
+
+def minbpe_tokenizer(pattern):
+    """A tokenizer of the minbpe in the checkout."""
+    spec = spec_from_file_location("minbpe", Path(os.environ["MINBPE"]) / "minbpe/__init__.py")
+    sys.modules["minbpe"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BasicTokenizer() if pattern == "none" else module.RegexTokenizer(PATTERNS.get(pattern, pattern))
+
+
 TRAINERS = {"ours": train_ours, "naive": train_naive, "rustbpe": train_rustbpe, "tokenizers": train_tokenizers}
+TRAINERS["minbpe"] = train_minbpe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,10 +187,17 @@ def encoder_tokenizers(tok):
     return lambda text: theirs.encode(text).ids
 
 
+def encoder_minbpe(tok):
+    theirs = minbpe_tokenizer(tok.pattern)
+    theirs.merges = tok.merges
+    return theirs.encode if tok.pattern == "none" else theirs.encode_ordinary
+
+
 ENCODERS = {
     "ours": lambda tok: tok.encode_ordinary,
     "tiktoken": lambda tok: tok.to_tiktoken().encode_ordinary,
     "tokenizers": encoder_tokenizers,
+    "minbpe": encoder_minbpe,
 }
 
 

@@ -35,6 +35,31 @@ def test_each_turn_is_a_fresh_process_that_can_be_stopped(tmp_path, script):
     assert {"train", "encode"} == {r["name"] for r in rows} and all(r["peak_mb"] is not None for r in rows)
 
 
+MINBPE = """
+class BasicTokenizer:
+    merges = {}
+
+    def train(self, text, vocab_size):
+        self.merges = {(0, 1): 256}
+
+    def encode(self, text):
+        return [len(self.merges)] * len(text)
+"""
+
+
+def test_minbpe_comes_from_a_checkout(tmp_path, in_process):
+    (tmp_path / "checkout/minbpe").mkdir(parents=True)
+    (tmp_path / "checkout/minbpe/__init__.py").write_text(MINBPE, encoding="utf-8")
+    args = ("--input", write_text(tmp_path), "--vocab-size", 300, "--pattern", "none", "--rounds", 1)
+    args = (*args, "--run-dir", tmp_path / "run", "--minbpe", tmp_path / "checkout")
+    code, _, err = in_process(bench_bpe.main, *args)
+    assert code == 0, err
+    rows = {r["name"]: r for r in read_run(tmp_path / "run").result["rows"] if r["who"] == "minbpe"}
+    assert rows.keys() == {"train", "encode"} and not rows["encode"]["ids_equal_ours"]
+    code, _, err = in_process(bench_bpe.main, *args[:-1], tmp_path, "--overwrite")
+    assert code == 2 and "is not a checkout of minbpe" in err
+
+
 def test_usage_errors_are_one_line(tmp_path, in_process):
     args = ("--input", write_text(tmp_path), "--run-dir", tmp_path / "run")
     code, _, err = in_process(bench_bpe.main, *args, "--pattern", "[")
