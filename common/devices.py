@@ -60,12 +60,10 @@ def half_type(device):
 
 def synchronize(device):
     """Wait until a device type has finished what it was given."""
-    import torch
+    if device != "cpu":  # which has nothing to wait for, and shall not import torch
+        import torch
 
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
+        getattr(torch, device).synchronize()
 
 
 def peak_memory_mb(device="cpu"):

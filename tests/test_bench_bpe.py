@@ -33,6 +33,7 @@ def test_each_turn_is_a_fresh_process_that_can_be_stopped(tmp_path, script):
     assert "merges equal to those of the naive algorithm: yes" in out
     rows = read_run(tmp_path / "run").result["rows"]
     assert {"train", "encode"} == {r["name"] for r in rows} and all(r["peak_mb"] is not None for r in rows)
+    assert [r["peak_mb"] < 100 for r in rows if r["who"] == "ours"] == [True, True]  # of the work, not of imports
 
 
 MINBPE = """
