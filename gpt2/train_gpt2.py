@@ -391,10 +391,10 @@ class Trainer:
         self.say(
             f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
             f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
-            f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size}"
+            f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size} | "
+            f"{torch.get_num_threads()} threads" + advice(self.device, cfg)
         )
-        known = f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of knowing the token frequencies alone"
-        self.say(f"{known} | {torch.get_num_threads()} threads" + advice(self.device, cfg))
+        self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""

@@ -12,6 +12,7 @@ from collections import Counter
 from functools import wraps
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT, SHARED
 from figures import paths, table_rows, wrong_figures
@@ -52,6 +53,7 @@ def commands(text):
 
 
 COMMANDS = commands(README)
+REPORTED = commands((ROOT / "report.md").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(DEVICE)", "auto")
 QUICKSTART = re.findall(r"^\t(python .*)", MAKEFILE.split("\nquickstart:")[1].split("\n\n")[0], re.M)
 RECIPES = [line.strip() for line in MAKEFILE.splitlines() if line.startswith("\tpython ") and "-m pytest" not in line]
@@ -84,6 +86,11 @@ def parse(monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
 
     def run(script, arguments):
+        if "cuda" in arguments:  # as on a machine with a GPU
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H100 80GB HBM3")
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (80 * 10**9, 80 * 10**9))
+            monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
         name = "runlog.__main__" if script == "runlog" else script.removesuffix(".py").replace("/", ".")
         if importlib.util.find_spec(name.split(".")[0]):
             module = importlib.import_module(name)
@@ -105,7 +112,7 @@ def parse(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", dict.fromkeys([command for _, command in COMMANDS] + RECIPES))
+@pytest.mark.parametrize("command", dict.fromkeys([command for _, command in COMMANDS + REPORTED] + RECIPES))
 def test_every_command_exists_and_its_flags_parse(command, parse):
     program, *rest = shlex.split(command, posix=not command.startswith(".venv\\"))
     if program == "make":
@@ -122,7 +129,7 @@ def test_every_command_exists_and_its_flags_parse(command, parse):
         assert program in OF_THE_SYSTEM, f"{command} is not looked at by any test"
     for word in rest:
         if re.match(r"(lora/sweeps|slurm|notebooks|tests)/|requirements", word):
-            assert (ROOT / word).exists(), f"{word} does not exist"
+            assert list(ROOT.glob(word)), f"{word} does not exist"
 
 
 def test_a_command_that_does_not_exist_is_noticed(parse):
