@@ -86,8 +86,6 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
     adapter learns the same alone and beside others. load_in_4bit: NF4 through bitsandbytes, CUDA only.
     """
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise UsageError(f"dtype {dtype} is not supported; use float32 or bfloat16 (float16 overflows in training)")
     config = _load(AutoConfig, base)
     for name, value in list(vars(config).items()):  # resid_pdrop, attention_dropout, layerdrop, …
         if "drop" in name and isinstance(value, float):

@@ -123,14 +123,16 @@ class Group:
         """Write the checkpoint: everything that the next step depends on."""
         slots = [(self.configs.index(slot.cfg), slot.state, slot.best_theta) for slot in self.slots]
         state = {"queue": self.queue, "rungs": self.rungs, "trained": self.trained, "slots": slots}
-        save_checkpoint(self.log.ckpt_dir, self.trained, {**state, "engine": self.engine.state_dict()})
+        state |= {"engine": self.engine.state, "steps": self.engine.steps}
+        save_checkpoint(self.log.ckpt_dir, self.trained, state)
 
     def restore(self, state):
         """The inverse of `save`."""
         self.queue, self.rungs, self.trained = state["queue"], state["rungs"], state["trained"]
         if state["slots"]:  # else killed after the last adapter's end
             self.build([number for number, _, _ in state["slots"]])
-            self.engine.load_state_dict(state["engine"])
+            self.engine.state.copy_(state["engine"])
+            self.engine.steps = state["steps"]
             self.slots = [Slot(self.configs[number], self.inputs, *saved) for number, *saved in state["slots"]]
             self.log.print(f"resuming at step {max(self.engine.steps)} with {len(self.slots)} adapters")
 

@@ -12,6 +12,7 @@ Merging adds the adapter to the weights in float32, whatever --dtype they are wr
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -33,7 +34,7 @@ class GenerateConfig:
     top_p: float = 1.0  # sample from the most likely tokens that make up this probability
     repetition_penalty: float = 1.5  # 1: off
     seed: int = 0  # of the sampling
-    dtype: str = "float32"  # of the base: float32 or bfloat16
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the base
     device: str = "auto"  # auto, cuda, mps or cpu
     merge: str = ""  # folder for the merged model; text is generated only if a prompt is given, too
 

@@ -101,6 +101,7 @@ def swap_gelus(model):
 class MultiLora:
     """k adapters on one frozen model, which is changed in place until `unwrap`.
 
+    Training resumes from `state`, the tensor of weights and moments (3, k, P), and `steps`, a list.
     room: configs that slots will hold later (`replace`): the largest rank and trained biases among them fit.
     fast_gelu: let one kernel of torch do what BLOOM's and GPT-2's activation does in eight; equal but for rounding.
     """
@@ -318,15 +319,6 @@ class MultiLora:
             config = peft_config(self.configs[i], self.model, inference_mode=True, base_model_name_or_path=name)
             config.save_pretrained(part)
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    def state_dict(self):
-        """All that training resumes from: a tensor and a list."""
-        return {"steps": list(self.steps), "state": self.state.clone()}
-
-    def load_state_dict(self, state):
-        """Resume from `state_dict` of an engine with the same configs."""
-        self.steps = list(state["steps"])
-        self.state.copy_(state["state"])
 
 
 def token_nll(hidden, head, targets):

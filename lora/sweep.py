@@ -162,21 +162,18 @@ def agree(cfg, configs, n):
 
 
 def work_through(cfg, configs, groups, index, n):
-    """Take groups that nobody works on, this worker's own first, until all are done or taken."""
+    """Take groups that nobody works on, this worker's own first, until all are done or taken -> those not done."""
+    folders = [Path(cfg.run_dir) / "groups" / f"{g:03d}" for g in range(len(groups))]
     for g in sorted(range(len(groups)), key=lambda g: (g % n != index, g)):
-        folder = group_folder(cfg, g)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder.with_suffix(".lock"))
+        folders[g].mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folders[g].with_suffix(".lock"))
         try:
             with lock.acquire(timeout=0):  # the system drops it when the process dies, so its group is free again
-                if not is_done(folder):
-                    train_group(cfg, groups[g], configs, folder)
+                if not is_done(folders[g]):
+                    train_group(cfg, groups[g], configs, folders[g])
         except filelock.Timeout:
             print(f"group {g} is being trained by another process")
-
-
-def group_folder(cfg, g):
-    return Path(cfg.run_dir) / "groups" / f"{g:03d}"
+    return [folder for folder in folders if not is_done(folder)]
 
 
 def is_done(folder):
@@ -200,9 +197,7 @@ def run_sweep(cfg):
     configs = read_grid(cfg)
     index, n = take_place(cfg)
     groups = agree(cfg, configs, n)
-    work_through(cfg, configs, groups, index, n)
-    left = [g for g in range(len(groups)) if not is_done(group_folder(cfg, g))]
-    if left:
+    if left := work_through(cfg, configs, groups, index, n):
         return print(f"{len(left)} of {len(groups)} groups are still being trained elsewhere")
     folder = Path(cfg.run_dir)
     with filelock.FileLock(folder / "sweep.lock"):

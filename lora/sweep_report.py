@@ -5,7 +5,6 @@
 
 import math
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +25,7 @@ def summarize(folder, configs):
     frame, names = adapter_frame(configs, runs)
     best = frame.loc[frame["loss"].idxmin(), "run"]
     trained, full = (sum(run.result[name] for run in runs) for name in ("step", "max_steps"))
-    table = "\n".join(filter(None, (held_out_table(frame, names), contrasts_table(frame, names))))
+    table = f"{held_out_table(frame, names)}\n{contrasts_table(frame, names)}"
     with RunLog(folder, "lora_sweep", read_run(folder).settings, resume=True) as log:
         log.print(table)
         with atomic_open(folder / "table.md") as f:
@@ -51,31 +50,25 @@ def summarize(folder, configs):
 def adapter_frame(configs, runs):
     """A row an adapter: its settings, held-out `loss` (infinite if none was finite), `run` -> (DataFrame, names).
 
-    names: the settings that vary within the sweep, seeds aside.
+    names: the settings that vary within the sweep, seeds aside; the task, which is the same for all, if none does.
     """
     frame = pd.DataFrame([asdict(cfg) for cfg in configs])
     names = [*FIRST, *(name for name in frame if name not in (*FIRST, *NO_EFFECT, "seed", "device"))]
     losses = [run.result["held_out_loss"] for run in runs]
     frame["loss"], frame["run"] = [math.inf if loss is None else loss for loss in losses], runs
-    return frame, [name for name in names if frame[name].nunique() > 1]
-
-
-def by_configuration(frame, names):
-    """[({name: value of what varies}, rows that differ by their seed alone)], in the order of the sweep."""
-    if not names:
-        return [({}, frame)]
-    return [(dict(zip(names, values)), same) for values, same in frame.groupby(names, sort=False)]
+    return frame, [name for name in names if frame[name].nunique() > 1] or ["task"]
 
 
 def held_out_table(frame, names):
     """Markdown: a line for each configuration, best first, its held-out loss as mean ± 95 % interval over seeds."""
     rows = []
-    for values, same in by_configuration(frame, names):
+    for values, same in frame.groupby(names, sort=False):
         loss, half = same["loss"].mean(), T95[min(len(same), len(T95)) - 1] * same["loss"].sem()
         scores = pd.DataFrame([run.result.get("after") or {} for run in same["run"]]).mean()
         last = [run.curve("val")[1][-1:] for run in same["run"]]
         rows.append({
-            "order": loss, **values, "held-out loss": f"{loss:.4f}" + (f" ± {half:.4f}" if half < math.inf else ""),
+            "order": loss, **dict(zip(names, values)),
+            "held-out loss": f"{loss:.4f}" + (f" ± {half:.4f}" if half < math.inf else ""),
             "seeds": len(same), "best step": " ".join(str(run.result["best_step"]) for run in same["run"]),
             "last loss": " ".join(f"{value[0]:.4f}" if value else "-" for value in last),
             "ended": ", ".join(sorted({f"{r.result.get('stopped') or r.status} at {r.step}" for r in same["run"]})),
@@ -91,17 +84,16 @@ def contrasts_table(frame, names):
     all that was tried beside a value would mix in what that was.
     """
     rows = []
-    losses = pd.DataFrame([{**values, "loss": same["loss"].mean()} for values, same in by_configuration(frame, names)])
+    means = frame.groupby([*names, "task"], as_index=False)["loss"].mean()  # over seeds
     for name in names:
         others = [other for other in names if other != name]
-        for beside, same in by_configuration(losses, others):
-            values = dict(sorted(zip(same[name], same["loss"])))
+        for values, same in means.groupby(others or "task"):
             spread = same["loss"].max() - same["loss"].min()
-            if len(values) > 1:
+            if len(same) > 1:
                 rows.append({
                     "order": -spread, "what differs": name,
-                    "all else": ", ".join(f"{k} {v}" for k, v in beside.items()) or "-",
-                    "held-out loss": ", ".join(f"{v}: {loss:.4f}" for v, loss in values.items()),
+                    "all else": ", ".join(f"{k} {v}" for k, v in zip(others, values)) or "-",
+                    "held-out loss": ", ".join(f"{v}: {loss:.4f}" for v, loss in zip(same[name], same["loss"])),
                     "range": f"{spread:.4f}",
                 })  # fmt: skip
     return markdown(rows)
@@ -118,25 +110,23 @@ def draw_curves(frame, names):
     """A figure with a line an adapter, seeds in one colour: left the training loss, right the held-out loss."""
     fig = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
     left, right = fig.subplots(1, 2, sharey=True)
-    seen = []  # losses that must lie inside the frame; a blow-up may leave it
-    for i, (values, same) in enumerate(by_configuration(frame, names)):
+    for i, (values, same) in enumerate(frame.groupby(names, sort=False)):
         style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
-        label = ", ".join(f"{name} {value}" for name, value in values.items()) or same["run"].iloc[0].name
+        label = ", ".join(f"{name} {value}" for name, value in zip(names, values))
         diverged = sum(run.result["status"] == "diverged" for run in same["run"])
         label += f" (diverged: {diverged} of {len(same)})" if diverged else ""
         for run in same["run"]:
             steps, losses = run.curve("train")
-            smooth = list(accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss))
+            smooth = pd.Series(losses, dtype=float).ewm(alpha=0.1, adjust=False).mean()
             left.plot(steps, smooth, lw=1.2, **style)
-            steps, losses = run.curve("val")
-            right.plot(steps, losses, lw=1.4, marker="o", ms=2.5, label=label, **style)
+            right.plot(*run.curve("val"), lw=1.4, marker="o", ms=2.5, label=label, **style)
             label = None  # one entry for all seeds
-            seen += [*losses[:1], min(losses, default=math.inf), min(smooth, default=math.inf)]
-    seen = [loss for loss in seen if math.isfinite(loss)]
-    margin = max(seen) - min(seen)
-    right.set(xlabel="step", title="held out", ylim=(min(seen) - 0.1 * margin - 0.02, max(seen) + 0.3 * margin + 0.02))
-    left.set(xlabel="step", title="training, smoothed", ylabel="loss (nats per target token)")
     for ax in (left, right):
         ax.grid(alpha=0.25)
+        ax.margins(y=0)
+    before = max(loss for run in frame["run"] for loss in run.curve("val")[1][:1])
+    right.set(xlabel="step", title="held out")
+    right.set_ylim(top=1.1 * before)  # a blow-up leaves the frame
+    left.set(xlabel="step", title="training, smoothed", ylabel="loss (nats per target token)")
     fig.legend(loc="outside right upper", fontsize=7, frameon=False)
     return fig

@@ -189,16 +189,12 @@ def chat_example(row, tokenizer, mode):
 def chat_turns(row):
     """A chat row -> [{"role", "content"}, …], from `messages` or ShareGPT's `conversations`."""
     roles = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-    try:
-        turns = row.get("messages") or [
-            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-            for turn in row.get("conversations") or []
-        ]
-        valid = all(isinstance(turn["content"], str) and turn["role"] for turn in turns)
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
+    turns = []
+    for turn in row.get("messages") or row.get("conversations") or []:
+        role, content = (turn.get(name, turn.get(other)) for name, other in (("role", "from"), ("content", "value")))
+        if not (role and isinstance(content, str)):
+            raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
+        turns.append({"role": roles.get(role, role), "content": content})
     if not any(turn["role"] == "assistant" for turn in turns):
         raise UsageError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
     return turns

@@ -64,7 +64,7 @@ class TrainConfig(AdapterConfig):
     max_new_tokens: int = 60  # tokens of a sample
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     load_in_4bit: bool = False  # a 4-bit base (NF4), where bitsandbytes is installed
-    dtype: str = "float32"  # of the base: float32 or bfloat16; adapters train in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the base (float16 overflows); adapters train in float32
     device: str = "auto"  # auto, cuda, mps or cpu
     tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
     wandb: bool = False  # send the figures to Weights & Biases, too
@@ -391,9 +391,8 @@ def write_experiment(folder, cfg, result, when=None):
     metrics = {k: v for k, v in result.items() if k not in ("text", "prompt", "kind")}
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
     with open(Path(folder) / f"lora_experiments_{cfg.task}.log", "a", encoding="utf-8", newline="\n") as f:
-        f.write(f"{'=' * 20} {stamp} {'=' * 20}\n")
-        f.write(f"PARAMETERS:\n{json.dumps(parameters, indent=2)}\n")
-        f.write(f"RESULTS:\nGenerated text:\n{result.get('text', '')}\n\n")
+        f.write(f"{'=' * 20} {stamp} {'=' * 20}\nPARAMETERS:\n{json.dumps(parameters, indent=2)}\n")
+        f.write(f"RESULTS:\nGenerated text:\n{result['text']}\n\n")
         f.write(f"Training metrics:\n{json.dumps(metrics, indent=2)}\n\n")
 
 
