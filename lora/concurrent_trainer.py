@@ -114,7 +114,7 @@ class Group:
         first, self.queue = self.queue[:k], self.queue[k:]
         self.build(first)
         self.slots = [Slot(self.configs[i], self.inputs) for i in first]
-        with self.engine.evaluating(0) as model:  # B is zero still: this is the base
+        with self.engine.alone(0) as model:  # B is zero still: this is the base
             self.log.metric(0, "task", **task_metric(model, self.tokenizer, self.data, self.first.metric_rows))
         self.evaluate(range(len(self.slots)))
         self.save()
@@ -191,8 +191,7 @@ class Group:
         if self.sweep.sample_tokens:
             ids = prompt_ids(self.tokenizer, self.prompt)
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
-            with self.engine.evaluating() as model:
-                texts = generate(model, self.tokenizer, ids, len(self.slots), **options)
+            texts = generate(self.model, self.tokenizer, ids, len(self.slots), **options)
             texts = [self.prompt + text for text in texts]
         for i in sorted(due):
             if self.slots[i].held_out(self.engine.steps[i], losses[i], texts[i], self.engine.theta[i]):
@@ -227,7 +226,7 @@ class Group:
         best_step = min(losses, key=losses.get)
         if slot.best_theta is not None:
             self.engine.theta[i] = slot.best_theta
-        with self.engine.evaluating(i) as model:
+        with self.engine.alone(i) as model:
             numbers = task_metric(model, self.tokenizer, self.data, slot.cfg.metric_rows)
         self.engine.save(i, slot.log.ckpt_dir / "adapter")
         slot.log.finish(

@@ -127,7 +127,6 @@ class MultiLora:
             self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))
             model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
-        self.training = True
         self._allocate(len(configs))
         for i, config in enumerate(configs):
             self.replace(i, config)
@@ -149,17 +148,15 @@ class MultiLora:
             sizes += [(layer, "A", (self.r_max, layer.n_in)), (layer, "B", (layer.n_out, self.r_max))]
             if self.with_bias and layer.base.bias is not None:
                 sizes.append((layer, "bias", (layer.n_out,)))
-        P = sum(math.prod(shape) for _, _, shape in sizes)
-        self.state = torch.zeros(3, k, P, dtype=self.dtype, device=self.device)
+        lengths = [math.prod(shape) for _, _, shape in sizes]
+        self.state = torch.zeros(3, k, sum(lengths), dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
-        self.is_bias = torch.zeros(P, dtype=torch.bool, device=self.device)  # never decayed, not trained in every slot
-        self.parameters, start = [], 0
-        for layer, attribute, shape in sizes:
-            end = start + math.prod(shape)
-            self.parameters.append(nn.Parameter(self.theta[:, start:end].view(k, *shape)))
+        is_bias = [torch.full((n,), attribute == "bias") for (_, attribute, _), n in zip(sizes, lengths)]
+        self.is_bias = torch.cat(is_bias).to(self.device)  # (P,): never decayed, and not trained in every slot
+        self.parameters = []
+        for (layer, attribute, shape), part in zip(sizes, self.theta.split(lengths, dim=1)):
+            self.parameters.append(nn.Parameter(part.view(k, *shape)))
             setattr(layer, attribute, self.parameters[-1])
-            self.is_bias[start:end] = attribute == "bias"
-            start = end
         self.k, self.n_active, self.only = k, k, None
         self.configs, self.steps = [None] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
@@ -199,11 +196,11 @@ class MultiLora:
         return self.model
 
     def dropout(self, z, layer):
-        """Drop inputs of each adapter's update with its own probability. z: (k, b, T, in)
+        """Drop inputs of each adapter's update with its own probability, where gradients are taken. z: (k, b, T, in)
 
         Drawn position by position, so that the padding of longer neighbours' rows comes last and shifts nothing.
         """
-        if not self.training or not any(c.lora_dropout for c in self.configs):
+        if not torch.is_grad_enabled() or not any(c.lora_dropout for c in self.configs):
             return z
         mask = torch.ones_like(z)
         for i, config in enumerate(self.configs):
@@ -216,17 +213,14 @@ class MultiLora:
         return z * mask
 
     @contextmanager
-    def evaluating(self, i=None):
-        """No dropout and no gradients; with `i`, only that adapter: then `model` is the base with it, k = 1."""
-        before = self.training, self.only, self.n_active
-        self.training = False
-        if i is not None:
-            self.only, self.n_active = slice(i, i + 1), 1
+    def alone(self, i):
+        """Within the block `model` is the base with adapter i only, k = 1; for evaluation."""
+        self.only, self.n_active = slice(i, i + 1), 1
         try:
             with torch.no_grad():
                 yield self.model
         finally:
-            self.training, self.only, self.n_active = before
+            self.only, self.n_active = None, self.k
 
     def nll(self, batch):
         """Summed loss at the target positions -> (sums (k,), their numbers (k,) on the CPU).
@@ -251,10 +245,10 @@ class MultiLora:
         sums, counts = self.nll(batch)
         return sums / counts.clamp(min=1).to(sums)
 
+    @torch.no_grad()
     def held_out(self, rows, pad, batch_size=8):
         """Mean loss per target token over `rows`, for each adapter -> list of k floats."""
-        with self.evaluating():
-            return mean_loss(self.nll, rows, pad, batch_size)
+        return mean_loss(self.nll, rows, pad, batch_size)
 
     def gradients(self, losses):
         """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""

@@ -191,8 +191,9 @@ def chat_turns(row):
     roles = {"human": "user", "gpt": "assistant", "bot": "assistant"}
     turns = []
     for turn in row.get("messages") or row.get("conversations") or []:
+        turn = turn if isinstance(turn, dict) else {}
         role, content = (turn.get(name, turn.get(other)) for name, other in (("role", "from"), ("content", "value")))
-        if not (role and isinstance(content, str)):
+        if not (role and isinstance(role, str) and isinstance(content, str)):
             raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
         turns.append({"role": roles.get(role, role), "content": content})
     if not any(turn["role"] == "assistant" for turn in turns):

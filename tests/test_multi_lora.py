@@ -200,7 +200,7 @@ def test_saved_adapters_load_in_peft_and_merge(family, tmp_path):
     ids = batch()["input_ids"]
     for i, config in enumerate(engine.configs):
         engine.save(i, tmp_path / str(i))
-        with engine.evaluating(i) as model:
+        with engine.alone(i) as model:
             ours = model(ids).logits
         twin = peft_twin(family, config, engine.tensors(i))
         twin.save_pretrained(tmp_path / f"peft{i}")
@@ -233,8 +233,8 @@ def test_dropout_does_not_depend_on_company_and_is_off_in_evaluation():
         assert abs(a[0] - b[2]).item() < 1e-12
         alone.step(a)
         among.step(b)
-    with among.evaluating(2) as model, alone.evaluating() as single:
-        assert (model(batch()["input_ids"]).logits - single(batch()["input_ids"]).logits).abs().max() < 1e-10
+    with among.alone(2) as model, torch.no_grad():
+        assert (model(batch()["input_ids"]).logits - alone.model(batch()["input_ids"]).logits).abs().max() < 1e-10
     short = alone.dropout(torch.ones(1, 2, 300, 200, dtype=torch.float64), 0)
     first = alone.dropout(torch.ones(1, 2, 500, 200, dtype=torch.float64), 0)
     assert set(first.unique().tolist()) == {0.0, 2.0} and abs(first.mean() - 1) < 0.01

@@ -126,6 +126,7 @@ def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_pat
 def test_patience_outlives_a_kill(base, rows, tmp_path):
     changes = {"lr": 3.0, "max_steps": 40, "eval_every": 1, "patience": 3}
     last = train_lora.run(config(base, rows, tmp_path / "whole", **changes))["step"]
+    assert last < 40  # patience ended it
     for name, moment in [("middle", AT_A_ROW.format(step=last - 1)), ("end", AFTER_THE_LAST_STEP)]:
         kill(moment, base, rows, tmp_path / name, **changes)
         train_lora.run(config(base, rows, tmp_path / name, **changes))
