@@ -292,7 +292,7 @@ def pieces(text):
 def curve(name, seen, unseen, cfg, other):
     """Yield one row per vocabulary size, smallest first, then the other's. A text without pairs left ends the sizes."""
     tok = Tokenizer(cfg.pattern)
-    tok.train(seen, max(cfg.vocab_sizes), progress=True)
+    tok.train(seen, max(cfg.vocab_sizes))
     for size in sorted({min(size, tok.n_vocab) for size in cfg.vocab_sizes}):
         small = with_merges(tok, dict(islice(tok.merges.items(), size - 256)))  # merging is greedy, so a prefix it is
         yield compressed(name, "ours", small, unseen)
