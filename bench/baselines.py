@@ -84,6 +84,7 @@ def plain_loop(model, optimizers, size, device, dtype, loss_of):
     source = batches(size, device)
 
     def step():
+        """One optimizer step on the next batch -> its loss."""
         idx, targets = next(source)
         with autocast(torch.device(device), dtype):
             loss = loss_of(idx, targets)

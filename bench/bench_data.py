@@ -58,6 +58,7 @@ def contestant(way, tokenizer, corpus):
             encoding.encode_ordinary_batch(chunk, num_threads=cores)
 
     def turn():
+        """Tokenize the whole corpus once."""
         with (
             tempfile.TemporaryDirectory(dir=corpus.parent) as folder,
             ProcessPoolExecutor(cores, get_context("spawn"), initializer=_start, initargs=(tokenizer,)) as pool,

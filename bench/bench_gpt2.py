@@ -128,6 +128,7 @@ def training(make, size, device, kwargs, samples, steps):
     once["peak_mb"] = None if memory["peak_mb"] is None else 3 * weights + memory["peak_mb"]
 
     def turn():
+        """A few samples of a few steps each."""
         seconds = []
         if device == "cuda":
             step().item()  # takes the memory anew, before the clock starts
@@ -319,6 +320,7 @@ def racing(race, size, make, kwargs):
         return sum(model(*batch)[1].item() for batch in batches) / len(batches)
 
     def turn():
+        """Train; the curve has (step, seconds, loss) of each validation."""
         curve, started = [], time.perf_counter()
         for i in range(race.max_steps + 1):
             if i % race.val_every == 0 or i == race.max_steps:
@@ -396,6 +398,7 @@ def scoring(bench, items, way):
         return {"seconds": facts["seconds"], "peak_mb": None, "scores": scores}
 
     def batched():
+        """gpt2/hellaswag.py as a user runs it."""
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--model", bench.model, "--limit", bench.items, "--device", bench.device, "--run-dir", folder]
             command(ROOT / "gpt2/hellaswag.py", *flags, *(["--input", bench.input] if bench.input else []))

@@ -170,6 +170,7 @@ def loop(cfg, size, who):
     rows, models = random_rows(cfg, size.tokens, 1.0), list(in_peft(cfg, size))
 
     def train_one(config, model):
+        """Train one adapter -> its last loss."""
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)

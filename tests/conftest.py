@@ -80,7 +80,7 @@ def signal_handlers():
 
 
 @pytest.fixture
-def refuses(script):
+def assert_refuses(script):
     """check(path, *args, says=…) asserts a person's mistake: one line on stderr, exit status 2, no traceback."""
 
     def check(path, *args, says):

@@ -72,8 +72,8 @@ def test_the_original_passages_give_the_original_counts(shared_data):
     assert {name: len(tok.encode(text)) for name, text in passages.items()} == {"english": 942, "chinese": 118}
 
 
-def test_usage_errors_are_one_line(tmp_path, refuses):
+def test_usage_errors_are_one_line(tmp_path, assert_refuses):
     (tmp_path / "t.json").write_text("[1]")
-    refuses("bpe/compare.py", "--texts", tmp_path / "none.txt", says="none.txt")
-    refuses("bpe/compare.py", "--texts", tmp_path / "t.json", says="{name: text}")
-    refuses("bpe/compare.py", "--texts", __file__, "--tokenizers", "no/such", says="no/such")
+    assert_refuses("bpe/compare.py", "--texts", tmp_path / "none.txt", says="none.txt")
+    assert_refuses("bpe/compare.py", "--texts", tmp_path / "t.json", says="{name: text}")
+    assert_refuses("bpe/compare.py", "--texts", __file__, "--tokenizers", "no/such", says="no/such")

@@ -342,7 +342,7 @@ def test_two_processes_write_the_same(trained, items_file, tmp_path, script):
     assert one["acc"] == two["acc"] and read_run(tmp_path / "two").env["world_size"] == 2
 
 
-def test_usage_errors_are_one_line(trained, items_file, refuses, tmp_path, monkeypatch):
+def test_usage_errors_are_one_line(trained, items_file, assert_refuses, tmp_path, monkeypatch):
     run = ["--run-dir", str(tmp_path / "x")]
     ours = [*run, "--checkpoint", str(trained)]
     errors = {
@@ -357,5 +357,5 @@ def test_usage_errors_are_one_line(trained, items_file, refuses, tmp_path, monke
         monkeypatch.setattr(sys, "argv", ["gpt2/hellaswag.py", *args])
         with pytest.raises(UsageError, match=says):
             hellaswag.main()
-    refuses("gpt2/hellaswag.py", *ours, "--input", "nowhere.jsonl", says="nowhere.jsonl does not exist")
+    assert_refuses("gpt2/hellaswag.py", *ours, "--input", "nowhere.jsonl", says="nowhere.jsonl does not exist")
     assert not (tmp_path / "x").exists()

@@ -173,11 +173,11 @@ def test_processes_and_block_size_leave_no_mark(undisturbed, corpus, script, tmp
 
 
 @pytest.mark.parametrize("source", ["jsonl", "fineweb-edu"])
-def test_two_machines_parts_merge_into_the_same_bytes(undisturbed, corpus, script, refuses, tmp_path, source):
+def test_two_machines_parts_merge_into_the_same_bytes(undisturbed, corpus, script, assert_refuses, tmp_path, source):
     out = tmp_path / "mine"
-    refuses("data/prepare.py", "merge", out, says="no parts to join")
+    assert_refuses("data/prepare.py", "merge", out, says="no parts to join")
     assert "part 1/2 is done" in script(*command(source, corpus, out, "--shard", "1/2", "--workers", 1)).stdout
-    refuses("data/prepare.py", "merge", out, says="run the parts --shard i/n again")
+    assert_refuses("data/prepare.py", "merge", out, says="run the parts --shard i/n again")
     script(*command(source, corpus, out, "--shard", "0/2", "--workers", 2))
     script("data/prepare.py", "merge", out)
     assert files_of(out) == files_of(undisturbed[source])
@@ -202,7 +202,7 @@ def start_and_kill(argv, out, n_blocks, delay):
     return process.wait() == -signal.SIGKILL
 
 
-def kill_and_compare(undisturbed, corpus, script, tmp_path, source, rng, kills, *args):
+def assert_kills_leave_no_mark(undisturbed, corpus, script, tmp_path, source, rng, kills, *args):
     """Each start is killed at a later moment, between the first block and the end of the join; the last one is not."""
     out = tmp_path / "mine"
     argv = command(source, corpus, out, *args)
@@ -218,7 +218,7 @@ def kill_and_compare(undisturbed, corpus, script, tmp_path, source, rng, kills, 
 def test_killed_and_started_again_it_writes_the_same_bytes(undisturbed, corpus, script, tmp_path):
     seed = time.time_ns()  # other moments each time
     print("seed", seed)
-    kill_and_compare(undisturbed, corpus, script, tmp_path, "jsonl", random.Random(seed), 3, "--workers", 1)
+    assert_kills_leave_no_mark(undisturbed, corpus, script, tmp_path, "jsonl", random.Random(seed), 3, "--workers", 1)
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(undisturbed, corpus, 
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_many_moments(undisturbed, corpus, script, tmp_path, source, workers, seed):
     rng = random.Random(seed)
-    kill_and_compare(undisturbed, corpus, script, tmp_path, source, rng, 5, "--workers", workers)
+    assert_kills_leave_no_mark(undisturbed, corpus, script, tmp_path, source, rng, 5, "--workers", workers)
 
 
 @pytest.mark.parametrize("moment", ["a block", "the join", "the manifest", "the cleaning up"])
@@ -298,27 +298,27 @@ def test_a_finished_folder_is_kept(finished, corpus, script):
     assert (files_of(finished), (finished / "meta.json").stat().st_mtime_ns) == before
 
 
-def test_a_damaged_folder_is_named_and_replaced_only_on_demand(finished, corpus, undisturbed, script, refuses):
+def test_a_damaged_folder_is_named_and_replaced_only_on_demand(finished, corpus, undisturbed, script, assert_refuses):
     shard = finished / "mine_train_000002.bin"
     raw = bytearray(shard.read_bytes())
     raw[5000] ^= 1
     shard.write_bytes(raw)
-    refuses(*command("jsonl", corpus, finished), says="mine_train_000002.bin is corrupt")
+    assert_refuses(*command("jsonl", corpus, finished), says="mine_train_000002.bin is corrupt")
     assert shard.read_bytes() == raw
     script(*command("jsonl", corpus, finished, "--overwrite", "--workers", 1))
     assert files_of(finished) == files_of(undisturbed["jsonl"])
 
 
-def test_another_corpus_is_not_overwritten(finished, corpus, refuses, tmp_path):
+def test_another_corpus_is_not_overwritten(finished, corpus, assert_refuses, tmp_path):
     make_corpus(tmp_path / "other.jsonl", 50_000, seed=1)
     shutil.copy(corpus.with_name("own.model"), tmp_path)
     before = files_of(finished)
-    refuses(*command("jsonl", tmp_path / "other.jsonl", finished), says="--overwrite")
-    refuses(*command("jsonl", corpus, finished, "--val-share", "0.5"), says="--overwrite")
+    assert_refuses(*command("jsonl", tmp_path / "other.jsonl", finished), says="--overwrite")
+    assert_refuses(*command("jsonl", corpus, finished, "--val-share", "0.5"), says="--overwrite")
     assert files_of(finished) == before
 
 
-def test_a_damaged_block_is_named(corpus, script, refuses, tmp_path):
+def test_a_damaged_block_is_named(corpus, script, assert_refuses, tmp_path):
     out = tmp_path / "mine"
     for part in ("0/2", "1/2"):
         script(*command("jsonl", corpus, out, "--shard", part, "--workers", 1))
@@ -326,8 +326,8 @@ def test_a_damaged_block_is_named(corpus, script, refuses, tmp_path):
     raw = bytearray(block.read_bytes())
     raw[len(raw) // 2] ^= 1
     block.write_bytes(raw)
-    refuses("data/prepare.py", "merge", out, says="000003.npz is damaged")
-    refuses(*command("jsonl", corpus, out, "--shard", "0/2", "--val-share", "0.5"), says="unfinished corpus")
+    assert_refuses("data/prepare.py", "merge", out, says="000003.npz is damaged")
+    assert_refuses(*command("jsonl", corpus, out, "--shard", "0/2", "--val-share", "0.5"), says="unfinished corpus")
 
 
 # --- usage errors leave nothing behind
@@ -345,13 +345,13 @@ def test_a_damaged_block_is_named(corpus, script, refuses, tmp_path):
         (("jsonl", "--input", "{tiny}", "--tokenizer", "nowhere.model"), "nowhere.model"),
     ],
 )
-def test_usage_errors_are_one_line(refuses, tmp_path, args, says):
+def test_usage_errors_are_one_line(assert_refuses, tmp_path, args, says):
     (tmp_path / "broken.jsonl").write_text("no json\n")
     (tmp_path / "tiny.jsonl").write_text('{"text": "just one"}\n')
     args = [a.format(broken=tmp_path / "broken.jsonl", tiny=tmp_path / "tiny.jsonl") for a in args]
     if "--tokenizer" not in args:
         args += ["--tokenizer", "gpt2"]
-    refuses("data/prepare.py", *args, "--out", tmp_path / "mine", says=says)
+    assert_refuses("data/prepare.py", *args, "--out", tmp_path / "mine", says=says)
     if "tiny" not in says and "validation" not in says:
         assert not (tmp_path / "mine").exists()
 
@@ -369,8 +369,8 @@ def foreign(undisturbed, tmp_path):
     return tmp_path / "fw"
 
 
-def test_foreign_shards_are_adopted(foreign, undisturbed, script, refuses):
-    refuses("data/shards.py", "verify", foreign, says="adopt")
+def test_foreign_shards_are_adopted(foreign, undisturbed, script, assert_refuses):
+    assert_refuses("data/shards.py", "verify", foreign, says="adopt")
     script("data/prepare.py", "adopt", foreign, "--tokenizer", undisturbed["jsonl"] / "tokenizer.model")
     meta = verify(foreign)
     ours = read_meta(undisturbed["fineweb-edu"])["shards"][:4]
@@ -378,23 +378,23 @@ def test_foreign_shards_are_adopted(foreign, undisturbed, script, refuses):
     assert meta["name"] == "finewebedu" and meta["eot"] == 300
 
 
-def test_two_corpora_do_not_share_a_folder(undisturbed, foreign, refuses):
+def test_two_corpora_do_not_share_a_folder(undisturbed, foreign, assert_refuses):
     ours = undisturbed["jsonl"]
     before = (ours / "meta.json").read_bytes()
     args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 1, "--input", foreign)
-    refuses(*args, "--out", ours, says="another source (jsonl)")
+    assert_refuses(*args, "--out", ours, says="another source (jsonl)")
     assert (ours / "meta.json").read_bytes() == before and not list(ours.glob("finewebedu_*"))
     (foreign / "blocks").mkdir()
-    refuses(*args, "--out", foreign, says="being prepared")
+    assert_refuses(*args, "--out", foreign, says="being prepared")
 
 
-def test_shards_of_another_tokenizer_are_not_adopted(foreign, refuses):
+def test_shards_of_another_tokenizer_are_not_adopted(foreign, assert_refuses):
     write_shard(foreign / "finewebedu_train_000009.bin", [50256, 60000])
-    refuses("data/prepare.py", "adopt", foreign, says="id 60000")
+    assert_refuses("data/prepare.py", "adopt", foreign, says="id 60000")
     assert not (foreign / "meta.json").exists()
 
 
-def test_ready_made_shards_are_fetched(foreign, script, refuses, tmp_path, monkeypatch):
+def test_ready_made_shards_are_fetched(foreign, script, assert_refuses, tmp_path, monkeypatch):
     """nanoGPT#202: shards that others have made, instead of hours of tokenizing."""
     args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 2, "--out", tmp_path / "got")
     script(*args, "--input", foreign)
@@ -404,6 +404,8 @@ def test_ready_made_shards_are_fetched(foreign, script, refuses, tmp_path, monke
     verify(tmp_path / "got")
     shutil.rmtree(foreign)  # what is there is not fetched again: neither from the folder nor from the hub
     script(*args)
-    refuses("data/prepare.py", "adopt", tmp_path / "got", says="already holds a corpus from another source (download)")
-    refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
-    refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="name a folder with --input")
+    assert_refuses(
+        "data/prepare.py", "adopt", tmp_path / "got", says="already holds a corpus from another source (download)"
+    )
+    assert_refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
+    assert_refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="name a folder with --input")

@@ -140,7 +140,7 @@ SEEN_BY_VERIFY = {"flipped": "corrupt", "beyond the vocabulary": "vocabulary of 
 
 
 @pytest.mark.parametrize("how", [*SEEN_AT_START, *SEEN_BY_VERIFY])
-def test_damage_is_named(corpus, refuses, how):
+def test_damage_is_named(corpus, assert_refuses, how):
     damage(corpus, how)
     if how in SEEN_AT_START:
         with pytest.raises(UsageError, match=SEEN_AT_START[how]):
@@ -150,7 +150,7 @@ def test_damage_is_named(corpus, refuses, how):
         with pytest.raises(UsageError, match=SEEN_BY_VERIFY[how]):
             verify(corpus)
     if how == "flipped":
-        refuses("data/shards.py", "verify", corpus, says="tiny_train_000001.bin is corrupt")
+        assert_refuses("data/shards.py", "verify", corpus, says="tiny_train_000001.bin is corrupt")
 
 
 def test_a_folder_without_manifest_says_what_to_do(tmp_path):

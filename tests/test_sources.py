@@ -234,9 +234,9 @@ def test_a_sample_of_fineweb_edu_is_streamed(monkeypatch, in_process, tmp_path):
     assert lines_of(tmp_path / "a.jsonl") == ["document 0", "document 1"]
 
 
-def test_without_a_network_the_local_way_is_named(refuses, tmp_path):
+def test_without_a_network_the_local_way_is_named(assert_refuses, tmp_path):
     says = "give local files with --input"
-    refuses("data/sources.py", "tinystories", "--out", tmp_path / "x.jsonl", says=says)
+    assert_refuses("data/sources.py", "tinystories", "--out", tmp_path / "x.jsonl", says=says)
     assert not list(tmp_path.iterdir())
 
 
@@ -278,14 +278,14 @@ USAGE_ERRORS = {
 
 
 @pytest.mark.parametrize("what", USAGE_ERRORS)
-def test_usage_errors_are_one_line(tmp_path, refuses, what):
+def test_usage_errors_are_one_line(tmp_path, assert_refuses, what):
     raw, says = USAGE_ERRORS[what]
     path = tmp_path / "in" / "a.jsonl"
     path.parent.mkdir()
     if raw is not None:
         path.write_bytes(raw)
     source = "files" if what == "not UTF-8" else "jsonl"
-    refuses("data/sources.py", source, "--input", path, "--out", tmp_path / "out.jsonl", says=says)
+    assert_refuses("data/sources.py", source, "--input", path, "--out", tmp_path / "out.jsonl", says=says)
     assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob(".*"))
 
 

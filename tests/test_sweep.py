@@ -344,8 +344,8 @@ def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_usage_errors_are_one_line(refuses, base, rows, tmp_path):
-    refuses("lora/sweep.py", tmp_path / "no.json", "--run-dir", tmp_path / "run", says="no.json does not exist")
+def test_usage_errors_are_one_line(assert_refuses, base, rows, tmp_path):
+    assert_refuses("lora/sweep.py", tmp_path / "no.json", "--run-dir", tmp_path / "run", says="no.json does not exist")
     for shard in ("2/2", "x"):
         with pytest.raises(UsageError, match="should be i/n"):
             grid = write_grid(tmp_path / "grid.json", grid={"r": [1]})

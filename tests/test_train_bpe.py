@@ -114,5 +114,5 @@ def test_usage_errors_are_one_line_and_leave_nothing(corpus, in_process, monkeyp
     assert not list(corpus.glob("x*"))
 
 
-def test_the_script_refuses_in_one_line(corpus, refuses):
-    refuses("bpe/train_bpe.py", "--input", corpus / "none.txt", "--out", corpus / "x", says="none.txt")
+def test_the_script_refuses_in_one_line(corpus, assert_refuses):
+    assert_refuses("bpe/train_bpe.py", "--input", corpus / "none.txt", "--out", corpus / "x", says="none.txt")

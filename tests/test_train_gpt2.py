@@ -45,8 +45,8 @@ def train(in_process, corpus):
 
 
 @pytest.fixture
-def usage_error(in_process, corpus):
-    """usage_error(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
+def assert_usage_error(in_process, corpus):
+    """assert_usage_error(run_dir, *flags, says=…) asserts one line on stderr, exit status 2 and no traceback."""
 
     def run(run_dir, *flags, says):
         code, _, err = in_process(main, *TINY, "--data-dir", corpus, "--run-dir", run_dir, *flags)
@@ -165,11 +165,11 @@ def test_a_record_whose_weights_are_gone_is_trained_again(reference, train, tmp_
     assert identical(reference[0], tmp_path / "run")
 
 
-def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, usage_error, tmp_path):
+def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, assert_usage_error, tmp_path):
     shutil.copytree(reference[0], tmp_path / "run")
     record = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
-    usage_error(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
-    usage_error(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
+    assert_usage_error(tmp_path / "run", "--max-lr", "0.1", says="max_lr 0.01 -> 0.1")
+    assert_usage_error(tmp_path / "run", "--max-steps", "40", says="the cosine is stretched")
     assert record == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
 
 
@@ -189,19 +189,19 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
     assert [p.name for p in sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
 
 
-def test_processes_that_see_different_checkpoints_are_stopped(reference, usage_error, tmp_path, monkeypatch):
+def test_processes_that_see_different_checkpoints_are_stopped(reference, assert_usage_error, tmp_path, monkeypatch):
     """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
     monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, ("run", "step_000015.pt")])
-    usage_error(
+    assert_usage_error(
         tmp_path / "run",
         says="(step_000015.pt, step_000020.pt); --run-dir must be on a file system that all nodes share",
     )
 
 
-def test_imported_weights_are_no_run_to_go_on_with(usage_error, tmp_path):
+def test_imported_weights_are_no_run_to_go_on_with(assert_usage_error, tmp_path):
     checkpoint.save(tmp_path / "run/ckpt", 0, {"model": {}})
-    usage_error(tmp_path / "run", says="holds imported weights; name it by --init")
+    assert_usage_error(tmp_path / "run", says="holds imported weights; name it by --init")
 
 
 @pytest.mark.parametrize("where", ["validation", "HellaSwag"])
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(reference, train
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(
-    reference, train, usage_error, tmp_path, monkeypatch
+    reference, train, assert_usage_error, tmp_path, monkeypatch
 ):
     save, calls = torch.save, []
 
@@ -265,7 +265,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full_at_the_second)
-    usage_error(tmp_path / "run", says="step_000010.pt could not be written ([Errno 28] No space left on device)")
+    assert_usage_error(
+        tmp_path / "run", says="step_000010.pt could not be written ([Errno 28] No space left on device)"
+    )
     assert [p.name for p in (tmp_path / "run/ckpt").glob("*.pt*")] == ["step_000005.pt", "step_000005.pt.sha256"]
     assert read_run(tmp_path / "run").result["status"] == "failed"
     assert "resumed at step 5" in train(tmp_path / "run")
@@ -324,14 +326,14 @@ def test_no_preset_means_gpt2_124m():
     assert parse(["quickstart"]).n_layer == 4
 
 
-def test_usage_errors_before_the_start_are_one_line_and_leave_nothing(usage_error, refuses, tmp_path):
-    refuses("gpt2/train_gpt2.py", "--data-dir", tmp_path / "nowhere", says="no meta.json")
+def test_usage_errors_before_the_start_are_one_line_and_leave_nothing(assert_usage_error, assert_refuses, tmp_path):
+    assert_refuses("gpt2/train_gpt2.py", "--data-dir", tmp_path / "nowhere", says="no meta.json")
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    usage_error(tmp_path / "run", "--device", missing, says=f"--device {missing} is not available here")
+    assert_usage_error(tmp_path / "run", "--device", missing, says=f"--device {missing} is not available here")
     assert not (tmp_path / "run").exists()
 
 
-def test_usage_errors_found_later_are_one_line_too(usage_error, tmp_path):
+def test_usage_errors_found_later_are_one_line_too(assert_usage_error, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(
@@ -350,7 +352,7 @@ def test_usage_errors_found_later_are_one_line_too(usage_error, tmp_path):
         (["--init", str(tmp_path / "deep")], "add --n-layer 3"),
         (huge, "lower --block-size"),
     ]:
-        usage_error(tmp_path / "run", *flags, says=says)
+        assert_usage_error(tmp_path / "run", *flags, says=says)
         assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
 
 
@@ -406,11 +408,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(t
     assert good["step"] <= 1  # but none from after it was noticed
 
 
-def test_without_the_hub_training_goes_on_without_hellaswag_and_says_so_once(train, usage_error, tmp_path):
+def test_without_the_hub_training_goes_on_without_hellaswag_and_says_so_once(train, assert_usage_error, tmp_path):
     out = train(tmp_path / "run", "--hellaswag-every", "5", "--max-steps", "5")
     assert out.count("HellaSwag is not scored: the download of Rowan/hellaswag") == 1 and "--hellaswag-file FILE" in out
     assert read_run(tmp_path / "run").result["status"] == "success"
-    usage_error(tmp_path / "other", "--hellaswag-every", "5", "--hellaswag-file", "none.jsonl", says="none.jsonl")
+    assert_usage_error(
+        tmp_path / "other", "--hellaswag-every", "5", "--hellaswag-file", "none.jsonl", says="none.jsonl"
+    )
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_when_asked(train, tmp_path, monkeypatch):

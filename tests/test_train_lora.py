@@ -260,8 +260,8 @@ def test_usage_errors_are_named_before_anything_is_loaded_or_written(base, rows,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_usage_error_is_one_line(refuses, tmp_path):
-    refuses("lora/train_lora.py", "--base", "./no", "--run-dir", tmp_path / "run", says="./no does not exist")
+def test_a_usage_error_is_one_line(assert_refuses, tmp_path):
+    assert_refuses("lora/train_lora.py", "--base", "./no", "--run-dir", tmp_path / "run", says="./no does not exist")
     assert not (tmp_path / "run").exists()
 
 
