@@ -89,10 +89,18 @@ def prepare(cfg):
         tokenizer.save(cfg.out / "tokenizer")
         write_json(cfg.out / "blocks/plan.json", plan)  # for the other machines and the join
         tokenize(cfg, plan, part, parts)
+    if cfg.source == "fineweb-edu" and not cfg.input:
+        fetch_hellaswag()
     if parts == 1:
         merge(cfg.out)
     else:
         print(f"part {cfg.shard} is done; when all are: python data/prepare.py merge {cfg.out.as_posix()}")
+
+
+def fetch_hellaswag():
+    """The items that gpt2/train_gpt2.py scores on FineWeb-Edu, into the hub's cache: nodes may have no network."""
+    with suppress(UsageError):  # training does without them
+        Corpus("hellaswag").located  # noqa: B018
 
 
 def check(cfg):
@@ -390,6 +398,8 @@ def download(
             with open(input / name, "rb") as source, atomic_open(out / name, "wb") as target:
                 shutil.copyfileobj(source, target)
     adopt(out, hub=repo)
+    if input is None:
+        fetch_hellaswag()
 
 
 def main():

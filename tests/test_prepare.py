@@ -14,6 +14,7 @@ import tiktoken
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
+from common import UsageError
 from data import prepare
 from data.prepare import blocks
 from data.shards import open_split, read_meta, read_shard, unigram_counts, verify, write_shard
@@ -409,3 +410,19 @@ def test_ready_made_shards_are_fetched(foreign, script, assert_refuses, tmp_path
     )
     assert_refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
     assert_refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="name a folder with --input")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_hellaswags_items_come_along_with_fineweb_edu(monkeypatch, reachable):
+    """Compute nodes often have no network: what the default preset scores has to be there before it starts."""
+    asked = []
+
+    def download(source, subset):
+        asked.append(source)
+        if not reachable:
+            raise UsageError("the download of Rowan/hellaswag failed")
+        return [], {}
+
+    monkeypatch.setattr("data.sources.download", download)
+    prepare.fetch_hellaswag()
+    assert asked == ["hellaswag"]
