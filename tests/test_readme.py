@@ -179,7 +179,7 @@ def test_the_figures_of_the_quickstart_are_its_records():
     result, log = record.result, record.log_lines()
     shown = next(lines for _, _, lines in blocks(README) if lines[0].startswith("unigram entropy"))
     assert all(line in log for line in shown)
-    assert f"validation loss {result['val_loss']}" in "\n".join(shown)
+    assert f"validation loss {result['val_loss']:.4f}" in "\n".join(shown)
     assert result["val_loss"] < result["unigram_entropy"] - 1.5
 
 
