@@ -23,7 +23,7 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 # the CPU where torch cannot use the GPU that is there, as with a driver older than its CUDA
-quickstart: DEVICE = $(shell $(VENV)/bin/python -c 'from common import has_hidden_gpu as h; print("cpu" if h() else "auto")')
+DEVICE = $(eval DEVICE := $(shell $(VENV)/bin/python -c 'from common import has_hidden_gpu as h; print("cpu" if h() else "auto")'))$(DEVICE)
 quickstart: $(READY) ## from raw text to a fine-tuned model, in five minutes on two cores
 	python data/sources.py pydocs --part train --out data/cache/pydocs.jsonl
 	python bpe/train_bpe.py --input data/cache/pydocs.jsonl --vocab-size 4096 --out data/cache/pydocs-4096

@@ -15,7 +15,6 @@ the GPU's peak in 16 bits, on a CPU the share of the speed of one large matmul, 
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -503,7 +502,6 @@ def command(*args):
 
 def main():
     """Run the benchmark that the command line names, in a run directory of its own."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "data/cache/torch-compile"))  # as gpt2/train_gpt2.py
     bench = tyro.cli(Ladder | Peers | Scaling | Race | Hellaswag | Profile | Resume, description=__doc__)
     bench.ranks = Ranks(bench.device) if isinstance(bench, Scaling) else None
     with open_log(bench, "bench_gpt2", enabled=bench.ranks is None or bench.ranks.main) as log:

@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 from bpe.reference import render_token, replace_control_character
-from bpe.tokenizer import Tokenizer
+from bpe.tokenizer import Tokenizer, load_tokenizer
 from bpe.train_bpe import read_documents
 from common import UsageError, cli, from_hub, read_json
 from runlog import RunLog
@@ -64,12 +64,10 @@ def load_any(name):
     import tiktoken
 
     path = Path(name)
-    if path.suffix == ".model" and path.is_file():
-        tok = Tokenizer.load(path)
-    elif path.suffix == ".json" and path.is_file():
+    if path.suffix == ".json" and path.is_file():
         tok = Tokenizer.from_huggingface(path)
     elif path.is_file() or name in tiktoken.list_encoding_names():
-        tok = Tokenizer.from_tiktoken(name)
+        tok = load_tokenizer(name)
     else:
         return _transformers(name)
     return tok.name, lambda text: [(i, render_token(tok.vocab[i])) for i in tok.encode_ordinary(text)], tok.n_vocab

@@ -3,7 +3,15 @@
 checkpoints.py, for those who train, is imported by its own name.
 """
 
-from common.devices import half_type, has_bfloat16, has_hidden_gpu, peak_memory_mb, pick_device, synchronize
+from common.devices import (
+    free_memory,
+    half_type,
+    has_bfloat16,
+    has_hidden_gpu,
+    peak_memory_mb,
+    pick_device,
+    synchronize,
+)
 from common.files import (
     ROOT,
     atomic_folder,
@@ -27,6 +35,7 @@ __all__ = [
     "atomic_open",
     "cli",
     "file_sha256",
+    "free_memory",
     "from_hub",
     "half_type",
     "has_bfloat16",

@@ -78,3 +78,14 @@ def peak_memory_mb(device="cpu"):
         return None
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in kB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def free_memory(device):
+    """Bytes that a process may still take on a torch.device: of the GPU, else of this machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # which imports what only Unix has
+
+    return psutil.virtual_memory().available

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from common import UsageError, atomic_open, cli, file_sha256, from_hub, read_json, write_json
+from data import sources
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, summary, verify, write_meta, write_shard
 from data.sources import Corpus, is_validation
 
@@ -100,7 +101,7 @@ def prepare(cfg):
 def fetch_hellaswag():
     """The items that gpt2/train_gpt2.py scores on FineWeb-Edu, into the hub's cache: nodes may have no network."""
     with suppress(UsageError):  # training does without them
-        Corpus("hellaswag").located  # noqa: B018
+        sources.download("hellaswag", subset="")
 
 
 def check(cfg):

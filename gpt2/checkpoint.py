@@ -6,6 +6,7 @@ written and verified: common/checkpoints.py.
 """
 
 import json
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -84,7 +85,8 @@ def load_newest(ckpt_dir, warn=print):
 
 def read(path):
     """Read a checkpoint whose sha256 has been checked; its tensors are mapped from the file, not copied."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Windows deletes no mapped file, and old checkpoints are to be deleted.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
     found = state.get("format"), state.get("version")
     if found != (FORMAT, VERSION):
         raise UsageError(f"{path} has format {found[0]!r} version {found[1]}, not {FORMAT} {VERSION}")

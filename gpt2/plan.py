@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from common import UsageError, has_bfloat16, pick_device, synchronize
+from common import UsageError, free_memory, has_bfloat16, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import GPTConfig
 from gpt2.distributed import autocast, pick_dtype
@@ -39,13 +39,6 @@ def peak_flops(device, dtype):
         return None
     name = torch.cuda.get_device_name(device)  # "Laptop" in it: the same number on the box, another chip inside
     return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
-
-
-def free_memory(device):
-    """Bytes that a process may still take on the device."""
-    import psutil
-
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def can_keep_memory():

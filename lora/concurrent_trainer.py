@@ -12,11 +12,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median_low
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from common import atomic_open
+from common import atomic_open, free_memory
 from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
@@ -105,9 +104,7 @@ class Group:
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
         spare = self.first.gradient_checkpointing
         needed = memory_per_adapter(self.model, self.configs, collate(longest, self.pad), spare)
-        device = self.model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        fit = int(0.8 * free // needed)  # a fifth is left for what no estimate sees
+        fit = int(0.8 * free_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
         self.log.print(f"{len(self.configs)} adapters, {k} at a time, {needed / 2**20:,.1f} MB each, {fit} would fit")
         self.log.print(json.dumps(self.data.report))
