@@ -21,7 +21,7 @@ from bpe.trainer import SEP, LinkedTokens
 NO_RANK = 2**31 - 1
 MANY = 48  # chunks; below it, setting up arrays costs more than it saves
 SHORT = 160  # bytes of one of a few chunks; the same
-ROW_WIDTH = 24  # bytes of one of many chunks; a table of longer rows would be mostly shifting
+ROW_WIDTH = 16  # bytes of one of many chunks; a table of longer rows would be mostly shifting
 
 
 class Encoder:
@@ -82,8 +82,9 @@ class Encoder:
             each = np.arange(len(rows))
             new = tables.made[rank[each, at]]
             # close the gap that the right half leaves, then look at the two pairs that the new token is part of
+            beyond = column > at[:, None]
             for table, filler in ((tok, SEP), (rank, NO_RANK)):
-                np.copyto(table[:, :-1], table[:, 1:].copy(), where=column > at[:, None])
+                np.copyto(table[:, :-1], table[:, 1:].copy(), where=beyond)
                 table[:, -1] = filler
             tok[each, at] = new
             rank[each, at] = tables.of_pairs(new, tok[each, at + 1])  # `at` is never the last column

@@ -15,9 +15,10 @@ not text: it becomes U+FFFD.
 
 import sys
 import threading
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import regex
@@ -33,18 +34,7 @@ from common import UsageError
 
 CACHE_CHUNKS = 1 << 18  # different chunks remembered, some 70 MB at most
 CACHE_CHUNK_LENGTH = 256  # characters; longer chunks are not remembered
-
-
-class _ChunkCache(dict):
-    """chunk -> its ids. An unknown chunk gets an empty list at once and is noted in `pending`, to be filled later."""
-
-    def __init__(self):
-        self.pending = []
-
-    def __missing__(self, chunk):
-        ids = self[chunk] = []
-        self.pending.append(chunk)
-        return ids
+ENCODED_AT_ONCE = 1 << 20  # characters; more would only take memory
 
 
 class Tokenizer:
@@ -76,7 +66,7 @@ class Tokenizer:
         self.training = state.get("training", {})  # what `bpe/train_bpe.py` records about its input
         self._split = Splitter(self.pattern)
         self._encoder = Encoder(self.merges, self.byte_ids)
-        self._cache = _ChunkCache()
+        self._cache = defaultdict(list)  # chunk -> its ids
         self._lock = threading.Lock()  # one thread at a time fills the cache
         self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids)}
         for (p, q), token in self.merges.items():
@@ -191,31 +181,24 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens taken for ordinary text."""
-        text = valid(text)
         cache, ids_of_chunks = self._cache, []
         with self._lock:
             try:
-                for block in self._split.blocks(text):
-                    ids_of_chunks += map(cache.__getitem__, self._split.split_block(block))
+                for part in self._split.blocks(valid(text), ENCODED_AT_ONCE):
+                    known = len(cache)
+                    for block in self._split.blocks(part):  # a new chunk gets [], filled below
+                        ids_of_chunks += map(cache.__getitem__, self._split.split_block(block))
+                    new = list(islice(reversed(cache), len(cache) - known))
+                    for chunk, ids in zip(new, self._encoder.encode_all([c.encode("utf-8") for c in new])):
+                        cache[chunk] += ids
+                        if len(chunk) > CACHE_CHUNK_LENGTH:
+                            del cache[chunk]
                     if len(cache) > CACHE_CHUNKS:
-                        self._fill_cache()
                         cache.clear()
-                self._fill_cache()
             except BaseException:  # an interrupt must leave no empty entry behind
                 cache.clear()
-                cache.pending.clear()
                 raise
         return list(chain.from_iterable(ids_of_chunks))
-
-    def _fill_cache(self):
-        """Encode the chunks that were met for the first time, all at once."""
-        cache = self._cache
-        if cache.pending:
-            for chunk, ids in zip(cache.pending, self._encoder.encode_all([c.encode("utf-8") for c in cache.pending])):
-                cache[chunk].extend(ids)
-                if len(chunk) > CACHE_CHUNK_LENGTH:
-                    del cache[chunk]
-            cache.pending.clear()
 
     def encode_batch(self, texts, allowed_special="none_raise", *, num_workers=1):
         """list of str -> list of lists of ids, over `num_workers` processes.
