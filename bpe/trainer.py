@@ -160,38 +160,26 @@ class _PairIndex:
         self.floor = max(int(counts.max()) // 10, 1)
         ends = np.append(starts[1:], len(where))
         for g in np.flatnonzero(counts >= self.floor):
-            self.add(*divmod(int(pairs[g]), self.n_ids), where[starts[g] : ends[g]], int(counts[g]), push=False)
-        heapq.heapify(self.heap)
+            self.add(*divmod(int(pairs[g]), self.n_ids), where[starts[g] : ends[g]], int(counts[g]))
         return True
 
-    def add(self, p, q, where, count, push=True):
-        """Index a pair: its positions, and its place in the heap (push=False: the caller heapifies)."""
+    def add(self, p, q, where, count):
+        """Index a pair: its positions, and its place in the heap."""
         if not isinstance(where, list) and len(where) <= FEW:
             where = where.tolist()
         self.where[p, q] = where
-        entry = (-count, int(where[0]), p, q)
-        if push:
-            heapq.heappush(self.heap, entry)
-        else:
-            self.heap.append(entry)
+        heapq.heappush(self.heap, (-count, int(where[0]), p, q))
 
     def pop(self):
         """-> (p, q, positions, count) of the best pair, or None when no pair reaches the floor."""
-        heap = self.heap
-        while heap and -heap[0][0] >= self.floor:
-            count, _, p, q = heap[0]
-            where = self.tokens.occurrences(self.where[p, q], p, q)
+        while self.heap:
+            count, _, p, q = heapq.heappop(self.heap)
+            where = self.tokens.occurrences(self.where.pop((p, q)), p, q)
             true_count = self.count(where)
             if true_count == -count:  # weights are positive: the same count means the same occurrences
-                heapq.heappop(heap)
-                del self.where[p, q]
                 return p, q, where, true_count
-            if true_count < self.floor:
-                heapq.heappop(heap)
-                del self.where[p, q]
-            else:
-                self.where[p, q] = where
-                heapq.heapreplace(heap, (-true_count, int(where[0]), p, q))
+            if true_count >= self.floor:
+                self.add(p, q, where, true_count)
         return None
 
     def merge(self, p, q, where, new_id):
@@ -238,12 +226,10 @@ def _all_pairs(tokens, n_ids, weights):
     packed.sort()
     where = (packed & ((1 << bits) - 1)).astype(index_type, copy=False)
     packed >>= bits
-    starts = np.flatnonzero(packed[1:] != packed[:-1]) + 1
-    starts = np.concatenate(([0], starts)) if len(packed) else starts
-    if weights is None:
-        counts = np.diff(starts, append=len(packed))
-    else:
-        counts = np.add.reduceat(weights[where], starts) if len(starts) else starts
+    is_start = np.ones(len(packed), bool)
+    np.not_equal(packed[1:], packed[:-1], out=is_start[1:])
+    starts = np.flatnonzero(is_start)
+    counts = np.diff(starts, append=len(packed)) if weights is None else np.add.reduceat(weights[where], starts)
     return where, starts, counts, packed[starts]
 
 
@@ -275,15 +261,10 @@ def learn_merges(chunk_counts, vocab_size):
         weights = np.concatenate(([0], np.repeat(numbers, lengths + 1)))  # position 0 is a separator
     del chunks
     index = _PairIndex(tokens, weights)
-    best = index.pop() if vocab_size > 256 and index.rebuild() else None
-    new_id = 256
-    while best is not None:
+    for new_id in range(256, vocab_size):
+        best = index.pop() or (index.rebuild() and index.pop())
+        if not best:
+            return
         p, q, where, count = best
         index.merge(p, q, where, new_id)
         yield (p, q), new_id, count
-        new_id += 1
-        if new_id == vocab_size:
-            return
-        best = index.pop()
-        if best is None and index.rebuild():
-            best = index.pop()
