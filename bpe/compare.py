@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 from bpe.reference import render_token, replace_control_character
-from bpe.tokenizer import Tokenizer, load_tokenizer
+from bpe.tokenizer import load_tokenizer
 from bpe.train_bpe import read_documents
 from common import UsageError, cli, from_hub, read_json
 from runlog import RunLog
@@ -63,17 +63,9 @@ def load_any(name):
     """Name or path of a tokenizer -> (label, function from text to [(id, the token as text)], n_vocab)."""
     import tiktoken
 
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        tok = Tokenizer.from_huggingface(path)
-    elif path.is_file() or name in tiktoken.list_encoding_names():
+    if Path(name).is_file() or name in tiktoken.list_encoding_names():
         tok = load_tokenizer(name)
-    else:
-        return _transformers(name)
-    return tok.name, lambda text: [(i, render_token(tok.vocab[i])) for i in tok.encode_ordinary(text)], tok.n_vocab
-
-
-def _transformers(name):
+        return tok.name, lambda text: [(i, render_token(tok.vocab[i])) for i in tok.encode_ordinary(text)], tok.n_vocab
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 

@@ -34,7 +34,7 @@ def to_tiktoken(tok):
     names = sorted(tok.special_tokens)
     if clash := next(((a, b) for a, b in pairwise(names) if b.startswith(a)), None):
         raise UsageError(f"tiktoken cannot tell the special tokens {' and '.join(clash)} apart: one begins the other")
-    source, ranks = lossless_pattern(PATTERNS.get(tok.pattern, tok.pattern)), _ranks(tok)
+    source, ranks = lossless_pattern(tok.pattern), _ranks(tok)
     try:
         return tiktoken.Encoding(tok.name, pat_str=source, mergeable_ranks=ranks, special_tokens=tok.special_tokens)
     except ValueError as e:
@@ -210,7 +210,7 @@ def save_huggingface(tok, folder):
 
 def _oniguruma(pattern):
     """The pattern in the syntax of the regex library inside `tokenizers`, where {1,3}+ is not possessive."""
-    return lossless_pattern(PATTERNS.get(pattern, pattern)).replace("{1,3}+", "{1,3}")
+    return lossless_pattern(pattern).replace("{1,3}+", "{1,3}")
 
 
 def read_huggingface(file):

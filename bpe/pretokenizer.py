@@ -44,11 +44,8 @@ class Splitter:
     """text -> list of chunks, whose concatenation is the text."""
 
     def __init__(self, pattern="none"):
-        self.pattern, self._ascii = pattern, None
-        source = PATTERNS.get(pattern, pattern)
-        self.regex = lossless_pattern(source)
-        if source in _WELL_KNOWN:
-            self._ascii = re.compile(ascii_twin(source))
+        self.pattern, self.regex = pattern, lossless_pattern(pattern)
+        self._ascii = re.compile(ascii_twin(self.regex)) if self.regex in _WELL_KNOWN else None
         compiled = _compile(self.regex)
         self._findall = compiled.findall
         if compiled.groups:  # then findall would return the groups instead of the whole match
@@ -107,10 +104,11 @@ def _compile(pattern):
         raise UsageError(f"{pattern!r} is neither a pattern's name nor a valid regular expression: {e}") from None
 
 
-def lossless_pattern(source):
-    """Extend a pattern by an alternative for what it does not match, so that no character is lost; "none" takes all."""
-    if source == "none":
+def lossless_pattern(pattern):
+    """Its regular expression, with an alternative for what it does not match, so that no character is lost."""
+    if pattern == "none":
         return r"[\s\S]+"
+    source = PATTERNS.get(pattern, pattern)
     if source in _WELL_KNOWN:
         return source
     _compile(source)
@@ -131,11 +129,6 @@ def ascii_twin(source):
     return source
 
 
-def utf8(text):
-    """str -> UTF-8. Lone surrogates, which UTF-8 cannot hold, become U+FFFD, as in tiktoken."""
-    return valid(text).encode("utf-8")
-
-
 def count_chunks(splitter, documents, num_workers, advance):
     """Iterable of str -> {chunk in UTF-8: how often}, in order of first appearance.
 
@@ -152,7 +145,7 @@ def count_chunks(splitter, documents, num_workers, advance):
                 total.update(running.popleft().result())
         for counter in running:
             total.update(counter.result())
-    return {utf8(chunk): n for chunk, n in total.items()}
+    return {chunk.encode("utf-8"): n for chunk, n in total.items()}
 
 
 def _groups(splitter, documents, advance, size=1 << 20):

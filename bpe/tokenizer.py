@@ -16,6 +16,7 @@ not text: it becomes U+FFFD.
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice, repeat
@@ -123,8 +124,9 @@ class Tokenizer:
         if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
             raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
+        is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str)
+        documents = text_or_iterable if is_documents else [text_or_iterable]
         size = len(text_or_iterable) if isinstance(text_or_iterable, str) else None
-        documents = text_or_iterable if size is None else [text_or_iterable]
         with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=None) as bar:
             counts = count_chunks(self._split, documents, num_workers, bar.update)
         wanted, merges, vocab = vocab_size - 256, {}, {b: bytes([b]) for b in range(256)}
@@ -155,27 +157,23 @@ class Tokenizer:
         allowed = self._allowed(text, allowed_special)
         if not allowed:
             return self.encode_ordinary(text)
-        ids, start = [], 0
-        for match in _any_of(allowed).finditer(text):
-            ids += self.encode_ordinary(text[start : match.start()])
-            ids.append(self.special_tokens[match.group()])
-            start = match.end()
-        return ids + self.encode_ordinary(text[start:])
+        ids = []
+        for k, part in enumerate(_any_of(allowed).split(text)):  # ordinary text and special tokens in turn
+            ids += [self.special_tokens[part]] if k % 2 else self.encode_ordinary(part)
+        return ids
 
     def _allowed(self, text, allowed_special):
         """The special tokens to look for; UsageError where one is in the text that must not be."""
         known = frozenset(self.special_tokens)
         if allowed_special in ("none", "all"):
             return known if allowed_special == "all" else frozenset()
-        if allowed_special == "none_raise":
-            allowed_special = ()
-        elif not isinstance(allowed_special, set | frozenset | list | tuple):
+        if allowed_special != "none_raise" and not isinstance(allowed_special, set | frozenset | list | tuple):
             raise UsageError(f"allowed_special is 'all', 'none', 'none_raise' or a set, not {allowed_special!r}")
-        allowed = frozenset(allowed_special)
-        if unknown := next((special for special in allowed - known if special in text), None):
-            raise UsageError(f"{unknown!r} is allowed as a special token and is in the text, but is unknown here")
-        if found := known - allowed and _any_of(known - allowed).search(text):
+        allowed = frozenset(() if allowed_special == "none_raise" else allowed_special)
+        refused = known ^ allowed  # known but not allowed, or the reverse
+        if refused and (found := _any_of(refused).search(text)):
             how = "pass allowed_special='all' to encode it as one, or 'none' to encode it as text"
+            how = how if found.group() in known else "which is allowed, but unknown here"
             raise UsageError(f"the text contains the special token {found.group()!r}; {how}")
         return known & allowed
 
@@ -225,6 +223,8 @@ class Tokenizer:
             return b"".join(map(self.vocab.__getitem__, ids))
         except KeyError as e:
             raise UsageError(f"id {e.args[0]} is not in the vocabulary of {self.n_vocab:,} ids") from None
+        except TypeError:
+            raise UsageError(f"ids are a list or a flat array, [id] for a single one; here is {ids!r:.60}") from None
 
     def save(self, file_prefix):
         """Write PREFIX.model, which `load` reads, and PREFIX.vocab, for people -> (model_file, vocab_file)."""
@@ -269,13 +269,12 @@ def _from_state(state):
 
 
 def load_tokenizer(name_or_file):
-    """ "gpt2" or another tiktoken name, or a PREFIX.model file -> Tokenizer."""
-    if Path(name_or_file).suffix == ".model":
-        return Tokenizer.load(name_or_file)
-    return Tokenizer.from_tiktoken(name_or_file)
+    """A PREFIX.model, a tokenizer.json, a tiktoken rank file, or a tiktoken name ("gpt2", …) -> Tokenizer."""
+    readers = {".model": Tokenizer.load, ".json": Tokenizer.from_huggingface}
+    return readers.get(Path(name_or_file).suffix, Tokenizer.from_tiktoken)(name_or_file)
 
 
 @lru_cache(maxsize=64)
 def _any_of(texts):
     """frozenset of str -> pattern that finds any of them, the longest where one begins another."""
-    return regex.compile("|".join(map(regex.escape, sorted(texts, key=len, reverse=True))))
+    return regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})")

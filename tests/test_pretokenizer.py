@@ -11,9 +11,8 @@ from bpe.pretokenizer import (
     GPT4_SPLIT_PATTERN,
     PATTERNS,
     Splitter,
-    utf8,
 )
-from common import UsageError
+from common import UsageError, valid
 
 KNOWN = ("gpt2", "gpt4", CL100K_SPLIT_PATTERN)
 # what the patterns tell apart, the separators that `re` takes for whitespace, and letters, digits, spaces beyond ASCII
@@ -74,4 +73,4 @@ def test_impossible_patterns_are_refused():
 
 
 def test_lone_surrogates_become_replacement_characters():
-    assert utf8("a\ud800b") == "a\ufffdb".encode() and utf8("\ud83d\ude00") == "😀".encode()
+    assert valid("a\ud800b") == "a\ufffdb" and valid("\ud83d\ude00") == "😀"
