@@ -2,6 +2,7 @@
 
 checkpoints.py, for those who train, is imported by its own name.
 """
+# ruff: noqa: F401
 
 from common.devices import (
     free_memory,
@@ -27,28 +28,3 @@ from common.files import (
     write_json,
 )
 from common.usage import UsageError, cli, from_hub
-
-__all__ = [
-    "ROOT",
-    "UsageError",
-    "atomic_folder",
-    "atomic_open",
-    "cli",
-    "file_sha256",
-    "free_memory",
-    "from_hub",
-    "half_type",
-    "has_bfloat16",
-    "has_hidden_gpu",
-    "open_text",
-    "peak_memory_mb",
-    "pick_device",
-    "plain",
-    "portable",
-    "read_json",
-    "read_jsonl",
-    "read_texts",
-    "synchronize",
-    "valid",
-    "write_json",
-]

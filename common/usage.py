@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """A person's mistake. The message is one line: what is wrong, and what to do."""
+    """A usage error. The message is one line: what is wrong, and what to do."""
 
 
 def cli(main):
-    """Run `main()` as a script: a mistake becomes one line on stderr and exit status 2, never a traceback.
+    """Run `main()` as a script: a usage error becomes one line on stderr and exit status 2, never a traceback.
 
     Bugs keep their traceback; only UsageError and the operating system's own refusals (no such file, no permission,
     disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
@@ -44,7 +44,7 @@ def _complain(message):
 def from_hub(what, instead):
     """Around a download: whatever the hub's library raises (offline, moved, gated: many classes) becomes one line.
 
-    instead: what a person without the hub can do.
+    instead: what to do without the hub.
     """
     try:
         yield

@@ -10,7 +10,6 @@ A run is a folder, or the name of one in runs/ or records/.
 """
 
 import argparse
-import fnmatch
 import json
 import shlex
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import ROOT, UsageError, cli, file_sha256
+from common import ROOT, UsageError, cli
+from common.checkpoints import problem, sorted_checkpoints
 from runlog.compare_runs import compare, number, table
 from runlog.record import export_record
 from runlog.run import AXES, find_runs, read_run
@@ -36,7 +36,7 @@ def locate(name):
     raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
 
 
-def list_runs(folder, args):
+def list_runs(folder, sort):
     """A line for each run in a folder; those that cannot be read are named below."""
     rows, notes = [], []
     for run_dir in find_runs(folder):
@@ -46,12 +46,11 @@ def list_runs(folder, args):
             notes.append(f"unreadable: {e}")
             continue
         name = run.name if run_dir == folder else run_dir.relative_to(folder).as_posix()
-        if args.kind in (None, run.kind) and fnmatch.fnmatch(name, f"*{args.match}*"):
-            rows.append([name, *summary(run)])
+        rows.append([name, *summary(run)])
         if run.status == "stale":
             notes.append(f"{name} is stale: nothing says how it ended, and no process holds it")
     if rows:
-        frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object).sort_values(args.sort, kind="stable")
+        frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object).sort_values(sort, kind="stable")
         print(table(frame.fillna("-"), index=False))
     elif not notes:
         print(f"no runs in {folder.name}/ yet; records of the report: python -m runlog ls records")
@@ -103,10 +102,8 @@ def ending(run):
         if None in (row.get("loss", 0), row.get("grad_norm", 0)):
             lines.append(f"the first loss or gradient norm that is not finite is at step {row['step']}")
             break
-    for path in sorted((run.run_dir / "ckpt").glob("*.sha256")):
-        file = path.with_suffix("")
-        whole = file.exists() and path.read_text(encoding="utf-8").split()[:1] == [file_sha256(file)]
-        lines.append(f"checkpoint {file.name}: " + ("whole" if whole else "damaged, its sha256 does not match"))
+    for path in sorted_checkpoints(run.run_dir / "ckpt"):
+        lines.append(f"checkpoint {path.name}: {problem(path) or 'whole'}")
     if run.status in ("preempted", "stale"):
         lines.append(f"the same command resumes it: python {shlex.join(run.config.get('argv') or ['?'])}")
     starts = [i for i, line in enumerate(log) if line.startswith("Traceback")] if run.status == "failed" else []
@@ -129,8 +126,6 @@ def parse(argv=None):
     add = command("ls", "list the runs in a folder", runs=None)
     add("folder", nargs="?", default="runs", help="folder of run directories or records")
     add("--sort", default="run", choices=COLUMNS, help="column to sort by")
-    add("--kind", help="only runs of this kind")
-    add("--match", default="", help="only runs whose name holds this; * and ? are wildcards")
     command("show", "settings, figures, files, and how it ended")
     add = command("compare", "settings that differ, curves on one axis, final values")
     add("--x", default="step", choices=list(AXES), help="the common axis")
@@ -151,8 +146,7 @@ def main():
     """The command that follows `python -m runlog`; a failed verify exits with 1."""
     args = parse()
     if args.command == "ls":
-        folder = Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder
-        return list_runs(folder, args)
+        return list_runs(Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder, args.sort)
     folders = [locate(name) for name in args.run]
     if args.command == "export":
         export_record(folders[0], args.out, args.keep)

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from common import ROOT, UsageError, atomic_open, plain, write_json
+from common import ROOT, UsageError, atomic_folder, plain, write_json
 from runlog.run import draw_curves, metrics_sha256, read_metrics, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
@@ -288,20 +288,17 @@ def export_record(run_dir, out, keep=None):
     files = [path for path in pictures if path.exists()][:1]
     files += [run.run_dir / name for name in ("metrics.jsonl" if run.metrics else None, keep) if name]
     adapters = [_adapter_row(adapter, run) for adapter in run.adapters()]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise UsageError(f"{run.run_dir} has no {missing[0]}")
     if 2 + bool(adapters) + len(files) > 4:
         raise UsageError(f"{keep} would be the record's fifth file")
 
-    out.mkdir(parents=True)
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    with atomic_open(out / log.name) as f:
-        f.write(run.read_text(log.name) + run.read_text(end))
-    if adapters:
-        with atomic_open(out / "adapters.jsonl") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in adapters)
-    write_json(out / "record.json", {"config": run.config, "env": run.env, "result": run.result})
+    with atomic_folder(out) as part:
+        for file in files:
+            shutil.copyfile(file, part / file.name)
+        (part / log.name).write_text(run.read_text(log.name) + run.read_text(end), encoding="utf-8", newline="\n")
+        if adapters:
+            with open(part / "adapters.jsonl", "w", encoding="utf-8", newline="\n") as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in adapters)
+        write_json(part / "record.json", {"config": run.config, "env": run.env, "result": run.result})
 
 
 def _adapter_row(adapter, sweep):

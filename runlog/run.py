@@ -16,7 +16,7 @@ from common import UsageError, atomic_open, read_json, read_jsonl
 # Fields that differ between two identical runs.
 TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
 TIMING_FIELDS |= {"mfu", "peak_mb"}
-AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOP"}
+AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 SAMPLE = re.compile(r"^--- step (\d+)\n", re.M)  # the line above each sample
 FRESH = 60.0  # seconds since its last line for which a run counts as running although no lock is seen
 
@@ -54,20 +54,17 @@ class Run:
     def axis(self, x):
         """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
 
-        tokens and FLOP (as the run recorded `flops_per_token`) are those spent before the row's step. seconds are those
-        of the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
+        tokens are those seen before the row's step. seconds are those of the steps where they are timed (evaluations
+        and pauses left out), else the clock since the first row.
         """
-        if x in ("tokens", "flops"):
-            per_token = 1 if x == "tokens" else self.result.get("flops_per_token", self.settings.get("flops_per_token"))
-            factor = (self.settings.get("total_batch_size") or 0) * (per_token or 0) if self.kind == "gpt2" else 0
-            if not factor:
-                raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
-            return lambda row: row["step"] * factor
+        if x == "tokens":
+            if self.tokens is None:
+                raise UsageError(f"{self.run_dir} ({self.kind}) does not record its tokens; compare by step or seconds")
+            return lambda row: row["step"] * self.settings["total_batch_size"]
         if x == "seconds":
             timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
             if not timed:
-                start = next((row["time"] for row in self.metrics if row.get("time")), None)
-                return lambda row: None if start is None or row.get("time") is None else row["time"] - start
+                return lambda row: row["time"] - self.metrics[0]["time"]
             steps, spent = [step for step, _ in timed], [0.0, *accumulate(seconds for _, seconds in timed)]
             return lambda row: spent[bisect_left(steps, row["step"])]
         return lambda row: row.get(x)
@@ -211,13 +208,6 @@ def comparable_metrics(run_dir):
 def metrics_sha256(run_dir):
     """Checksum over the whole lines of metrics.jsonl."""
     return hashlib.sha256(_metrics_lines(run_dir)).hexdigest()
-
-
-def plot_loss(run_dir, reference=None):
-    """Draw the train and val curves of a run into its loss.png. reference: {label: loss}, dashed."""
-    run = read_run(run_dir)
-    curves = {kind: run.curve(kind) for kind in ("train", "val")}
-    draw_curves(run.run_dir / "loss.png", curves, reference, title=run.name)
 
 
 def draw_curves(out, curves, reference=None, xlabel="step", ylabel="loss (nats per token)", title=""):

@@ -9,13 +9,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import ROOT, UsageError
+from common import ROOT, UsageError, plain
 from runlog.record import environment, git
 
 REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.train_bpe", "lora": "lora.train_lora"}
 PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
-# Figures that stand in result.json and, as the last row of a kind, in metrics.jsonl as well.
-STATED_TWICE = {"val_loss": ("val", "loss"), "bits_per_byte": ("val", "bits_per_byte")}
 
 
 @dataclass
@@ -85,13 +83,11 @@ def check_metrics(run, report):
 
 def check_result(run, report):
     """Figures of result.json against the rows that they were taken from."""
-    expected = {}
-    for name, (kind, y) in STATED_TWICE.items():
-        rows = [row for row in run.rows(kind) if y in row]
-        expected |= {name: rows[-1][y]} if rows else {}
+    last = run.rows("val")[-1] if run.rows("val") else {}
+    expected = {"val_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
     if run.settings.get("total_batch_size") and run.result.get("step") is not None:
         expected["tokens"] = run.result["step"] * run.settings["total_batch_size"]
-    stated = {name: run.result[name] for name in expected if run.result.get(name) is not None}
+    stated = {k: run.result[k] for k, v in expected.items() if v is not None and run.result.get(k) is not None}
     wrong = [name for name, value in stated.items() if value != expected[name]]
     for name in wrong:
         report.fail(f"result.json says {name} {stated[name]!r}, the rows say {expected[name]!r}")
@@ -159,7 +155,7 @@ def compare_figures(report, what, recorded, again, tolerance):
     """
     bad, worst = [], 0.0
     for name, value in recorded.items():
-        value, other = _as_recorded(value), _as_recorded(again.get(name))
+        value, other = plain(value), plain(again.get(name))
         if value == other:
             continue
         both = isinstance(value, int | float) and isinstance(other, int | float)
@@ -175,7 +171,3 @@ def compare_figures(report, what, recorded, again, tolerance):
         report.ok(f"{what}: {len(recorded)} figures, the same to the last bit")
     else:
         report.ok(f"{what}: {len(recorded)} figures, the same to {worst:.1e} (up to {tolerance:g} allowed: {reasons})")
-
-
-def _as_recorded(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
