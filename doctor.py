@@ -12,13 +12,13 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+from common import ROOT, has_hidden_gpu
+
 INSTALL = "pip install -r requirements.txt"
 
 
@@ -60,21 +60,11 @@ def check_torch():
     """torch imports, and its CUDA fits the driver of the GPUs."""
     import torch
 
-    found, build = gpus(), torch.version.cuda and f"CUDA {torch.version.cuda}"
-    if torch.cuda.is_available() or not found:
-        return f"{torch.__version__}, on {found[0][0] if found else 'the CPU (or mps)'}", None
-    text = f"{len(found)} x {found[0][0]}, driver {found[0][1]}, not seen by this torch, built for {build or 'the CPU'}"
+    if not has_hidden_gpu():
+        return f"{torch.__version__}, on {'the GPU' if torch.cuda.is_available() else 'the CPU (or mps)'}", None
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    text = f"an NVIDIA GPU that this torch, built for {build}, does not see"
     return text, "a newer driver, or another build of torch (README.md, Other drivers)"
-
-
-def gpus():
-    """[(name, driver)] as nvidia-smi lists them; empty without one."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [tuple(part.strip() for part in line.split(",")) for line in done.stdout.splitlines() if "," in line]
 
 
 def check_compile():
@@ -115,14 +105,9 @@ def check_hub():
     return f"{endpoint} answers", None
 
 
-def check_utf8():
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    return f"stdout is {sys.stdout.encoding}", None if utf8 else "export PYTHONUTF8=1, or samples may not print"
-
-
 # Each check returns what it saw and, where that is a problem, the fix; else None.
 BREAKS = (check_python, check_environment, check_packages, check_torch, check_disk)
-SLOWS = (check_compile, check_threads, check_hub, check_utf8)
+SLOWS = (check_compile, check_threads, check_hub)
 
 
 def main():
