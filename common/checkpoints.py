@@ -4,7 +4,6 @@ What a checkpoint holds is the caller's: plain tensors and containers, so that `
 it. Importing this module does not import torch.
 """
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -21,17 +20,18 @@ def save_checkpoint(folder, step, state, keep=2):
     """
     import torch
 
-    path, hashed = Path(folder) / f"step_{step:06d}.pt", _Hashed()
+    path = Path(folder) / f"step_{step:06d}.pt"
     for part in path.parent.glob(".step_*.part"):  # gigabytes that a kill in the middle of a save has left
         part.unlink(missing_ok=True)
     try:
-        with atomic_open(path, "wb") as hashed.file:
-            torch.save(state, hashed)
+        with atomic_open(path, "wb") as f:
+            torch.save(state, f)
+            f.flush()
             # The sha256 comes first: a checkpoint without one does not count, one without a checkpoint does no harm.
-            with atomic_open(sha256_path(path)) as f:
-                f.write(f"{hashed.sha256.hexdigest()}  {path.name}\n")
-    except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError of its own
-        why = str(hashed.error or e).splitlines()[0]
+            with atomic_open(sha256_path(path)) as sums:
+                sums.write(f"{file_sha256(f.name)}  {path.name}\n")
+    except (OSError, RuntimeError) as e:  # torch's writer covers a full disk with a RuntimeError of its own
+        why = str(e.__context__ if isinstance(e.__context__, OSError) else e).splitlines()[0]
         raise UsageError(f"{path} could not be written ({why}); earlier ones are kept: free disk and resume") from None
     # A later one is damaged, or training would have resumed from it: it does not count among those kept.
     earlier = [p for p in sorted_checkpoints(folder) if step_of(p) < step]
@@ -39,24 +39,6 @@ def save_checkpoint(folder, step, state, keep=2):
         old.unlink(missing_ok=True)
         sha256_path(old).unlink(missing_ok=True)
     return path
-
-
-class _Hashed:
-    """A file that hashes what is written to it, so that gigabytes need not be read again when a stop is urgent."""
-
-    def __init__(self):
-        self.file, self.sha256, self.error = None, hashlib.sha256(), None
-
-    def write(self, data):
-        self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as e:
-            self.error = self.error or e
-            raise
-
-    def flush(self):
-        self.file.flush()
 
 
 def sorted_checkpoints(folder):

@@ -134,8 +134,6 @@ def plain(value):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, set | frozenset):
-        return [plain(v) for v in sorted(value)]
     if isinstance(value, Path):  # records read alike on every machine: paths inside the repository are relative
         return (value.relative_to(ROOT) if value.is_relative_to(ROOT) else value).as_posix()
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
