@@ -131,15 +131,15 @@ def is_finished(out, plan, overwrite):
 
     An unfinished part of this result stays where it is: it is resumed.
     """
-    finished = (out / "meta.json").exists()
     try:
-        if finished:
+        if (out / "meta.json").exists():
             meta = read_meta(out)
             if any(meta[key] != plan[key] for key in ("name", "source", "tokenizer")):
                 raise UsageError(f"{out} was made from another corpus, with another tokenizer or options")
             verify(out)
             shutil.rmtree(out / "blocks", ignore_errors=True)  # a kill may have come just before
-        elif any((out / "blocks").glob("*.npz")):
+            return True
+        if any((out / "blocks").glob("*.npz")):
             if read_json(out / "blocks/plan.json") != plan:
                 raise UsageError(f"{out} holds an unfinished corpus of another source, tokenizer or options")
         elif any(out.glob("*.bin")):
@@ -147,11 +147,10 @@ def is_finished(out, plan, overwrite):
     except UsageError as e:
         if not overwrite:
             raise UsageError(f"{e}; choose another --out, or replace it with --overwrite") from None
-        finished = False
         shutil.rmtree(out / "blocks", ignore_errors=True)
         for path in (out / "meta.json", *out.glob("*.bin")):
             path.unlink(missing_ok=True)
-    return finished
+    return False
 
 
 @contextmanager
@@ -184,20 +183,18 @@ def blocks(texts, block_chars):
 
 def tokenize(cfg, plan, part, parts):
     """Write this part's blocks; those already there are passed over. Few are in memory at a time."""
-    total, count = cfg.text_bytes(), 0
+    total = cfg.text_bytes()
     workers = min(cfg.workers or available_cores(), 1 + total // (4 * cfg.block_chars))  # none for a few blocks
 
     def todo():
-        nonlocal count
         for index, block in enumerate(blocks(cfg.documents(), cfg.block_chars)):
-            count = index + 1
             bar.update(sum(map(len, block)))
             if index % parts == part and not block_path(cfg.out, index).exists():
                 yield cfg.out, plan["tokenizer"]["sha256"], cfg.val_share, index, block
+        write_json(cfg.out / "blocks/end.json", {"blocks": index + 1})
 
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         in_processes(encode, todo(), workers)
-    write_json(cfg.out / "blocks" / "end.json", {"blocks": count})
 
 
 def available_cores():

@@ -16,7 +16,6 @@ often each id occurs in the first 100M training tokens: vocab_size numbers in on
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -149,14 +148,9 @@ def open_split(data_dir, split, meta=None):
 def unigram_counts(data_dir, meta):
     """How often each id occurs in the first 100M tokens of the train split -> (vocab_size,) int64, from the manifest.
 
-    Where an earlier version wrote the manifest they are counted and, if the folder is writable, added to it.
+    A manifest of an earlier version lacks them: there they are counted.
     """
-    counts = meta.get("unigram_counts")
-    if counts is None:
-        counts = _count_unigrams(data_dir, meta)
-        with suppress(OSError):  # a read-only folder: the next start counts again
-            write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": counts})
-    return np.array(counts.split(), dtype=np.int64)
+    return np.array((meta.get("unigram_counts") or _count_unigrams(data_dir, meta)).split(), dtype=np.int64)
 
 
 def _count_unigrams(data_dir, meta):

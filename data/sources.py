@@ -94,11 +94,10 @@ class Corpus:
             texts = _pydocs_texts()
         elif self.source == "hellaswag":
             texts = (json.dumps(row, ensure_ascii=False) for path in files for row in read_parquet(path))
-        elif self.source == "shakespeare" and hub:  # three parts of one text
-            parts = chain.from_iterable(read_parquet(path, self.text_field) for path in files)
-            texts = cut(line for part in parts for line in part.splitlines(True))
         else:
             texts = chain.from_iterable(map(self._read, files))
+        if self.source == "shakespeare" and hub:  # three parts of one text
+            texts = cut("".join(texts).splitlines(True))
         return (text for text in texts if text and not text.isspace())
 
     def _read(self, path):
@@ -165,11 +164,11 @@ def stream(cfg):
 
 
 def _expand(path):
-    if not path.exists():
-        raise UsageError(f"{path} does not exist")
-    if path.is_dir() and not (files := sorted(p for p in path.rglob("[!.]*") if p.is_file())):
-        raise UsageError(f"{path} holds no files")
-    return files if path.is_dir() else [path]
+    """A file, or the files in a folder -> list of Path."""
+    files = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise UsageError(f"{path} holds no files" if path.is_dir() else f"{path} does not exist")
+    return files
 
 
 def _lines(path):
@@ -319,17 +318,15 @@ def _node_rows(node, kind, name, module):
     if kind in ("module", "class"):
         for child in node.body:
             if isinstance(child, NAMED) and not _private(child.name):
-                inner = "method" if kind == "class" else "function"
-                inner = "class" if isinstance(child, ast.ClassDef) else inner
+                inner = "class" if isinstance(child, ast.ClassDef) else "method" if kind == "class" else "function"
                 yield from _node_rows(child, inner, f"{name}.{child.name}", module)
 
 
 def _signature(node):
-    if isinstance(node, ast.Module):
-        return ""
-    if isinstance(node, ast.ClassDef):
-        return f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-    return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+    bases = getattr(node, "bases", ())  # of a class
+    return f"({', '.join(map(ast.unparse, bases))})" if bases else ""
 
 
 # --- command line
