@@ -16,9 +16,7 @@ often each id occurs in the first 100M training tokens: vocab_size numbers in on
     python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tyro
@@ -109,10 +107,9 @@ def read_meta(data_dir):
             f"or take in shards of another project with `data/prepare.py adopt {data_dir} --tokenizer gpt2`"
         )
     meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UsageError(f"{path} is not the manifest of a folder of shards")
-    if meta["version"] != FORMAT_VERSION:
-        raise UsageError(f"{path} has version {meta['version']}; this code reads version {FORMAT_VERSION}")
+    found = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else None
+    if found != (FORMAT, FORMAT_VERSION):
+        raise UsageError(f"{path} is a manifest of {found}; this code reads {(FORMAT, FORMAT_VERSION)}")
     return meta
 
 
@@ -200,19 +197,11 @@ def summary(shards):
 # --- command line
 
 
-@dataclass
-class Config:
-    """Read every byte of a folder of shards and check it against its manifest."""
-
-    command: tyro.conf.Positional[Literal["verify"]]
-    data_dir: tyro.conf.Positional[Path]  # folder with meta.json
-
-
-def main():
-    cfg = tyro.cli(Config)
-    print(summary(verify(cfg.data_dir)["shards"]))
-    print(f"{cfg.data_dir}: checksums match")
+def verify_command(data_dir: tyro.conf.Positional[Path]):
+    """Read every byte of a folder of shards and check it against its meta.json."""
+    print(summary(verify(data_dir)["shards"]))
+    print(f"{data_dir}: checksums match")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(lambda: tyro.extras.subcommand_cli_from_dict({"verify": verify_command}))
