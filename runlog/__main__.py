@@ -138,7 +138,6 @@ def parse(argv=None):
     add("--data", help="where the corpus, text or rows lie now, if not where the record says")
     add = command("export", "write a compact record of a run: at most four files", runs=1)
     add("--out", required=True, help="folder of the record, e.g. records/NAME")
-    add("--keep", metavar="FILE", help="one more file of the run to keep, e.g. hellaswag.jsonl.gz")
     return parser.parse_args(argv)
 
 
@@ -149,7 +148,7 @@ def main():
         return list_runs(Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder, args.sort)
     folders = [locate(name) for name in args.run]
     if args.command == "export":
-        export_record(folders[0], args.out, args.keep)
+        export_record(folders[0], args.out)
     elif args.command == "verify":
         good = [verify(read_run(folder), args.steps, args.whole, args.data) for folder in folders]
         return None if all(good) else sys.exit(1)

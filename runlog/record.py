@@ -265,7 +265,7 @@ MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 # a compact record
 
 
-def export_record(run_dir, out, keep=None):
+def export_record(run_dir, out):
     """Write a record of a run: at most four files, which read_run reads like the run itself.
 
     record.json     {"config", "env", "result"}
@@ -273,8 +273,7 @@ def export_record(run_dir, out, keep=None):
     adapters.jsonl  of a sweep: {"name", "config", "env", "result", "metrics": rows} for each adapter
     log.txt         with the samples at its end; of a sweep lora_experiments_TASK.log with its table
     *.png           loss.png, or the one picture of a benchmark
-
-    keep: one more file of the run's to keep.
+    hellaswag.jsonl the items' log-probabilities, of an evaluation, which has no picture
     """
     run, out = read_run(run_dir), Path(out)
     if out.exists():
@@ -284,11 +283,8 @@ def export_record(run_dir, out, keep=None):
         log, end = next(run.run_dir.glob("lora_experiments_*.log"), log), "table.md"
     pictures = [run.run_dir / "loss.png", *sorted(run.run_dir.glob("*.png"))]
     files = [path for path in pictures if path.exists()][:1]
-    files += [run.run_dir / name for name in ("metrics.jsonl" if run.metrics else None, keep) if name]
+    files += [run.run_dir / name for name in ("metrics.jsonl", "hellaswag.jsonl") if run.read_text(name)]
     adapters = [_adapter_row(adapter, run) for adapter in run.adapters()]
-    if 2 + bool(adapters) + len(files) > 4:
-        raise UsageError(f"{keep} would be the record's fifth file")
-
     with atomic_folder(out) as part:
         for file in files:
             shutil.copyfile(file, part / file.name)

@@ -35,11 +35,6 @@ class Report:
         self.unproved += 1
         print(f"unproved  {text}", flush=True)
 
-    def verdict(self):
-        if self.failed:
-            return f"{self.failed} of the checks failed: this record is not what the run computed"
-        return "nothing contradicts the record" + (f"; not proved: {self.unproved}" if self.unproved else "")
-
 
 def verify(run, steps=5, whole=False, data=None):
     """Check a Run and print what is found -> whether nothing failed.
@@ -62,7 +57,11 @@ def verify(run, steps=5, whole=False, data=None):
         check_adapters(run, report, steps, whole, data)
     else:
         report.open(f"a run of kind {run.kind} measures: there is nothing to compute again with the same outcome")
-    print(f"          {report.verdict()}")
+    if report.failed:
+        print(f"          {report.failed} of the checks failed: this record is not what the run computed")
+    else:
+        unproved = f"; not proved: {report.unproved}" if report.unproved else ""
+        print(f"          nothing contradicts the record{unproved}")
     return not report.failed
 
 
@@ -110,12 +109,12 @@ def check_adapters(run, report, steps, whole, data):
 
 def code_reasons(run):
     """Why the code here may not be the code of the run -> list of texts; empty if it is the same."""
-    commit = run.config.get("git_commit")
+    commit = run.config.get("git_commit") or "?"
     if run.config.get("git_dirty") is not False:
         return ["the run's code was not committed" if run.config.get("git_dirty") else "the run's code is not known"]
-    if commit is None or git("cat-file", "-e", f"{commit}^{{commit}}", seconds=30) is None:
-        return [f"the run's commit {str(commit)[:9]} is not in this repository"]
     changed = git("diff", "--name-only", commit, "--", *(f"{name}/*.py" for name in PACKAGES), seconds=30)
+    if changed is None:
+        return [f"the run's commit {commit[:9]} is not in this repository"]
     return [f"{len(changed.split())} code files have changed since commit {commit[:9]}"] if changed else []
 
 

@@ -195,18 +195,12 @@ def test_a_sweeps_record_has_its_adapters_in_one_table(tmp_path):
         assert record.settings == run.settings | {"inputs": {"base_sha256": "12ab"}}
 
 
-def test_one_more_file_is_kept_if_it_is_the_fourth(tmp_path):
+def test_an_evaluations_record_keeps_its_items(tmp_path):
     write_run(tmp_path / "run")
-    for name in ("items.jsonl", "loss.png"):
-        (tmp_path / "run" / name).write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"items.jsonl would be the record's fifth file"):
-        export_record(tmp_path / "run", tmp_path / "record", keep="items.jsonl")
-    (tmp_path / "run/loss.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"nothing.txt"):
-        export_record(tmp_path / "run", tmp_path / "record", keep="nothing.txt")
-    assert not list(tmp_path.glob("*record*"))
-    export_record(tmp_path / "run", tmp_path / "record", keep="items.jsonl")
-    assert (tmp_path / "record/items.jsonl").exists()
+    (tmp_path / "run/hellaswag.jsonl").write_text("{}\n", encoding="utf-8")
+    export_record(tmp_path / "run", tmp_path / "record")
+    assert (tmp_path / "record/hellaswag.jsonl").read_text(encoding="utf-8") == "{}\n"
+    assert len(list((tmp_path / "record").iterdir())) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
