@@ -29,14 +29,13 @@ def check_python():
 
 def check_environment():
     """A virtual environment, .venv or another, in which the repository itself is installed."""
-    activate = ".venv\\Scripts\\activate" if os.name == "nt" else ". .venv/bin/activate"
     if installed("bytes-to-lora"):
         return f"the repository is installed in {sys.prefix}", None
+    activate = ".venv\\Scripts\\activate" if os.name == "nt" else ". .venv/bin/activate"
     if (ROOT / ".venv").is_dir() and Path(sys.prefix).resolve() != ROOT / ".venv":
         return ".venv is there but not active", activate
-    if sys.prefix != sys.base_prefix:
-        return f"the repository is not installed in {sys.prefix}", INSTALL
-    return "no virtual environment", f"python3 -m venv .venv, then {activate}, then {INSTALL}"
+    fix = INSTALL if sys.prefix != sys.base_prefix else f"python3 -m venv .venv, then {activate}, then {INSTALL}"
+    return f"the repository is not installed in {sys.prefix}", fix
 
 
 def check_packages():

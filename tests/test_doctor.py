@@ -44,7 +44,9 @@ def nothing_installed(monkeypatch, tmp_path):
 
 def test_an_environment_that_is_not_made_not_active_or_empty(nothing_installed, monkeypatch):
     text, fix = doctor.check_environment()
-    assert text == "no virtual environment" and fix.startswith("python3 -m venv .venv, then . .venv/bin/activate")
+    assert text == "the repository is not installed in /usr" and fix.startswith(
+        "python3 -m venv .venv, then . .venv/bin/activate"
+    )
     (nothing_installed / ".venv").mkdir()
     assert doctor.check_environment() == (".venv is there but not active", ". .venv/bin/activate")
     monkeypatch.setattr(sys, "prefix", str(nothing_installed / ".venv"))
