@@ -203,5 +203,9 @@ def verify_command(data_dir: tyro.conf.Positional[Path]):
     print(f"{data_dir}: checksums match")
 
 
+def main():
+    tyro.extras.subcommand_cli_from_dict({"verify": verify_command})
+
+
 if __name__ == "__main__":
-    cli(lambda: tyro.extras.subcommand_cli_from_dict({"verify": verify_command}))
+    cli(main)
