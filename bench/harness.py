@@ -5,11 +5,9 @@ memory, caches and torch's settings belong to a process, and because whoever run
 """
 
 import ctypes
-import math
 import multiprocessing
 import os
 import signal
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -23,21 +21,22 @@ import pandas
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common import UsageError, atomic_open, peak_memory_mb, read_json, synchronize
+from common import ROOT, UsageError, atomic_open, peak_memory_mb, read_json, synchronize
 from runlog import RunLog
 
-COLUMNS = ["seconds", "tok_per_sec", "mb_per_sec", "items_per_sec", "mfu", "peak_mb", "spread", "last_loss", "val_loss"]
-COLUMNS += ["n_vocab", "bytes_per_token", "ratio", "ratio_to", "failed"]  # of the table: fields of the rows
+# Fields of the rows that the table shows.
+COLUMNS = "seconds tok_per_sec mb_per_sec items_per_sec mfu peak_mb spread last_loss val_loss seconds_to_loss agree"
+COLUMNS += " n_vocab bytes_per_token ratio ratio_to failed"
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
     """Settings of every benchmark."""
 
-    run_dir: Path  # run directory to write: table, picture, result.json
+    run_dir: Path | None = None  # run directory to write: table, picture, result.json; none: runs/NAME_OF_BENCHMARK
     overwrite: bool = False  # replace a finished benchmark in the run directory
-    rounds: int = 3  # turns of each contestant, in alternation; the median counts
-    slow_seconds: float = 30.0  # who needs longer than this has a single turn
+    rounds: int = 5  # turns of each contestant, in alternation; the median counts
+    slow_seconds: float = 5.0  # who needs longer than this has a single turn
     limit_seconds: float = 600.0  # who needs longer than this for a turn is stopped
 
 
@@ -45,7 +44,7 @@ class BenchConfig:
 class Contestant:
     """One that is measured: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
 
-    facts: "seconds", one figure or a list of samples; "peak_mb"; and what else is worth a field of the row.
+    facts: "seconds", perhaps "peak_mb", and what else is worth a field of the row.
     """
 
     make: Callable
@@ -53,23 +52,20 @@ class Contestant:
     env: dict = field(default_factory=dict)  # environment variables of its process
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# turns
-
-
 class OwnProcess:
-    """A contestant in a fresh interpreter, which takes a turn when told to."""
+    """A contestant in a fresh interpreter, which starts with its first turn and takes a turn when told to."""
 
     def __init__(self, contestant):
-        self.job = _turn, contestant.make, contestant.args
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with patch.dict(os.environ, contestant.env):
-            self.pid = self.pool.submit(os.getpid).result()
+        self.contestant, self.pool = contestant, None
 
     def turn(self, limit_seconds):
         """Take one turn -> facts, or {"failed": why}; the first one sets up before."""
         try:
-            return self.pool.submit(*self.job).result(limit_seconds)
+            if self.pool is None:
+                self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                with patch.dict(os.environ, self.contestant.env):
+                    self.pid = self.pool.submit(os.getpid).result()
+            return self.pool.submit(_turn, self.contestant.make, self.contestant.args).result(limit_seconds)
         except UsageError:
             raise
         except TimeoutError:
@@ -79,8 +75,10 @@ class OwnProcess:
             return {"failed": f"{type(e).__name__}: {e}".splitlines()[0], "traceback": traceback.format_exc()}
 
     def close(self):
-        """End the process, and give back what it holds."""
-        self.pool.shutdown()
+        """End the process, and give back what it holds; the next turn has another one."""
+        if self.pool:
+            self.pool.shutdown()
+        self.pool = None
 
 
 _ready = None  # the `turn` of this process's contestant
@@ -95,74 +93,70 @@ def _turn(make, args):
 def take_turns(contestants, cfg, log, name, *, keep=False):
     """Let everyone take cfg.rounds turns, in alternation -> {label: facts}; each turn is a row of metrics.jsonl.
 
-    contestants: {label: Contestant}. Numbers are medians over the turns, "seconds" over all samples, with their count
-    "turns" and their "spread", (max - min) / median; other facts are those of the first turn. Whoever fails or needs
-    longer than cfg.limit_seconds has {"failed": why} instead. UsageError if that is everyone.
-    keep: processes live on between turns, unless that leaves the device too little free memory for the others
-    ("free_mb" in the facts); without it each turn has a fresh process.
+    contestants: {label: Contestant}. Numbers are medians over the turns, with their count "turns" and the "spread" of
+    the seconds, (max - min) / median; other facts are those of the first turn. Whoever fails or needs longer than
+    cfg.limit_seconds has {"failed": why} instead. UsageError if that is everyone.
+    keep: processes live on between turns; without it each turn has a fresh one.
     """
-    turns, failed, alive, labels = {label: [] for label in contestants}, {}, {}, list(contestants)
-
-    def one_turn(label):
-        alive[label] = alive.get(label) or OwnProcess(contestants[label])
-        facts = alive[label].turn(cfg.limit_seconds)
-        peak = max((turn["peak_mb"] or 0 for done in turns.values() for turn in done), default=0)
-        if not keep or "failed" in facts or facts.get("free_mb", math.inf) < 1.2 * peak:
-            alive.pop(label).close()
-        return facts
-
+    turns, labels = {label: [] for label in contestants}, list(contestants)
+    processes = {label: OwnProcess(contestant) for label, contestant in contestants.items()}
     try:
         for k in range(cfg.rounds):
             order = labels[k % len(labels) :] + labels[: k % len(labels)]  # another one begins every round
             for label in tqdm(order, desc=f"{name}, round {k + 1}", leave=False, disable=None):
-                if label in failed or (turns[label] and medians(turns[label])["seconds"] > cfg.slow_seconds):
+                if turns[label] and medians(turns[label]).get("seconds", float("inf")) > cfg.slow_seconds:
                     continue
-                facts = one_turn(label)
-                if "failed" in facts and alive:  # perhaps for want of the memory that the others hold: once more, alone
-                    while alive:
-                        alive.popitem()[1].close()
-                    facts = one_turn(label)
+                facts = processes[label].turn(cfg.limit_seconds)
+                if keep and "failed" in facts:  # perhaps for want of the memory that the others hold: once more, alone
+                    for process in processes.values():
+                        process.close()
+                    facts = processes[label].turn(cfg.limit_seconds)
                 figures = {key: facts[key] for key in ("seconds", "peak_mb", "failed", "traceback") if key in facts}
                 log.metric(k, f"{name}/{label}", **figures)
+                turns[label].append(facts)
                 if "failed" in facts:
                     log.print(f"{name}: {label} failed: {facts['failed']}")
-                    failed[label] = {"failed": facts["failed"]}
-                else:
-                    turns[label].append(facts)
+                if "failed" in facts or not keep:
+                    processes[label].close()
     finally:
-        for process in alive.values():
+        for process in processes.values():
             process.close()
-    if len(failed) == len(contestants):
+    facts = {label: medians(done) for label, done in turns.items()}
+    if all("failed" in f for f in facts.values()):
         raise UsageError("no contestant could be measured; the lines above say why")
-    return {label: failed.get(label) or medians(turns[label]) for label in contestants}
+    return facts
 
 
 def medians(turns):
     """The facts of several turns of one contestant as one: see `take_turns`."""
-    facts, seconds = dict(turns[0]), []
-    for turn in turns:
-        seconds += turn["seconds"] if isinstance(turn["seconds"], list) else [turn["seconds"]]
-    for key, value in facts.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            facts[key] = statistics.median(turn[key] for turn in turns)
-    median = statistics.median(seconds)
-    return facts | {"seconds": median, "turns": len(seconds), "spread": (max(seconds) - min(seconds)) / median}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# time and memory of a piece of work
+    if "failed" in turns[-1]:
+        return {"failed": turns[-1]["failed"]}
+    seconds = [turn["seconds"] for turn in turns]
+    facts = turns[0] | pandas.DataFrame(turns).select_dtypes("number").median().to_dict()
+    return facts | {"turns": len(turns), "spread": (max(seconds) - min(seconds)) / facts["seconds"]}
 
 
 @contextmanager
 def measured(device="cpu"):
     """Measure a block -> a dict that gets "seconds", and "peak_mb", what it took beyond what was held before."""
-    facts, before = {}, peak_memory(device, reset=True)
     synchronize(device)
+    facts, before = {}, peak_memory(device, reset=True)
     started = time.perf_counter()
     yield facts
     synchronize(device)
     facts["seconds"] = time.perf_counter() - started
     facts["peak_mb"] = None if before is None else peak_memory(device) - before
+
+
+def timed(work, key, device="cpu"):
+    """A `turn` that measures work(); what it returns is the fact `key`."""
+
+    def turn():
+        with measured(device) as facts:
+            facts[key] = work()
+        return facts
+
+    return turn
 
 
 def peak_memory(device="cpu", reset=False):
@@ -186,39 +180,35 @@ def peak_memory(device="cpu", reset=False):
         return peak_memory_mb()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows, table, picture
-
-
-def open_log(cfg, kind, **options):
+def open_log(cfg, name, **options):
     """The RunLog of a benchmark; UsageError where a finished one would be replaced without --overwrite."""
-    folder = Path(cfg.run_dir)
+    folder = cfg.run_dir or ROOT / "runs" / name
     done = (folder / "result.json").exists() and read_json(folder / "result.json")["status"] == "success"
     if (folder / "record.json").exists() or (done and not cfg.overwrite):
         raise UsageError(f"{folder} holds a finished benchmark; choose another --run-dir, or replace it by --overwrite")
-    return RunLog(folder, kind, cfg, **options)
+    return RunLog(folder, name, cfg, **options)
 
 
 def row(name, who, facts, other, ratio_to, *, speedup=False, **more):
     """A row of result.json. ratio: the seconds over those of the facts `other`; speedup: the other way round."""
     ratio = facts["seconds"] / other["seconds"] if "seconds" in facts and "seconds" in other else None
     ratio = 1 / ratio if ratio and speedup else ratio
-    figures = {k: v for k, v in facts.items() if not isinstance(v, list)}
+    figures = {k: v for k, v in facts.items() if not isinstance(v, list | dict)}
     return {"name": name, "who": who, **figures, **more, "ratio": ratio, "ratio_to": ratio_to}
 
 
 def finish(log, rows, key, **more):
     """The rows as a table, as bars of their figure `key`, and in result.json."""
     labels = [f"{r['name']}: {r.get('lever') or r.get('kernel') or r['who']}" for r in rows]
-    frame = pandas.DataFrame(rows, index=labels).reindex(columns=COLUMNS).dropna(axis="columns", how="all")
-    log.print(frame.to_string(float_format="{:,.4g}".format, na_rep="-"))
-    done = [(label, r) for label, r in zip(labels, rows) if r.get(key)][::-1]  # the first one on top
+    frame = pandas.DataFrame(rows, index=labels)
+    table = frame.reindex(columns=COLUMNS.split()).dropna(axis="columns", how="all")
+    log.print(table.to_string(float_format="{:,.4g}".format, na_rep="-"))
+    done = frame[frame[key].notna()][::-1]  # the first one on top
     fig = Figure(figsize=(8, 0.9 + 0.36 * len(done)), dpi=130, layout="constrained")
-    ax, values = fig.subplots(), [r[key] for _, r in done]
-    colors = ["#D55E00" if r["who"].startswith("ours") and r.get("kept", True) else "#8FB8D8" for _, r in done]
-    bars = ax.barh(range(len(done)), values, color=colors, tick_label=[label for label, _ in done])
-    ax.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
-    ax.set(xlabel=key, xscale="log" if max(values) > 50 * min(values) else "linear")
+    colors = ["#D55E00" if who.startswith("ours") else "#8FB8D8" for who in done["who"]]
+    log_x = bool(done[key].max() > 50 * done[key].min())
+    ax = done[key].plot.barh(ax=fig.subplots(), color=colors, logx=log_x, xlabel=key)
+    ax.bar_label(ax.containers[0], fmt="%.4g", padding=3, fontsize=8)
     with atomic_open(log.run_dir / "bench.png", "wb") as f:
         fig.savefig(f, format="png")
     log.finish("success", rows=rows, **more)

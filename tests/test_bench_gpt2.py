@@ -12,7 +12,7 @@ from lora_models import save_tiny
 from bench import bench_gpt2, harness
 from bench.baselines import SIZES, Options, batches, first_weights, ours, transformers
 from bench.bench_gpt2 import race_rows, training
-from bench.harness import Contestant, OwnProcess, take_turns
+from bench.harness import Contestant, take_turns
 from common import UsageError
 from gpt2.config import PRESETS
 from runlog import read_run
@@ -98,7 +98,7 @@ def test_baselines_start_from_the_same_weights_and_are_compared_with_ours(
     assert mine["ratio"] == 1 and all(row["ratio_to"] == "seconds of ours" for row in rows.values())
     for who, row in rows.items():
         assert row["ratio"] == pytest.approx(row["seconds"] / mine["seconds"])
-        exact = who.startswith(("ours", "nanoGPT", "build"))  # the others shift labels or shuffle rows
+        exact = who.startswith(("ours", "nanoGPT", "build"))  # the others shift labels: a row's last has no target
         assert row["first_loss"] == pytest.approx(mine["first_loss"], abs=1e-4 if exact else 0.6)
     assert [r["kind"] for r in run.metrics].count("peers/ours") == 1
 
@@ -112,8 +112,8 @@ def test_transformers_starts_as_the_same_function():
 
 @pytest.mark.core
 def test_a_step_reports_seconds_memory_and_losses():
-    facts = training(ours, SIZES["tiny"], "cpu", {"options": Options(compile=False)}, 3, 2)()
-    assert len(facts["seconds"]) == 3 and facts["last_loss"] < facts["first_loss"] == pytest.approx(5.56, abs=0.1)
+    facts = training(ours, SIZES["tiny"], "cpu", {"options": Options(compile=False)}, 2)()
+    assert facts["seconds"] > 0 and facts["last_loss"] < facts["first_loss"] == pytest.approx(5.56, abs=0.1)
     weights = sum(p.numel() for p in first_weights(SIZES["tiny"]).parameters()) * 4 / 2**20
     assert facts["peak_mb"] is None or facts["peak_mb"] >= 3 * weights
     assert bench_gpt2.matmul_peak("float32", n=32) > 0
@@ -140,7 +140,12 @@ def measuring(what):
             time.sleep(60)
         if what == "refused":
             raise UsageError("no such model")
-        return {"seconds": [1.0, 3.0], "peak_mb": 5.0, "env": os.environ.get("GLIBC_TUNABLES"), "turn": len(turns)}
+        return {
+            "seconds": float(len(turns)),
+            "peak_mb": 5.0,
+            "env": os.environ.get("GLIBC_TUNABLES"),
+            "turn": len(turns),
+        }
 
     return turn
 
@@ -162,13 +167,13 @@ def turns():
 def test_a_contestant_has_a_process_and_an_environment_of_its_own(turns):
     facts, _ = turns("good", rounds=2, keep=True)
     assert facts["good"] == {
-        "seconds": 2.0, "turns": 4, "spread": 1.0, "peak_mb": 5.0, "env": "x=1", "turn": 1.5,
+        "seconds": 1.5, "turns": 2, "spread": 1 / 1.5, "peak_mb": 5.0, "env": "x=1", "turn": 1.5,
     }  # fmt: skip
 
 
 def test_who_fails_has_a_row_that_says_so(turns):
     facts, said = turns("killed", "good")
-    assert facts["good"]["seconds"] == 2 and facts["killed"].keys() == {"failed"}
+    assert facts["good"]["seconds"] == 1 and facts["killed"].keys() == {"failed"}
     assert said == [f"test: killed failed: {facts['killed']['failed']}"]
     r = harness.row("x", "killed", facts["killed"], facts["good"], "seconds of good")
     assert r["ratio"] is None and r["failed"]
@@ -176,7 +181,7 @@ def test_who_fails_has_a_row_that_says_so(turns):
 
 def test_out_of_memory_is_a_failure_of_one_alone(turns, contestants_here):
     facts, said = turns("good", "out of memory", rounds=2, keep=True)
-    assert facts["out of memory"] == {"failed": "CUDA out of memory"} and facts["good"]["turns"] == 4
+    assert facts["out of memory"] == {"failed": "CUDA out of memory"} and facts["good"]["turns"] == 2
     assert said == ["test: out of memory failed: CUDA out of memory"]
 
 
@@ -192,37 +197,25 @@ def test_a_failure_while_others_hold_memory_is_tried_again_alone(turns, contesta
         turns("refused")
 
 
-def test_crowded_devices_hold_one_contestant_at_a_time(turns, contestants_here, monkeypatch):
-    closed = []
-    monkeypatch.setattr(harness.OwnProcess, "close", lambda self: closed.append(self))
-    turns("good", "also good", rounds=2, keep=True)
-    assert len(closed) == 2  # at the end
-    real = harness.OwnProcess.turn
-    monkeypatch.setattr(harness.OwnProcess, "turn", lambda self, limit: {**real(self, limit), "free_mb": 1.0})
-    turns("good", "also good", rounds=2, keep=True)
-    assert len(closed) == 2 + 4 - 1  # after each turn but the first, when no peak is known yet
-    assert OwnProcess is not harness.OwnProcess
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the other modes
 
 
 def test_the_profile_lists_kernels_and_leaves_a_trace(bench):
-    run = bench("profile", *TINY, "--top", 5)
-    assert len(run.result["rows"]) == 5 and sum(row["ratio"] for row in run.result["rows"]) <= 1
+    run = bench("profile", *TINY)
+    assert len(run.result["rows"]) == 15 and sum(row["ratio"] for row in run.result["rows"]) <= 1
     assert (run.run_dir / "trace.json.gz").stat().st_size > 1000
 
 
 def test_the_race_stamps_losses_with_seconds(bench, corpus, nanogpt, monkeypatch):
     small = replace(PRESETS["quickstart"], n_layer=1, n_head=2, n_embd=16, total_batch_size=256)
     monkeypatch.setitem(PRESETS, "quickstart", small)
-    flags = ("--data-dir", corpus, "--nanogpt", nanogpt, "--max-steps", 4, "--val-every", 2, "--val-tokens", 2048)
-    run = bench("race", *flags)
+    monkeypatch.setattr(bench_gpt2, "VAL_TOKENS", 2048)
+    run = bench("race", "--data-dir", corpus, "--nanogpt", nanogpt, "--race-steps", 4, "--rounds", 1)
     rows = {row["who"]: row for row in run.result["rows"]}
     assert rows.keys() == {"ours adamw", "ours muon", "nanoGPT lr 0.001", "nanoGPT lr 0.003"}
     curves = {who: [(r["step"], r["seconds"], r["loss"]) for r in run.rows(f"val {who}")] for who in rows}
-    assert all([step for step, _, _ in curve] == [0, 2, 4] for curve in curves.values())
+    assert all([step for step, _, _ in curve] == [0, 1, 2, 3, 4] for curve in curves.values())
     first = [curve[0][2] for curve in curves.values()]
     assert max(first) - min(first) < 1e-4  # the same weights, the same validation
     assert all(row["val_loss"] < first[0] for row in rows.values())
@@ -236,7 +229,7 @@ def test_the_race_is_read_from_two_curves_by_seconds():
     mine, theirs = race_rows(facts | {"broken": {"failed": "out of memory"}})[:2]
     assert mine["seconds_to_loss"] == pytest.approx(7.5) and theirs["seconds_to_loss"] == 20  # to a loss of 5
     assert mine["ratio"] == pytest.approx(0.375) and theirs["ratio"] == 1
-    assert mine["val_loss_at_seconds"] == 4 and theirs["val_loss_at_seconds"] == pytest.approx(7 - 2 / 3)  # after 10 s
+    assert mine["val_loss_at_first_end"] == 4 and theirs["val_loss_at_first_end"] == pytest.approx(7 - 2 / 3)
 
 
 def test_scaling_without_torchrun_is_one_rank(bench):
@@ -257,9 +250,9 @@ def test_naive_and_batched_scoring_of_hellaswag_agree(bench, tmp_path):
     model = save_tiny(tmp_path / "model")
     run = bench("hellaswag", "--model", model, "--input", file, "--items", 5, "--rounds", 1)
     rows = {row["who"]: row for row in run.result["rows"]}
-    assert rows.keys() == {"ours", "one ending at a time", "one item at a time"}
+    assert rows.keys() == {"ours", "one ending at a time"}
     for row in rows.values():
-        assert row["agree"] == row["items"] == 5 and row["max_diff"] < 1e-3 and row["seconds"] > 0
+        assert row["agree"] == row["items"] == 5 and row["seconds"] > 0
         assert row["ratio"] == pytest.approx(row["seconds"] / rows["ours"]["seconds"])
 
 
@@ -267,20 +260,20 @@ def test_naive_and_batched_scoring_of_hellaswag_agree(bench, tmp_path):
 def test_naive_scoring_agrees_on_real_items(bench, shared_data):
     model, file = shared_data / "stories260K", shared_data / "hellaswag_val.jsonl.gz"
     rows = bench("hellaswag", "--model", model, "--input", file, "--items", 200, "--rounds", 1).result["rows"]
-    assert all(row["agree"] == row["items"] == 200 and row["max_diff"] < 1e-3 for row in rows)
+    assert all(row["agree"] == row["items"] == 200 for row in rows)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_the_same(bench):
-    (row,) = bench("resume", "--no-compile", "--max-steps", 40).result["rows"]
+    (row,) = bench("resume", "--no-compile").result["rows"]
     assert row["resumed"] and row["metrics_equal"] and row["weights_equal"]
 
 
 def test_usage_errors_are_one_line(in_process, tmp_path):
     args = ("--run-dir", tmp_path / "run", "--device", "cpu")
-    for flag, says in [("--nanogpt", "it has no model.py"), ("--build-nanogpt", "it has no train_gpt2.py")]:
+    for flag in ("--nanogpt", "--build-nanogpt"):
         code, _, err = in_process(bench_gpt2.main, "peers", *TINY, *args, flag, tmp_path)
-        assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+        assert code == 2 and "model.py: No such file" in err and len(err.strip().splitlines()) == 1
     if not torch.cuda.is_available():  # no figures of a CPU under the name of a GPU
         code, _, err = in_process(bench_gpt2.main, "ladder", "--device", "cuda", "--run-dir", tmp_path / "run")
         assert code == 2 and "--device cuda" in err
