@@ -49,10 +49,9 @@ def check_packages():
 
 def installed(name):
     """Version of a package without a build's suffix ("2.13.0+cpu" -> "2.13.0"), or None."""
-    try:
-        return importlib.metadata.version(name).split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    elsewhere = [path for path in sys.path if Path(path).resolve() != ROOT]  # in ROOT lies what a build left there
+    found = next(iter(importlib.metadata.distributions(name=name, path=elsewhere)), None)
+    return found and found.version.split("+")[0]
 
 
 def check_torch():
