@@ -34,8 +34,8 @@ def autocast(device, dtype):
 class Ranks:
     """This process among `world_size`: its rank, its device, and what the processes agree on.
 
-    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue. `started`: when the first
-    attempt of this torchrun started, in seconds since 1970; a restart by --max-restarts does not reset it.
+    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue. `started`: when this
+    process, or the torchrun that started it, did, in seconds since 1970; --max-restarts does not reset it.
     """
 
     def __init__(self, device="auto"):
@@ -43,45 +43,38 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
         self.main, self.node_leader = self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"
-        self.control, self.started = None, time.time()
+        self.control, self.started = None, _parent_started() if "TORCHELASTIC_RUN_ID" in os.environ else time.time()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
             if interface := _interface_to(os.environ["MASTER_ADDR"]):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            store, attempt = _store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.started = float(store.compare_set("started", "", str(self.started)))  # set by the first attempt alone
+            store, _, _ = next(dist.rendezvous("env://"))
             # Keys that a killed rank left in the store would make a restart wait forever for an address that is gone.
-            store, timeout = dist.PrefixStore(f"attempt_{attempt}", store), timedelta(minutes=10)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = dist.PrefixStore("attempt_" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend, timeout = "nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=10)
             where = {"store": store, "rank": self.rank, "world_size": self.world_size}
             dist.init_process_group(backend, timeout=timeout, **where)
             self.control = dist.new_group(backend="gloo", timeout=timeout)
-
-    def any(self, flag):
-        """True on every rank if `flag` is true on one of them."""
-        return self.sum([bool(flag)])[0] > 0
-
-    def sum(self, values):
-        """Elementwise float64 sums over the ranks of a list of numbers -> list of floats, the same on every rank."""
-        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self.control is not None:
-            with _one_line_when_another_rank_is_gone():
-                dist.all_reduce(total, group=self.control)
-        return total.tolist()
 
     def gather(self, value):
         """`value` of every rank, in order, on every rank."""
         if self.control is None:
             return [value]
         values = [None] * self.world_size
-        with _one_line_when_another_rank_is_gone():
+        try:
             dist.all_gather_object(values, value, group=self.control)
+        except RuntimeError:  # a rank that fails prints why; the others, whose collectives then fail, add this line
+            raise UsageError("another process of this training has ended; what it printed says why") from None
         return values
+
+    def sum(self, values):
+        """Elementwise sums over the ranks of a list of numbers -> list of floats, the same on every rank."""
+        return [sum(column) for column in zip(*self.gather([float(v) for v in values]))]
 
     def wait(self):
         """Wait until every rank has come here."""
-        self.any(False)
+        self.gather(None)
 
     def close(self):
         """Leave the process group."""
@@ -89,25 +82,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _one_line_when_another_rank_is_gone():
-    """A rank that fails prints why; the others, whose collectives then fail, add one line each."""
-    try:
-        yield
-    except RuntimeError:
-        raise UsageError("another process of this training has ended; what it printed says why") from None
+def _parent_started():
+    """When the process that started this one was started, in seconds since 1970."""
+    import psutil  # which imports what only Unix has
 
-
-def _store():
-    """The key-value store over which ranks find each other: the one of torchrun's agent, which outlives restarts."""
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        is_master=not agent_has_store and os.environ["RANK"] == "0",
-        wait_for_workers=False,
-    )
+    return psutil.Process(os.getppid()).create_time()
 
 
 def _interface_to(host):
@@ -159,7 +138,6 @@ class Stop:
 
     def reason(self):
         """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""
-        if not self.ranks.any(self.here()):
-            return None
-        self.why = next(why for why in self.ranks.gather(self.why) if why)
+        found = [why for why in self.ranks.gather(self.here()) if why]
+        self.why = found[0] if found else None
         return self.why
