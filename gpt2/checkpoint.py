@@ -5,9 +5,7 @@ without the trainer: {format, version, step, model_config, model, optimizers, sc
 written and verified: common/checkpoints.py.
 """
 
-import json
 import os
-import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -135,8 +133,8 @@ def model_state(model):
 
 
 def rng_state(device):
-    """The random states of this process as plain containers: python, torch, and the GPU's if there is one."""
-    state = {"python": json.dumps(random.getstate()), "torch": torch.get_rng_state()}
+    """The random states of this process: torch's, and the GPU's if there is one."""
+    state = {"torch": torch.get_rng_state()}
     if device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
@@ -144,8 +142,6 @@ def rng_state(device):
 
 def set_rng_state(state, device):
     """The inverse of `rng_state`."""
-    version, internal, gauss = json.loads(state["python"])
-    random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"].cpu())
     if device.type in state:
         getattr(torch, device.type).set_rng_state(state[device.type].cpu())
