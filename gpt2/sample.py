@@ -1,15 +1,13 @@
 """Text from a model: a run directory, a checkpoint, a Hugging Face folder or a published name.
 
     python gpt2/sample.py --model runs/quickstart --prompt "Return the" --num-samples 3
-    python gpt2/sample.py --model gpt2 --prompt "Hello, I'm a language model," --temperature 0.8 --top-p 0.95
-    python gpt2/sample.py --model runs/quickstart --prompts-file prompts.txt        # one prompt a line, as one batch
+    python gpt2/sample.py --model gpt2 --prompt "Hello, I'm a language model," "Once" --temperature 0.8   # as one batch
 
 Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
 """
 
 from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,12 +22,10 @@ from gpt2.checkpoint import load_model
 class SampleConfig:
     model: str = "runs/quickstart"  # run directory, checkpoint file, Hugging Face folder, or hub name (gpt2, …)
     prompt: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])  # one or more, as one batch
-    prompts_file: str = ""  # text file with one prompt a line, instead of --prompt
     num_samples: int = 1  # samples a prompt
     max_new_tokens: int = 100  # tokens to generate; a sample ends earlier at the end-of-text token
     temperature: float = 1.0  # divides the logits; 0 always takes the likeliest token
     top_k: int = 50  # sample among the k likeliest tokens; 0: all
-    top_p: float = 1.0  # sample among the likeliest tokens with this total probability (Holtzman et al. 2020); 1: all
     seed: int = 1337  # seed of the random draws
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
 
@@ -89,7 +85,7 @@ def left_padded(rows, device):
     return torch.tensor([[0] * (T - len(row)) + row for row in rows], dtype=torch.long, device=device)
 
 
-def pick(logits, temperature, top_k, top_p, generator):
+def pick(logits, temperature, top_k, generator):
     """Next tokens (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -97,17 +93,12 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1:
-        sorted_logits, order = logits.sort(descending=True)
-        p = sorted_logits.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # the first token past the threshold stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     # The draw happens on the CPU, so that a seed gives the same text on every device.
     return torch.multinomial(F.softmax(logits, -1).cpu(), 1, generator=generator).to(logits.device)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p=1.0, seed=1337, eot=None):
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, seed=1337, eot=None):
     """Continue prompts (lists of token ids) -> lists of new ids, each ending before `eot`.
 
     When a context has filled block_size, its older half is dropped and the rest is computed again: learned positions
@@ -131,7 +122,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p
             idx = torch.tensor([[row[-1]] for row in rows], device=device)  # (B, 1)
         logits, _ = model(idx, cache=cache)
         cache.advance(idx.shape[1])
-        new = pick(logits[:, -1], temperature, top_k, top_p, generator)[:, 0].tolist()  # (B,)
+        new = pick(logits[:, -1], temperature, top_k, generator)[:, 0].tolist()  # (B,)
         done = [d or token == eot for d, token in zip(done, new)]
         for row, token in zip(rows, new):
             row.append(token)
@@ -145,13 +136,10 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, top_p
 def main():
     """Generate from --model after each prompt."""
     cfg = tyro.cli(SampleConfig, description=__doc__)
-    prompts = cfg.prompt
-    if cfg.prompts_file:
-        prompts = [p for p in Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines() if p.strip()]
     device = pick_device(cfg.device)
     model, tokenizer = load_model(cfg.model, device)
-    encoded = [tokenizer.encode(p, allowed_special="all") for p in prompts for _ in range(cfg.num_samples)]
-    settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    encoded = [tokenizer.encode(p, allowed_special="all") for p in cfg.prompt for _ in range(cfg.num_samples)]
+    settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "seed")}
     new_ids = generate(model, encoded, cfg.max_new_tokens, eot=tokenizer.eot_token, **settings)
     for prompt, new in zip(encoded, new_ids):
         print(tokenizer.decode(prompt + new), end="\n\n")

@@ -79,17 +79,16 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     assert max(generate(model, [[1]] * 20, 8, temperature=5.0, top_k=0)[0]) < 50
 
 
-def test_top_k_top_p_and_temperature_choose_among_the_right_tokens():
+def test_top_k_and_temperature_choose_among_the_right_tokens():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     generator = torch.Generator().manual_seed(0)
 
     def seen(**kwargs):
-        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **kwargs}
+        settings = {"temperature": 1.0, "top_k": 0, **kwargs}
         return {pick(p.log(), **settings, generator=generator).item() for _ in range(200)}
 
     assert seen() == {0, 1, 2, 3}
     assert seen(top_k=2) == {0, 1} and seen(top_k=9) == {0, 1, 2, 3}
-    assert seen(top_p=0.5) == {0} and seen(top_p=0.6) == {0, 1} and seen(top_p=0.96) == {0, 1, 2, 3}
     assert seen(temperature=0) == {0} == seen(temperature=0.01)
 
 
@@ -117,8 +116,7 @@ def test_the_script_samples_from_a_run_and_a_folder(tmp_path, corpus, in_process
 
     from_run = sample("run", "--prompt", "Return the")
     assert from_run.startswith("Return the") and from_run == sample("hf", "--prompt", "Return the")
-    (tmp_path / "prompts.txt").write_text("a\n\nbc\n", encoding="utf-8")
-    several = sample("run", "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2)
+    several = sample("run", "--prompt", "a", "bc", "--num-samples", 2)
     assert several.startswith("a") and several.count("\n\n") >= 4
     code, _, err = in_process(main, "--model", tmp_path / "nowhere")
     assert code == 2 and err.startswith("error: ") and "does not exist" in err
