@@ -6,6 +6,8 @@ neither the number of processes nor the micro-batch size changes what is learned
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ class Loader:
             raise UsageError(
                 f"the {split} shards in {data_dir} hold no sequence of {block_size} tokens; lower --block-size"
             )
-        self._epochs = {}  # epoch -> permutation; a step touches two at the most
+        self.permutation = lru_cache(2)(self._permutation)  # a step touches two epochs at the most
 
     def sequence(self, i):
         """Tokens i T … i T + T of the corpus: (T + 1,) uint16, inputs and targets overlapping by T - 1."""
@@ -39,16 +41,15 @@ class Loader:
         at = (i - int(self.first[shard])) * self.block_size
         return self.shards[shard][at : at + self.block_size + 1]
 
+    def _permutation(self, epoch):
+        shuffled = np.arange(self.n_sequences, dtype=np.uint32 if self.n_sequences < 2**32 else np.uint64)
+        np.random.default_rng([self.seed, epoch]).shuffle(shuffled)
+        return shuffled
+
     def order(self, position):
         """Which sequence stands at `position` of the endless shuffled stream."""
         epoch, place = divmod(position, self.n_sequences)
-        if epoch not in self._epochs:
-            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
-            dtype = np.uint32 if self.n_sequences < 2**32 else np.uint64
-            shuffled = np.arange(self.n_sequences, dtype=dtype)
-            np.random.default_rng([self.seed, epoch]).shuffle(shuffled)
-            self._epochs[epoch] = shuffled
-        return int(self._epochs[epoch][place])
+        return int(self.permutation(epoch)[place])
 
     def batch(self, step, rows=None):
         """Rows of the step's batch -> (idx, targets), each (len(rows), T) int64. rows: a range; None: all of them."""
@@ -78,22 +79,17 @@ def micro_batch_rows(micro_step, rank, world_size, micro_batch_size):
     return range(start, start + micro_batch_size)
 
 
-class Prefetcher:
-    """Hands out a rank's micro-batches on its device, the next one being read and pinned on a thread meanwhile."""
+def micro_batches(loader, ranks, micro_batch_size, grad_accum_steps, step):
+    """Yield a rank's (idx, targets) from `step` on, on its device, while a thread reads and pins the next ones."""
 
-    def __init__(self, loader, ranks, micro_batch_size, grad_accum_steps):
-        self.loader, self.device, self.grad_accum_steps = loader, ranks.device, grad_accum_steps
-        self.where = (ranks.rank, ranks.world_size, micro_batch_size)
-        self.thread, self.ready = ThreadPoolExecutor(1), {}
+    def read(i):
+        step, micro_step = divmod(i, grad_accum_steps)
+        rows = micro_batch_rows(micro_step, ranks.rank, ranks.world_size, micro_batch_size)
+        tensors = loader.batch(step, rows)  # (micro_batch_size, T) each
+        return [t.pin_memory() for t in tensors] if ranks.device.type == "cuda" else tensors
 
-    def _read(self, step, micro_step):
-        tensors = self.loader.batch(step, micro_batch_rows(micro_step, *self.where))
-        return tuple(t.pin_memory() for t in tensors) if self.device.type == "cuda" else tensors
-
-    def get(self, step, micro_step):
-        """(idx, targets) on the device, (micro_batch_size, T) each."""
-        key = (step, micro_step)
-        future = self.ready.pop(key, None) or self.thread.submit(self._read, *key)
-        following = (step, micro_step + 1) if micro_step + 1 < self.grad_accum_steps else (step + 1, 0)
-        self.ready = {following: self.thread.submit(self._read, *following)}
-        return tuple(t.to(self.device, non_blocking=True) for t in future.result())
+    thread, first = ThreadPoolExecutor(1), step * grad_accum_steps
+    following = thread.submit(read, first)
+    for i in count(first + 1):
+        ready, following = following.result(), thread.submit(read, i)
+        yield [t.to(ranks.device, non_blocking=True) for t in ready]

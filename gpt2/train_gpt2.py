@@ -38,9 +38,9 @@ from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
 from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
-from gpt2.loader import Loader, Prefetcher
+from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT
-from gpt2.optimizers import lr_at, make_optimizers, set_lr
+from gpt2.optimizers import make_optimizers, set_lr
 from gpt2.plan import advice, peak_flops, print_plan, restart_with_memory_settings
 from gpt2.sample import generate
 from runlog import RunLog, read_run
@@ -155,11 +155,10 @@ def find_start(cfg, settings, ranks):
         )
     start, name = answers.pop()
     state = checkpoint.read(run_dir / "ckpt" / name) if name else None
-    step = state["step"] if state else 0
     if state and "optimizers" not in state:
         raise UsageError(f"{run_dir} holds imported weights; name it by --init, with another --run-dir")
     if start == "run" and (state or run):
-        changes = changed_settings(state["learned"] if state else run.settings, settings, step)
+        changes = changed_settings(state["learned"] if state else run.settings, settings)
         if changes and not cfg.allow_config_change:
             raise UsageError(
                 f"{run_dir} was started with other settings ({'; '.join(changes)}); "
@@ -169,14 +168,9 @@ def find_start(cfg, settings, ranks):
     return start, state, lines
 
 
-def changed_settings(then, now, step):
+def changed_settings(then, now):
     """What differs in the settings that decide what is learned, in words."""
-    changes = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in learned_settings(now).items() if then.get(k) != v]
-    if then["max_steps"] != now["max_steps"]:
-        steps = then["max_steps"], now["max_steps"]
-        before, after = (lr_at(step, now["max_lr"], now["warmup_steps"], max_steps) for max_steps in steps)
-        changes += [f"so the cosine is stretched and the learning rate of step {step} is {after:.2e}, not {before:.2e}"]
-    return changes
+    return [f"{k} {then.get(k)!r} -> {v!r}" for k, v in learned_settings(now).items() if then.get(k) != v]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +233,6 @@ class Trainer:
         T = cfg.block_size
         self.train_loader = Loader(cfg.data_dir, "train", T, cfg.total_batch_size // T, cfg.seed, meta)
         self.val_loader = Loader(cfg.data_dir, "val", T, meta=meta)
-        self.batches = Prefetcher(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps)
         counts = unigram_counts(cfg.data_dir, meta)  # (vocab_size,)
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float(-(p * np.log(p)).sum())  # nats: the loss of knowing the token frequencies alone
@@ -287,10 +280,8 @@ class Trainer:
         """Continue from a checkpoint."""
         self.raw_model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            now = [{name: group[name] for name in ("max_lr", "weight_decay")} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)  # its settings, too; those of today may differ on purpose
-            for group, settings in zip(optimizer.param_groups, now):
-                group.update(settings)
+            # Not the settings, which may differ today on purpose.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.saved_at, self.skipped = state["step"], state["step"], state["skipped"]
         if self.ranks.rank < len(state["rng"]):  # more processes than before: the new ones keep their fresh state
@@ -313,6 +304,7 @@ class Trainer:
         cfg, ranks = self.cfg, self.ranks
         last_step = 0 if cfg.eval_only else cfg.max_steps if until is None else until
         start_step, started_at = self.step, time.perf_counter()
+        batches = micro_batches(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps, self.step)
         self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
@@ -337,7 +329,7 @@ class Trainer:
             self.model.train()
             loss_sum = torch.zeros((), device=self.device)
             for micro_step in range(self.grad_accum_steps):
-                idx, targets = self.batches.get(self.step, micro_step)  # (micro_batch_size, T) each
+                idx, targets = next(batches)  # (micro_batch_size, T) each
                 # Gradients travel between processes once a step: in the backward pass of the last micro-batch.
                 last = micro_step == self.grad_accum_steps - 1
                 with contextlib.nullcontext() if last or ranks.world_size == 1 else self.step_model.no_sync():

@@ -9,7 +9,7 @@ import torch
 
 from common import UsageError
 from data.shards import write_meta, write_shard
-from gpt2.loader import Loader, Prefetcher, micro_batch_rows
+from gpt2.loader import Loader, micro_batch_rows, micro_batches
 
 T = 8
 
@@ -73,15 +73,15 @@ def test_rows_are_disjoint_across_ranks_and_independent_of_the_micro_batch(count
     assert len({row[0] < 150 for row in seen}) == 2
 
 
-def test_the_prefetcher_hands_out_the_loaders_batches(counting):
+@pytest.mark.parametrize("start", [0, 5])
+def test_micro_batches_are_the_loaders_rows_from_any_step_on(counting, start):
     loader = Loader(counting, "train", T, rows_per_step=8)
     ranks = SimpleNamespace(rank=1, world_size=2, device=torch.device("cpu"))
-    batches = Prefetcher(loader, ranks, micro_batch_size=2, grad_accum_steps=2)
-    for step in (0, 1, 5):  # 5 was not foreseen
+    batches = micro_batches(loader, ranks, 2, 2, start)
+    for step in range(start, start + 3):
         for micro_step in range(2):
-            got = batches.get(step, micro_step)
-            expected = loader.batch(step, micro_batch_rows(micro_step, 1, 2, 2))
-            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+            for got, expected in zip(next(batches), loader.batch(step, micro_batch_rows(micro_step, 1, 2, 2))):
+                assert torch.equal(got, expected)
 
 
 def test_rows_in_order_fill_the_last_batch_with_masked_targets(counting):
