@@ -32,7 +32,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)  # sums of exponentials need the range
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rows = max(64, CHUNK_LOGITS[device] // w.shape[0])  # of logits in a chunk
+        rows = max(64, CHUNK_LOGITS[device] // w.shape[0])  # of logits in a chunk, at most
+        rows = -(-len(x) // -(-len(x) // rows))  # as many in each, so that one shape is compiled
         exp = _compiled_exp() if compile else _exp
         loss = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(device, enabled=False):
@@ -44,7 +45,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(xc, w_.t(), out=buffer[: len(xc)])  # (rows, V)
                 known, at = (tc >= 0)[:, None], tc.clamp(min=0)  # (rows, 1), (rows,)
                 correct = logits.gather(1, at[:, None]).to(wide)  # (rows, 1)
-                e, top, total = exp(logits, vocab_size)  # (rows, V), (rows, 1), (rows, 1)
+                e, (top, total) = logits, exp(logits, vocab_size)  # (rows, V), (rows, 1), (rows, 1)
                 loss += torch.where(known, total.log() + top - correct, 0.0).sum()
                 if needs_grad:
                     # d loss / d logits = e / total - one-hot, and nothing where the target is -1
@@ -63,12 +64,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _exp(logits, vocab_size):
-    """logits (rows, V) -> exp(logits - max), 0 in the vocabulary's padding; its max and sum, (rows, 1), wide."""
+    """Make logits (rows, V) exp(logits - max), 0 in the vocabulary's padding -> max and sum, (rows, 1), wide."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide[:, vocab_size:] = -math.inf
     top = wide.amax(-1, keepdim=True)
     e = wide.sub_(top).exp_()
-    return e.to(logits.dtype), top, e.sum(-1, keepdim=True)
+    logits.copy_(e)
+    return top, e.sum(-1, keepdim=True)
 
 
 @functools.cache
@@ -77,11 +79,12 @@ def _compiled_exp():
 
 
 def _add_product(out, a, b, first):
-    """out += a @ b, or out = a @ b for the first chunk; in one pass where the types agree."""
+    """out += a @ b, or out = a @ b for the first chunk; no product is rounded to 16 bits where the device has a way."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0 if first else 1, out=out)
-    else:
-        out.copy_(a @ b) if first else out.add_(a @ b)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype) if out.is_cuda else a @ b
+    out.copy_(product) if first else out.add_(product)
 
 
 @torch.compiler.disable

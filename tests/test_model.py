@@ -159,6 +159,29 @@ def test_chunked_cross_entropy_cuts_its_rows():
     torch.testing.assert_close(ChunkedCrossEntropy.apply(x, w, targets, 65536), plain)
 
 
+def test_products_of_16_bits_are_summed_in_float32_where_the_device_can(monkeypatch):
+    """torch.mm(out_dtype=…) is for GPUs alone, so a tensor that says it is on one and a matmul of float32 stand in."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    torch.manual_seed(0)
+    a, b = torch.randn(9, 300).bfloat16(), torch.randn(300, 7).bfloat16()
+    out = torch.zeros(9, 7).as_subclass(OnGPU)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype).matmul(b.to(out_dtype)))
+    for first in (True, False):
+        cross_entropy._add_product(out, a, b, first)
+    exact = 2 * (a.double() @ b.double())
+    assert (out - exact).abs().max() < 1e-4 < (2 * (a @ b) - exact).abs().max()
+
+
+def test_chunks_are_of_one_size_so_that_one_shape_is_compiled(monkeypatch):
+    rows, exp = [], cross_entropy._exp
+    monkeypatch.setattr(cross_entropy, "_exp", lambda logits, V: (rows.append(len(logits)), exp(logits, V))[1])
+    ChunkedCrossEntropy.apply(torch.randn(300, 4), torch.randn(65536, 4), torch.randint(65536, (300,)), 65536)
+    assert rows == [150, 150]
+
+
 @pytest.mark.slow
 def test_the_compiled_model_computes_the_same_loss_and_gradients():
     """The loss stands outside the compiled graph, its one elementwise pass is compiled by itself."""
