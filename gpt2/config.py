@@ -88,7 +88,7 @@ class TrainConfig:
 
     # --- hardware
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matmuls; auto: 16 bits on cuda alone
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matmuls; auto: 16 bits in hardware
     compile: bool = True  # torch.compile the model; eager, with a message, where no compiler is found
     deterministic: bool = False  # deterministic kernels: with --compile, too, a resumed run ends bit-identical
     cpu_memory_settings: bool = False  # Linux CPUs: restart with malloc settings that keep buffers (fewer page faults)
@@ -148,11 +148,12 @@ _LAPTOP = TrainConfig(
     n_head=6, n_embd=192, block_size=128, total_batch_size=16 * 128, micro_batch_size=16, log_every=10, compile=False
 )
 PRESETS = {
-    # Minutes, on the Python documentation with a tokenizer of our own (`make quickstart`).
+    # Minutes, on the Python documentation with a tokenizer of our own (`make quickstart`); float32, so that the figures
+    # are the same on every CPU.
     "quickstart": replace(
         _LAPTOP, data_dir=str(ROOT / "data/corpora/pydocs"), run_dir=str(ROOT / "runs/quickstart"), n_layer=4,
         max_steps=300, warmup_steps=75, max_lr=1e-2, optimizer="muon", muon_lr=5e-3, val_every=50, val_tokens=65536,
-        sample_every=150, sample_prompt="Return the", checkpoint_every=100,
+        sample_every=150, sample_prompt="Return the", checkpoint_every=100, dtype="float32",
     ),
     # A debugging corpus: Tiny Shakespeare, GPT-2's tokenizer; overfits within the hour.
     "shakespeare": replace(

@@ -18,10 +18,8 @@ from common import UsageError, half_type, pick_device
 
 
 def pick_dtype(name, device):
-    """auto | float32 | bfloat16 | float16 -> the type of the matmuls, as a name; auto: 16 bits on a GPU of NVIDIA's."""
-    if name != "auto":
-        return name
-    return half_type(device.type) if device.type == "cuda" else "float32"
+    """auto | float32 | bfloat16 | float16 -> the type of the matmuls; auto: 16 bits where the hardware has them."""
+    return name if name != "auto" else half_type(device.type) or "float32"
 
 
 def autocast(device, dtype):

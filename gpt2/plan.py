@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from common import UsageError, free_memory, has_bfloat16, pick_device, synchronize
+from common import UsageError, free_memory, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import GPTConfig
 from gpt2.distributed import autocast, pick_dtype
@@ -53,16 +53,10 @@ def restart_with_memory_settings():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def advice(device, cfg):
-    """Settings that would make a run on a CPU faster and are not set, as the end of a log line."""
-    if device.type != "cpu":
-        return ""
-    text = ""
-    if cfg.dtype == "float32" and has_bfloat16("cpu"):
-        text += " | this CPU multiplies bfloat16: --dtype bfloat16 is faster"
-    if can_keep_memory() and "GLIBC_TUNABLES" not in os.environ:
-        text += " | fewer page faults: --cpu-memory-settings"
-    return text
+def advice(device):
+    """A setting that would make a run on a CPU faster and is not set, as the end of a log line."""
+    unset = device.type == "cpu" and can_keep_memory() and "GLIBC_TUNABLES" not in os.environ
+    return " | fewer page faults: --cpu-memory-settings" if unset else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

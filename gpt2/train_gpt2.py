@@ -384,7 +384,7 @@ class Trainer:
             f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
             f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
             f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size} | "
-            f"{torch.get_num_threads()} threads" + advice(self.device, cfg)
+            f"{torch.get_num_threads()} threads" + advice(self.device)
         )
         self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 

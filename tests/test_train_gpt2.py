@@ -17,7 +17,7 @@ import torch
 
 from common import UsageError
 from common.checkpoints import sorted_checkpoints
-from gpt2 import checkpoint, plan, train_gpt2
+from gpt2 import checkpoint, distributed, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main, parse
@@ -174,11 +174,11 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(reference, 
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_a_cpu_with_bfloat16_is_told_so(train, tmp_path, monkeypatch, has):
-    monkeypatch.setattr(plan, "has_bfloat16", lambda device: has)
-    out = train(tmp_path / "run", "--max-steps", "1")
-    assert ("--dtype bfloat16 is faster" in out) == has
-    assert read_run(tmp_path / "run").settings["dtype"] == "float32"  # auto never decides by what the CPU can
+def test_dtype_auto_looks_at_the_processor_and_the_quickstart_does_not(train, tmp_path, monkeypatch, has):
+    monkeypatch.setattr(distributed, "half_type", lambda device: "bfloat16" if has else None)
+    for flags, dtype in [([], "float32"), (["--dtype", "auto"], "bfloat16" if has else "float32")]:
+        out = train(tmp_path / str(len(flags)), "--max-steps", "1", *flags)
+        assert read_run(tmp_path / str(len(flags))).settings["dtype"] == dtype and f"{dtype} on cpu" in out
 
 
 def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path):
