@@ -41,7 +41,11 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
         self.main, self.node_leader = self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"
-        self.control, self.started = None, _parent_started() if "TORCHELASTIC_RUN_ID" in os.environ else time.time()
+        self.control, self.started = None, time.time()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            import psutil  # which imports what only Unix has
+
+            self.started = psutil.Process(os.getppid()).create_time()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
@@ -78,13 +82,6 @@ class Ranks:
         """Leave the process group."""
         if self.control is not None:
             dist.destroy_process_group()
-
-
-def _parent_started():
-    """When the process that started this one was started, in seconds since 1970."""
-    import psutil  # which imports what only Unix has
-
-    return psutil.Process(os.getppid()).create_time()
 
 
 def _interface_to(host):

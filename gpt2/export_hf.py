@@ -22,16 +22,7 @@ class ExportConfig:
     out: str  # folder to write, replaced if it exists
 
 
-def largest_difference(model, hf_model, seed=0):
-    """Largest absolute difference of the two models' logits in float64, over one batch of random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    T = min(64, model.config.block_size)
-    idx = torch.randint(model.config.vocab_size, (2, T), generator=generator)  # (2, T)
-    with torch.no_grad():
-        ours, theirs = model.double()(idx)[0], hf_model.double()(idx).logits  # (2, T, V) each
-    return float((ours - theirs).abs().max())
-
-
+@torch.no_grad()
 def export(model, tokenizer, out):
     """Write `model` and `tokenizer` as a Hugging Face folder -> the largest difference of logits, reloaded.
 
@@ -54,7 +45,8 @@ def export(model, tokenizer, out):
         hf_model.save_pretrained(part)
         tokenizer.save_huggingface(part)
         reloaded = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32).eval()
-        difference = largest_difference(model, reloaded)
+        idx = torch.randint(c.vocab_size, (2, min(64, c.block_size)))  # (2, T)
+        difference = float((model.double()(idx)[0] - reloaded.double()(idx).logits).abs().max())
         assert difference < 1e-9, f"transformers computes other logits, by {difference:.2e}"
     return difference
 

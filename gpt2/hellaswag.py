@@ -2,12 +2,11 @@
 
     python gpt2/hellaswag.py --checkpoint runs/gpt2-124M --run-dir runs/hellaswag                # our run, hub's items
     python gpt2/hellaswag.py --model gpt2 --run-dir runs/hellaswag_gpt2                          # any causal LM
-    python gpt2/hellaswag.py --model gpt2 --prompt lm-eval --input hellaswag_val.jsonl --run-dir runs/hellaswag_lm_eval
     torchrun --standalone --nproc_per_node=8 gpt2/hellaswag.py --model gpt2 --run-dir runs/hellaswag_gpt2
 
 An ending's score is the summed log-probability of its tokens (acc), their mean (acc_norm, as in build-nanogpt), or the
-sum per character (acc_char, which lm-evaluation-harness calls acc_norm). GPT-2 124M: 0.2859, acc_norm 0.2955; with
---prompt lm-eval 0.2892, acc_char 0.3114. Chance is 0.25. The run directory gets hellaswag.jsonl, a line per item.
+sum per character (acc_char, which lm-evaluation-harness calls acc_norm, on tidier text). GPT-2 124M: 0.2859, acc_norm
+0.2955. Chance is 0.25. The run directory gets hellaswag.jsonl, a line per item.
 
 A context's keys and values are computed once for its four endings, and logits at the endings alone.
 """
@@ -15,7 +14,6 @@ A context's keys and values are computed once for its four endings, and logits a
 import inspect
 import json
 import math
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +42,11 @@ ACCURACIES = ("acc", "acc_norm", "acc_char")
 # items
 
 
-def load_items(file=None, limit=0, prompt="plain", fix="name a local file with --input"):
+def load_items(file=None, limit=0, fix="name a local file with --input"):
     """Read HellaSwag -> list of {"item", "ind", "label", "ctx", "endings"}, "item" being the place in the file.
 
     file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split, or, where it cannot
     be reached, a message that ends with `fix`. limit: the first so many of a fixed permutation; 0: all, in order.
-    prompt: "plain" takes `ctx` and the endings as they are (build-nanogpt); "lm-eval" builds them as
-    lm-evaluation-harness does, which needs `ctx_a`, `ctx_b` and the markers of the official file.
     """
     if file:
         rows = [row for _, row in read_jsonl(file)]
@@ -64,28 +60,17 @@ def load_items(file=None, limit=0, prompt="plain", fix="name a local file with -
     if not rows:
         raise UsageError(f"{file} holds no items")
     order = np.random.default_rng(SEED).permutation(len(rows))[:limit] if limit else range(len(rows))
-    return [_item(int(i), rows[i], prompt, file or HUB[0]) for i in order]
+    return [_item(int(i), rows[i], file or HUB[0]) for i in order]
 
 
-def _item(number, row, prompt, file):
+def _item(number, row, file):
     try:
         ctx, endings, label = row["ctx"], list(row["endings"]), int(row["label"])
         if len(endings) != 4 or not 0 <= label < 4 or not ctx.strip():
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{file}, item {number} is not a HellaSwag item with a context and four endings") from None
-    if prompt == "lm-eval":
-        if missing := [name for name in ("ctx_a", "ctx_b", "activity_label") if name not in row]:
-            raise UsageError(f"{file} lacks {missing[0]}, which --prompt lm-eval needs: use the official file")
-        ctx = _tidy(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-        endings = [_tidy(ending) for ending in endings]
     return {"item": number, "ind": row.get("ind", number), "label": label, "ctx": ctx, "endings": endings}
-
-
-def _tidy(text):
-    """WikiHow's titles become sentences, other [markers] go."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
 
 
 class Encoded:
@@ -146,10 +131,14 @@ def gpt_logits(model, contexts, ids):
 
 def hf_logits(model, block_size, contexts, ids):
     """Any Hugging Face causal LM with the usual key-value cache."""
+    from transformers import DynamicCache
+
     C, (rows, E) = max(map(len, contexts)), ids.shape
     # Contexts are padded on the right, where it does no harm before the endings come.
     padded = torch.tensor([context + [0] * (C - len(context)) for context in contexts], device=ids.device)  # (B, C)
-    cache = model.base_model(padded, use_cache=True).past_key_values
+    cache = model.base_model(padded, use_cache=True).get("past_key_values")
+    if type(cache) is not DynamicCache:  # a state instead of keys, or positions of its own
+        raise UsageError(f"{model.name_or_path} keeps no usual key-value cache: its endings cannot share their context")
     cache.batch_repeat_interleave(4)
     lengths = torch.tensor([len(context) for context in contexts], device=ids.device).repeat_interleave(4)[:, None]
     known = (torch.arange(C, device=ids.device) < lengths).long()  # (4 B, C): 0 for padding
@@ -234,7 +223,6 @@ class Config:
     checkpoint: str = ""  # a run of gpt2/train_gpt2.py, or one of its checkpoint files
     input: str = ""  # local items: jsonl, gzipped or not; empty: from the hub
     limit: int = 0  # items: the first so many of a fixed permutation; 0: all 10,042
-    prompt: Literal["plain", "lm-eval"] = "plain"  # plain: as build-nanogpt; lm-eval: as lm-evaluation-harness
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # type of the matmuls (autocast)
     batch_size: int = 16  # items in a forward pass
@@ -262,24 +250,7 @@ def load_hf(name, device):
     whole, bare = tokenizer("x").input_ids, encode(["x"])[0]
     prefix = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
     block_size = getattr(model.config, "max_position_embeddings", None) or 2048
-    logits_of = partial(hf_logits, model, block_size)
-    if not shares_contexts(model, logits_of, encode(["One two three", "One"]), encode([" four 5", " 2", " 3", " a"])):
-        raise UsageError(f"{name} keeps no usual key-value cache: its endings cannot share their context")
-    return logits_of, (encode, block_size, prefix)
-
-
-@torch.inference_mode()
-def shares_contexts(model, logits_of, contexts, endings):
-    """Whether a model computes the same with shared contexts and without: some have other caches or positions."""
-    E = min(map(len, endings))
-    ids = torch.tensor([ending[:E] for _ in contexts for ending in endings], device=model.device)  # (4 B, E)
-    try:
-        shared = logits_of(contexts, ids)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return False
-    texts = [context + ending[:E] for context in contexts for ending in endings]
-    alone = torch.cat([model(torch.tensor([text], device=model.device)).logits[:, -E:] for text in texts])
-    return torch.allclose(shared.log_softmax(-1), alone.log_softmax(-1), rtol=1e-3, atol=1e-3)
+    return partial(hf_logits, model, block_size), (encode, block_size, prefix)
 
 
 def main():
@@ -287,7 +258,7 @@ def main():
     cfg = tyro.cli(Config)
     if bool(cfg.model) == bool(cfg.checkpoint):
         raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
-    items = load_items(cfg.input, cfg.limit, cfg.prompt)
+    items = load_items(cfg.input, cfg.limit)
     ranks = Ranks(cfg.device)
     device, load = ranks.device, load_hf if cfg.model else load_ours
     logits_of, arguments = load(cfg.model or cfg.checkpoint, device)

@@ -10,7 +10,7 @@ from bpe import Tokenizer
 from common import UsageError
 from gpt2 import checkpoint
 from gpt2.config import GPTConfig
-from gpt2.export_hf import export, largest_difference, main
+from gpt2.export_hf import export, main
 from gpt2.model import CONV1D, GPT
 
 
@@ -69,13 +69,14 @@ def test_gradients_are_those_of_transformers_through_export_and_back(pair, tmp_p
             torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-12, msg=name)
 
 
-def test_the_comparison_of_logits_can_fail(pair, tmp_path):
+def test_an_export_that_computes_something_else_is_refused(pair, tmp_path, monkeypatch):
     model, tokenizer = pair
-    export(model, tokenizer, tmp_path / "hf")
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    with torch.no_grad():
-        hf.transformer.h[1].mlp.c_fc.weight[0, 0] += 0.1
-    assert largest_difference(model, hf) > 1e-6
+    exact = model.hf_state_dict()
+    exact["transformer.h.1.mlp.c_fc.weight"][0, 0] += 0.1
+    monkeypatch.setattr(GPT, "hf_state_dict", lambda self: exact)
+    with pytest.raises(AssertionError, match="other logits"):
+        export(model, tokenizer, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_wrong_vocabulary_is_refused_and_leaves_nothing(pair, tmp_path):

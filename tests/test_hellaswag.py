@@ -204,11 +204,13 @@ def test_other_architectures(kind):
         assert np.allclose(row["logprobs"], sums, rtol=0, atol=2e-5)
 
 
-def test_a_model_without_the_usual_cache_is_refused(stories, monkeypatch):
-    """Silently wrong figures would be worse: some models keep another kind of cache."""
-    monkeypatch.setattr(hellaswag, "hf_logits", lambda model, block_size, contexts, ids: model(ids).logits)
+def test_a_model_without_the_usual_cache_is_refused():
+    """Silently wrong figures would be worse: some models keep a state instead of keys and values."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
     with pytest.raises(UsageError, match="cannot share"):
-        hellaswag.load_hf(str(stories[0]), CPU)
+        evaluate(partial(hf_logits, model, 256), Encoded(make_items(2), byte_encode, 256), CPU)
 
 
 def test_gpt2s_endings_are_encoded_as_build_nanogpt_does(shared_data):
@@ -240,14 +242,6 @@ def write_items(path, rows):
     return path
 
 
-def test_the_prompt_of_lm_evaluation_harness(tmp_path):
-    path = write_items(tmp_path / "a.jsonl", [OFFICIAL])
-    assert load_items(path)[0]["ctx"] == "A man is sitting on a roof. he" and load_items(path)[0]["label"] == 3
-    item = load_items(path, prompt="lm-eval")[0]
-    assert item["ctx"] == "Roof removal: A man is sitting Roof.. Look He is"
-    assert item["endings"] == ["is up.", "b. c", "c", "d"]
-
-
 def test_limit_takes_the_first_of_a_fixed_permutation(tmp_path):
     path = write_items(tmp_path / "a.jsonl.gz", [{**OFFICIAL, "ind": i} for i in range(50)])
     assert [item["ind"] for item in load_items(path)] == list(range(50))
@@ -267,12 +261,6 @@ BROKEN = {
 def test_broken_items_are_named(tmp_path, what):
     with pytest.raises(UsageError, match="item 1 is not"):
         load_items(write_items(tmp_path / "a.jsonl", [OFFICIAL, BROKEN[what]]))
-
-
-def test_what_lm_eval_needs_and_is_absent_is_named(tmp_path):
-    path = write_items(tmp_path / "a.jsonl", [{k: v for k, v in OFFICIAL.items() if k != "ctx_a"}])
-    with pytest.raises(UsageError, match="lacks ctx_a"):
-        load_items(path, prompt="lm-eval")
 
 
 # --- statistics
@@ -348,7 +336,6 @@ def test_usage_errors_are_one_line(trained, items_file, assert_refuses, tmp_path
     errors = {
         "--model FOLDER or --checkpoint RUN": run,
         "nowhere.jsonl does not exist": [*ours, "--input", "nowhere.jsonl"],
-        "lacks ctx_a": [*ours, "--input", str(items_file), "--prompt", "lm-eval"],
         "name a local file": ours,
         "no causal LM": [*run, "--model", "nowhere", "--input", str(items_file)],
     }
