@@ -59,7 +59,7 @@ class TrainConfig:
 
     # --- batch and schedule
     total_batch_size: int = 524288  # tokens an optimizer step, over all processes and micro-batches
-    micro_batch_size: int = 32  # sequences a forward pass; gradients accumulate up to total_batch_size
+    micro_batch_size: int = 0  # sequences a forward pass, accumulated to total_batch_size; 0: what fits the memory
     max_steps: int = 19073  # optimizer steps; 19,073 of 524,288 tokens are one epoch over 10B tokens
     warmup_steps: int = 715  # steps of linear warmup (375M tokens, as in the GPT-3 paper)
     max_lr: float = 6e-4  # peak learning rate of AdamW; the cosine ends at a tenth of it
@@ -96,13 +96,12 @@ class TrainConfig:
     # --- this start
     eval_only: bool = False  # evaluate the weights of --init once and stop: a reference line for a curve
     plan: bool = False  # print parameters, memory, tokens, hours and disk of this run, and start nothing
-    plan_tok_per_sec: float = 0.0  # speed that --plan assumes, in tokens/s over all processes; 0: measure a few steps
     stop_after_minutes: float = 0.0  # save and stop as preempted after so many minutes (a scheduler's limit); 0: never
     overwrite: bool = False  # replace a run that was made with other settings or data, instead of refusing
     allow_config_change: bool = False  # resume although a setting that decides what is learned has changed
 
     def __post_init__(self):
-        for name in ("max_steps", "block_size", "total_batch_size", "micro_batch_size", "log_every", "val_tokens"):
+        for name in ("max_steps", "block_size", "total_batch_size", "log_every", "val_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.total_batch_size % (T := self.block_size):
@@ -117,12 +116,9 @@ class TrainConfig:
         """Micro-batches that each of `world_size` processes computes for one step."""
         sequences = self.total_batch_size // self.block_size
         if sequences % (self.micro_batch_size * world_size):
-            fits = [b for b in range(1, self.micro_batch_size) if sequences % (b * world_size) == 0]
-            multiple = f"make a step a multiple of {world_size} sequences"
-            fix = f"try --micro-batch-size {fits[-1]}" if fits else multiple
             raise UsageError(
-                f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} "
-                f"on {world_size} process(es); {fix}"
+                f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} on "
+                f"{world_size} process(es); leave out --micro-batch-size, or make a step a multiple of both"
             )
         return sequences // (self.micro_batch_size * world_size)
 
@@ -132,14 +128,14 @@ FREE_ON_RESUME = {
     *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "cpu_memory_settings"),
     *("val_every", "val_tokens", "sample_every", "sample_prompt", "hellaswag_every", "hellaswag_file"),
     *("hellaswag_limit", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
-    *("eval_only", "plan", "plan_tok_per_sec", "stop_after_minutes", "overwrite", "allow_config_change"),
+    *("eval_only", "plan", "stop_after_minutes", "overwrite", "allow_config_change"),
 }
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME
 
 
-def _published(name, shape, max_lr, micro_batch_size):
+def _published(name, shape, max_lr):
     """One of OpenAI's shapes, with the learning rate that the GPT-3 paper has for its size."""
-    recipe = {"max_lr": max_lr, "micro_batch_size": micro_batch_size, "hellaswag_every": 250, "log_every": 10}
+    recipe = {"max_lr": max_lr, "hellaswag_every": 250, "sample_every": 1000, "log_every": 10}
     return TrainConfig(run_dir=str(ROOT / f"runs/{name}"), **recipe, **SHAPES[shape])
 
 
@@ -162,9 +158,9 @@ PRESETS = {
         sample_every=500, sample_prompt="First Citizen:", checkpoint_every=200,
     ),
     # GPT-2 itself.
-    "gpt2-124M": _published("gpt2-124M", "gpt2", 6e-4, 32),
-    "gpt2-350M": _published("gpt2-350M", "gpt2-medium", 3e-4, 16),
-    "gpt2-774M": _published("gpt2-774M", "gpt2-large", 2.5e-4, 8),
-    "gpt2-1558M": _published("gpt2-1558M", "gpt2-xl", 2e-4, 4),
+    "gpt2-124M": _published("gpt2-124M", "gpt2", 6e-4),
+    "gpt2-350M": _published("gpt2-350M", "gpt2-medium", 3e-4),
+    "gpt2-774M": _published("gpt2-774M", "gpt2-large", 2.5e-4),
+    "gpt2-1558M": _published("gpt2-1558M", "gpt2-xl", 2e-4),
 }  # fmt: skip
 DEFAULT_PRESET = "gpt2-124M"

@@ -4,12 +4,14 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 from common import UsageError, free_memory, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import GPTConfig
+from gpt2.cross_entropy import CHUNK_LOGITS
 from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers
@@ -63,36 +65,50 @@ def advice(device):
 # the plan
 
 
-def memory_estimate(model, cfg, device):
-    """(bytes that do not depend on the micro-batch, bytes a sequence of it) of a training step.
+def memory_estimate(model, dtype, device_type):
+    """(bytes that do not depend on the micro-batch, bytes a sequence of it) of a training step, an upper bound.
 
-    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter. Of a block's activations, backward
-    needs some 34 bytes a token and channel in 16 bits (Korthikanti et al. 2022, without the attention matrix, which
-    flash attention never holds), twice that in 32 bits. Logits exist a chunk at a time.
+    Weights, gradients (which accumulate, or are DDP's buckets) and AdamW's two moments are float32: 16 bytes a
+    parameter. In 16 bits, backward needs some 36 bytes a token, channel and block (Korthikanti et al. 2022, without the
+    attention matrix, which flash attention never holds) and autocast a copy of the weights; in float32 64 bytes.
+    Logits exist a chunk at a time, with their exponentials in float32, beside the gradient of wte.
     """
-    params = sum(p.numel() for p in model.parameters())
-    wide = 2 if pick_dtype(cfg.dtype, device) == "float32" else 1
-    logits = 2**31 if device.type == "cuda" else 2**26
-    return 16 * params + logits, 34 * wide * cfg.n_layer * cfg.block_size * cfg.n_embd
+    c, narrow = model.config, dtype != "float32"
+    params, channels = sum(p.numel() for p in model.parameters()), c.block_size * c.n_embd
+    logits = CHUNK_LOGITS[device_type] * (6 if narrow else 4) + 4 * c.padded_vocab_size * c.n_embd
+    blocks = 36 * c.n_layer + 14 if narrow else 64 * c.n_layer + 12
+    return (18 if narrow else 16) * params + logits, blocks * channels
 
 
-def largest_micro_batch(cfg, world_size, fixed, per_sequence, memory):
-    """The largest micro-batch that divides a process's share of a step and fits into 9/10 of `memory`, or 0."""
-    sequences = cfg.total_batch_size // cfg.block_size // world_size
-    fits = int((0.9 * memory - fixed) // per_sequence)
-    return max((b for b in range(1, min(fits, sequences) + 1) if sequences % b == 0), default=0)
+def fitting_micro_batch(cfg, model, world_size, memory, device_type):
+    """The most sequences, up to 64, that divide a process's share of a step and fit into 9/10 of `memory`; 0: none."""
+    fixed, per_sequence = memory_estimate(model, cfg.dtype, device_type)
+    share, fits = cfg.total_batch_size // cfg.block_size // world_size, (0.9 * memory - fixed) // per_sequence
+    return max((b for b in range(1, int(min(fits, share, 64)) + 1) if share % b == 0), default=0)
+
+
+def compile_problem(device):
+    """Why torch.compile does not work here, in a few words, or None.
+
+    It needs a C++ compiler or Triton with a C compiler, and Python's headers: one line is compiled as a test.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    except Exception as e:  # torch raises several kinds, by platform and version
+        return " ".join(str(e).split())[:160]
+    return None
 
 
 def measure_speed(model, cfg, device, rows):
     """Tokens/s of one process on this device: forward, backward and update of `rows` sequences, the faster of two."""
-    model, dtype = model.to(device), pick_dtype(cfg.dtype, device)
-    optimizers = make_optimizers(model, cfg)
+    optimizers = make_optimizers(model.to(device), cfg)
+    fast = torch.compile(model, dynamic=False) if cfg.compile else model
     idx = torch.randint(model.config.vocab_size, (rows, cfg.block_size + 1), device=device)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        with autocast(device, dtype):
-            _, loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)
+        with autocast(device, cfg.dtype):
+            _, loss = fast(idx[:, :-1], idx[:, 1:], return_logits=False)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -100,6 +116,12 @@ def measure_speed(model, cfg, device, rows):
         synchronize(device.type)
         seconds.append(time.perf_counter() - start)
     return rows * cfg.block_size / min(seconds[1:])  # the first one warms up
+
+
+def evaluated_tokens(cfg):
+    """Tokens that all evaluations of a run read; a HellaSwag item has some 200, its endings' padding included."""
+    times = {every: cfg.max_steps // every + 1 if every else 0 for every in (cfg.val_every, cfg.hellaswag_every)}
+    return times[cfg.val_every] * cfg.val_tokens + times[cfg.hellaswag_every] * cfg.hellaswag_limit * 200
 
 
 def print_plan(cfg):
@@ -112,15 +134,17 @@ def print_plan(cfg):
         data = f"{cfg.data_dir}: vocabulary of {vocab_size:,}"
     except UsageError as e:
         vocab_size, data = 50257, f"not prepared ({e}); assuming GPT-2's vocabulary of 50,257"
+    cfg = replace(cfg, dtype=pick_dtype(cfg.dtype, device))
     config = GPTConfig(vocab_size=vocab_size, **cfg.shape)
     with torch.device("meta"):  # shapes alone, so that a plan of the largest model fits anywhere
         model = GPT(config)
-    fixed, per_sequence = memory_estimate(model, cfg, device)
-    memory = free_memory(device)
-    best = largest_micro_batch(cfg, world_size, fixed, per_sequence, memory)
+    free = free_memory(device)
+    best = fitting_micro_batch(cfg, model, world_size, free, device.type)
+    cards = {gb: fitting_micro_batch(cfg, model, world_size, gb * 1e9, "cuda") for gb in (16, 24, 40, 80)}
+    cfg = replace(cfg, micro_batch_size=cfg.micro_batch_size or best or 1)
+    fixed, per_sequence = memory_estimate(model, cfg.dtype, device.type)
     tokens = cfg.max_steps * cfg.total_batch_size
     checkpoint = 12 * sum(p.numel() for p in model.parameters())
-
     lines = {
         "data": data,
         "parameters": f"{model.num_params():,} ({cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide)",
@@ -129,20 +153,22 @@ def print_plan(cfg):
         "compute": f"{tokens * model.flops_per_token():.3g} FLOP",
         "memory": f"{_gb(fixed)} and {_gb(per_sequence)} a sequence: about "
         f"{_gb(fixed + cfg.micro_batch_size * per_sequence)} a process at --micro-batch-size {cfg.micro_batch_size}",
-        "fits here": f"at most --micro-batch-size {best} ({_gb(memory)} free on {device.type})",
+        "fits here": f"at most --micro-batch-size {best} ({_gb(free)} free on {device.type})",
+        "fits GPUs": ", ".join(f"{gb} GB: {rows or 'no'}" for gb, rows in cards.items()),
         "disk": f"{cfg.keep_checkpoints} checkpoints of {_gb(checkpoint)}: {_gb(cfg.keep_checkpoints * checkpoint)}",
     }
     for name, text in lines.items():
         print(f"{name:<11} {text}", flush=True)
-    speed, how = cfg.plan_tok_per_sec, "assumed"
-    if not speed and best:
-        model, rows = GPT(config), min(best, cfg.micro_batch_size)
-        if device.type != "cuda":  # seconds, not minutes
-            rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
-        speed = measure_speed(model, cfg, device, rows) * world_size
-        how = f"measured here: {world_size} x {device.type}, {pick_dtype(cfg.dtype, device)}, eager"
-    hours = f"{tokens / speed / 3600:,.1f} h at {speed:,.0f} tokens/s ({how})" if speed else "unknown: it does not fit"
-    print(f"{'time':<11} {hours}")
+    if not best:
+        return print(f"{'time':<11} unknown: it does not fit")
+    rows = min(best, cfg.micro_batch_size)
+    if device.type != "cuda":  # seconds, not minutes
+        rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
+    cfg = replace(cfg, compile=cfg.compile and not compile_problem(device))
+    speed, how = measure_speed(GPT(config), cfg, device, rows) * world_size, "compiled" if cfg.compile else "eager"
+    hours = (tokens + evaluated_tokens(cfg) / 3) / speed / 3600  # a forward pass is a third of a step
+    how = f"measured here: {world_size} x {device.type}, {cfg.dtype}, {how}"
+    print(f"{'time':<11} {hours:,.1f} h with evaluations, at {speed:,.0f} tokens/s ({how})")
 
 
 def _gb(n):

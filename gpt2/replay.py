@@ -81,7 +81,7 @@ def replay(run, report, cfg, meta, at, until, path):
     with tempfile.TemporaryDirectory() as folder:
         ranks, log = Ranks(cfg.device), RunLog(folder, "gpt2", {}, enabled=False)
         log.metric = lambda step, kind, **row: kept.update({(step, kind): plain(row)})
-        trainer = Trainer(resolve(cfg, ranks.device), meta, ranks, log, path and checkpoint.load(path))
+        trainer = Trainer(resolve(cfg, ranks, meta), meta, ranks, log, path and checkpoint.load(path))
         if trainer.run(until)["status"] != "success":
             raise KeyboardInterrupt
     what = f"step {at} to {until}, from " + (path.name if path else "the start")

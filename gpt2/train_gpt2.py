@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
-from common import UsageError, cli, peak_memory_mb, portable
+from common import UsageError, cli, free_memory, peak_memory_mb, portable
 from common.checkpoints import newest_checkpoint, sorted_checkpoints
 from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
@@ -41,7 +41,7 @@ from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import advice, peak_flops, print_plan, restart_with_memory_settings
+from gpt2.plan import advice, compile_problem, fitting_micro_batch, peak_flops, print_plan, restart_with_memory_settings
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
@@ -66,13 +66,25 @@ def parse(argv):
     return tyro.extras.overridable_config_cli(presets, args=argv, description=__doc__)
 
 
-def resolve(cfg, device):
-    """Replace dtype auto by what the device has; set the global switches of torch."""
+def resolve(cfg, ranks, meta):
+    """Replace dtype auto and micro-batch 0 by what the device has room for; set the global switches of torch."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: what is left in float32 runs 8x faster
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return replace(cfg, dtype=pick_dtype(cfg.dtype, device))
+    cfg = replace(cfg, dtype=pick_dtype(cfg.dtype, ranks.device))
+    if not cfg.micro_batch_size:
+        shared_by = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = min(ranks.gather(free_memory(ranks.device) / shared_by))
+        rows = fitting_micro_batch(cfg, meta_model(cfg, meta), ranks.world_size, free, ranks.device.type)
+        cfg = replace(cfg, micro_batch_size=max(1, rows))
+    return cfg
+
+
+def meta_model(cfg, meta):
+    """The model's shapes alone."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **cfg.shape))
 
 
 def build_model(cfg, meta):
@@ -94,18 +106,11 @@ def build_model(cfg, meta):
 
 
 def compiled(model, cfg, ranks, say):
-    """The model under torch.compile, or on all ranks the model itself where compiling fails on one of them.
-
-    Compiling needs a C++ compiler or Triton with a C compiler, and Python's headers: one line is compiled as a test.
-    """
+    """The model under torch.compile, or on all ranks the model itself where compiling fails on one of them."""
     if not cfg.compile:
         return model
-    why = None
-    try:
-        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=ranks.device))
-    except Exception as e:  # torch raises several kinds, by platform and version
-        why = " ".join(str(e).split())[:160]
-    if failed := [f"rank {rank}: {why}" for rank, why in enumerate(ranks.gather(why)) if why]:
+    problems = ranks.gather(compile_problem(ranks.device))
+    if failed := [f"rank {rank}: {why}" for rank, why in enumerate(problems) if why]:
         say(f"torch.compile does not work here ({failed[0]}): training runs eager, without --compile")
         return model
     return torch.compile(model, dynamic=False)
@@ -114,13 +119,11 @@ def compiled(model, cfg, ranks, say):
 def all_settings(cfg, meta):
     """What config.json records: every setting, the identity of the data, and the FLOPs a token."""
     sums = "".join(shard["sha256"] for shard in meta["shards"])
-    with torch.device("meta"):  # shapes alone
-        model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **cfg.shape))
     return {
         **{k: portable(v) for k, v in asdict(cfg).items()},
         "tokenizer_sha256": meta["tokenizer"]["sha256"],
         "shards_sha256": hashlib.sha256(sums.encode()).hexdigest(),
-        "flops_per_token": model.flops_per_token(),
+        "flops_per_token": meta_model(cfg, meta).flops_per_token(),
     }
 
 
@@ -455,7 +458,7 @@ def main():
     if cfg.cpu_memory_settings:
         restart_with_memory_settings()
     ranks = Ranks(cfg.device)
-    cfg = resolve(cfg, ranks.device)
+    cfg = resolve(cfg, ranks, meta)
     settings, where = all_settings(cfg, meta), portable(cfg.run_dir)
     start, state, lines = find_start(cfg, settings, ranks)
     if start == "finished":

@@ -346,7 +346,7 @@ def test_usage_errors_found_later_are_one_line_too(assert_usage_error, tmp_path)
     deep.save_pretrained(tmp_path / "deep")
     huge = ["--block-size", "131072", "--total-batch-size", "131072", "--micro-batch-size", "1"]
     for flags, says in [
-        (["--micro-batch-size", "3"], "try --micro-batch-size 2"),
+        (["--micro-batch-size", "3"], "leave out --micro-batch-size"),
         (["--init", "nobody/nothing"], "no GPT-2 weights"),
         (["--init", str(tmp_path / "hf")], "vocabulary of 77"),
         (["--init", str(tmp_path / "deep")], "add --n-layer 3"),
@@ -385,18 +385,20 @@ def test_a_published_model_is_where_training_may_begin(train, corpus, tmp_path):
 def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
     cfg = TrainConfig(total_batch_size=24 * 1024, micro_batch_size=8)
     assert [cfg.grad_accum_steps(n) for n in (1, 3)] == [3, 1]
-    with pytest.raises(UsageError, match="try --micro-batch-size 6"):
+    with pytest.raises(UsageError, match="micro-batches of 8 on 2 process"):
         cfg.grad_accum_steps(2)
-    with pytest.raises(UsageError, match="multiple of 5 sequences"):
+    with pytest.raises(UsageError, match="on 5 process"):
         cfg.grad_accum_steps(5)
 
 
-def test_a_plan_starts_nothing(train, tmp_path):
+def test_a_plan_starts_nothing_and_times_what_will_run(train, tmp_path, monkeypatch):
     shown = train(tmp_path / "run", "--plan")
-    for word in ("parameters", "tokens", "memory", "fits here", "time", "disk", "measured"):
+    for word in ("parameters", "tokens", "memory", "fits here", "fits GPUs", "time", "disk", "float32, eager"):
         assert word in shown
-    assert "assumed" in train(tmp_path / "run", "--plan", "--plan-tok-per-sec", "1e6")
-    assert not (tmp_path / "run").exists()
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: calls.append(f) or f)
+    assert "float32, compiled" in train(tmp_path / "run", "--plan", "--compile")
+    assert any(isinstance(f, GPT) for f in calls) and not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(train, tmp_path):
