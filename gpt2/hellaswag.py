@@ -82,7 +82,7 @@ class Encoded:
     """
 
     def __init__(self, items, encode, block_size, prefix=(), batch_size=16):
-        self.items = items
+        self.items, self.block_size = items, block_size
         fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(*_encode_items(items, encode))]
         self.contexts, self.endings, cut = (list(column) for column in zip(*fitted))
         self.cut = sum(cut)
@@ -119,12 +119,17 @@ def _fit(prefix, context, endings, block_size):
 # models: B contexts (lists of ids) once, then ids (4 B, E), four rows after each context -> logits (4 B, E, V)
 
 
+def bucket(n, device, most):
+    """The width n, on a GPU rounded up to a multiple of 16: attention kernels are built for each shape."""
+    return n if device.type == "cpu" else min(-(-n // 16) * 16, most)
+
+
 def gpt_logits(model, contexts, ids):
     """Our GPT, with `sample.KVCache`."""
-    C = max(map(len, contexts))
+    C = bucket(max(map(len, contexts)), ids.device, model.config.block_size)
     cache = KVCache(model.config, [len(context) for context in contexts], ids.device, columns=C)
     if C:
-        model(left_padded(contexts, ids.device), cache=cache, return_logits=False)
+        model(left_padded(contexts, ids.device, C), cache=cache, return_logits=False)
         cache.advance(C)
     return model(ids, cache=cache.repeat(4, ids.shape[1]))[0]
 
@@ -133,7 +138,7 @@ def hf_logits(model, block_size, contexts, ids):
     """Any Hugging Face causal LM with the usual key-value cache."""
     from transformers import DynamicCache
 
-    C, (rows, E) = max(map(len, contexts)), ids.shape
+    C, (rows, E) = bucket(max(map(len, contexts)), ids.device, block_size), ids.shape
     # Contexts are padded on the right, where it does no harm before the endings come.
     padded = torch.tensor([context + [0] * (C - len(context)) for context in contexts], device=ids.device)  # (B, C)
     cache = model.base_model(padded, use_cache=True).get("past_key_values")
@@ -165,7 +170,7 @@ def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", 
         if stop():
             break
         pairs = [(encoded.contexts[i], ending) for i in batch for ending in encoded.endings[i]]  # 4 B of them
-        E = max(len(ending) for _, ending in pairs)
+        E = bucket(max(len(ending) for _, ending in pairs), device, encoded.block_size)
         # Rows begin with the context's last id, which predicts the ending's first one.
         ids = torch.tensor([(context[-1:] + ending[:-1] + [0] * E)[:E] for context, ending in pairs], device=device)
         targets = torch.tensor([(ending + [-1] * E)[:E] for _, ending in pairs], device=device)  # (4 B, E)

@@ -34,7 +34,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, for every attention layer of a GPT.
 
     lengths: tokens of each prompt in the batch. Shorter prompts are padded on the left; the padding gets position 0 and
-    is masked, so that each row's logits are those of its prompt alone. columns: room for so many tokens.
+    is masked, so that each row's logits are those of its prompt alone. columns: width of the padded prompts, and room
+    for no more; None: as many as the longest has, and room for block_size.
     """
 
     def __init__(self, config, lengths, device, columns=None):
@@ -43,7 +44,7 @@ class KVCache:
         self.shape = (len(lengths), config.n_head, columns or config.block_size, hs)
         self.layers = {}  # attention module -> (keys, values), (B, nh, columns, hs) each
         self.length = 0  # columns that are filled
-        self.padding = max(lengths) - torch.tensor(lengths, device=device)  # (B,)
+        self.padding = (columns or max(lengths)) - torch.tensor(lengths, device=device)  # (B,)
 
     def positions(self, T):
         """Positions (B, T) of the next T columns."""
@@ -79,9 +80,9 @@ class KVCache:
         return other
 
 
-def left_padded(rows, device):
-    """Lists of ids -> (B, T), shorter ones padded with 0 on the left."""
-    T = max(map(len, rows))
+def left_padded(rows, device, T=None):
+    """Lists of ids -> (B, T), by default as wide as the longest; shorter ones are padded with 0 on the left."""
+    T = T or max(map(len, rows))
     return torch.tensor([[0] * (T - len(row)) + row for row in rows], dtype=torch.long, device=device)
 
 

@@ -113,6 +113,24 @@ def test_batch_sizes_change_no_figure(gpt):
         assert_same_rows(in_order(evaluate(ours(gpt), encoded, CPU)), reference, 2e-5)
 
 
+def test_on_a_gpu_there_are_few_shapes_and_the_same_figures(gpt, monkeypatch):
+    """cuDNN builds a kernel for each: 163 of them for HellaSwag."""
+    gpu = torch.device("cuda")
+    assert [hellaswag.bucket(n, gpu, 40) for n in (0, 1, 16, 17, 33)] == [0, 16, 16, 32, 40]
+    encoded, shapes = Encoded(make_items(), byte_encode, 256, batch_size=2), {}
+
+    def logits_of(kind, contexts, ids):
+        C = hellaswag.bucket(max(map(len, contexts)), CPU, 256)
+        shapes.setdefault(kind, set()).add((len(ids), C, ids.shape[1]))
+        return gpt_logits(gpt, contexts, ids)
+
+    plain = evaluate(partial(logits_of, "cpu"), encoded, CPU)
+    bucket = hellaswag.bucket
+    monkeypatch.setattr(hellaswag, "bucket", lambda n, device, most: bucket(n, gpu, most))
+    assert_same_rows(plain, evaluate(partial(logits_of, "gpu"), encoded, CPU), 2e-5)
+    assert len(shapes["gpu"]) < len(shapes["cpu"])
+
+
 def test_any_number_of_ranks_gives_the_same_rows(gpt):
     encoded = Encoded(make_items(), byte_encode, 256, batch_size=3)
     alone = in_order(evaluate(ours(gpt), encoded, CPU))
