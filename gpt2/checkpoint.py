@@ -28,25 +28,28 @@ def save(ckpt_dir, step, state, keep=2):
 
 
 class Writer:
-    """Writes checkpoints on a thread, one at a time, from a copy of their tensors: training continues meanwhile.
+    """Writes files on a thread, one at a time, while training continues: checkpoints from a copy of their tensors.
 
-    done: called with the path of each one that is on disk.
+    done: called with the path of each checkpoint that is on disk.
     """
 
     def __init__(self, done):
-        self.done, self.thread, self.pending = done, ThreadPoolExecutor(1), None
+        self.done, self.thread, self.pending = done, ThreadPoolExecutor(1), []
 
     def save(self, ckpt_dir, step, state, keep):
         """As `save`, after the last one is on disk."""
         self.wait()
         state = on_cpu(state)
-        self.pending = self.thread.submit(lambda: self.done(save(ckpt_dir, step, state, keep)))
+        self.submit(lambda: self.done(save(ckpt_dir, step, state, keep)))
+
+    def submit(self, work, *args, **kwargs):
+        """Call work(*args, **kwargs) on the thread."""
+        self.pending.append(self.thread.submit(work, *args, **kwargs))
 
     def wait(self):
-        """Until the last checkpoint is on disk; UsageError if it could not be written."""
-        pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
+        """Until all is on disk; UsageError if a checkpoint could not be written."""
+        while self.pending:
+            self.pending.pop(0).result()
 
 
 def on_cpu(state):

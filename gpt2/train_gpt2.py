@@ -436,7 +436,7 @@ class Trainer:
             self.last[kind] = figures
             self.log.metric(self.step, kind, **figures)
             self.say(f"  {kind[:5]:<6} | {text.format(**figures)}")
-            self.log.plot(reference=self.reference)
+            self.log.plot(self.reference, submit=self.writer.submit)
 
     def sample(self):
         """Two continuations of the prompt: whole in samples.txt, shortened on the terminal."""

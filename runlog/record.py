@@ -117,11 +117,14 @@ class RunLog:
             with open(self.run_dir / "samples.txt", "a", encoding="utf-8", newline="\n") as f:
                 f.write(f"--- step {step}\n{text}\n")
 
-    def plot(self, reference=None):
-        """Refresh loss.png from the rows kept in memory. reference: {label: loss}, drawn as dashed lines."""
+    def plot(self, reference=None, submit=lambda work, *args, **kwargs: work(*args, **kwargs)):
+        """Refresh loss.png from the rows kept in memory. reference: {label: loss}, drawn as dashed lines.
+
+        submit: an executor's, to draw on its thread what is known now.
+        """
         if self.enabled:
             curves = {kind: tuple(zip(*sorted(losses.items()))) for kind, losses in self._losses.items() if losses}
-            draw_curves(self.run_dir / "loss.png", curves, reference, title=self.run_dir.resolve().name)
+            submit(draw_curves, self.run_dir / "loss.png", curves, reference, title=self.run_dir.resolve().name)
 
     def finish(self, status, **numbers):
         """Write result.json: status, seconds since this start, the final numbers, a checksum of the metrics."""

@@ -131,6 +131,8 @@ def test_sigterm_saves_and_the_next_start_ends_identical(reference, corpus, tmp_
 def test_a_killed_rank_leads_to_a_restart_that_resumes(corpus, tmp_path):
     """torchrun --max-restarts; and the file STOP stops both ranks, which then resume where they saved."""
     undisturbed(corpus, tmp_path / "reference", nproc=2)
+    a, b = (rng["torch"] for rng in checkpoint.load_newest(tmp_path / "reference/ckpt")["rng"])
+    assert not torch.equal(a, b)  # ranks draw different dropout masks
     run_dir = tmp_path / "run"
     process = start(command(corpus, run_dir, nproc=2, restarts=2))
     wait_for(lambda: last_step(run_dir) >= 45, process, "step 45")

@@ -1,6 +1,7 @@
 """train_gpt2.py as users run it: alone, under torchrun, resumed, on other numbers of processes, with usage errors."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -11,11 +12,14 @@ import sys
 import threading
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
-from common import UsageError
+from common import UsageError, checkpoints
 from common.checkpoints import sorted_checkpoints
 from gpt2 import checkpoint, distributed, train_gpt2
 from gpt2.config import FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
@@ -100,6 +104,8 @@ def test_the_run_directory_holds_what_is_promised(reference):
     assert [r["step"] for r in run.rows("val")] == [0, 10, 20]
     first, last = (run.rows("val")[i]["loss"] for i in (0, -1))
     assert last < first - 0.3 and run.result["val_loss"] == last
+    speed, train_seconds = run.result["tok_per_sec"], sum(row["ms"] for row in run.rows("train")) / 1e3
+    assert 20 * 256 / run.result["seconds"] <= speed < 20 * 256 / train_seconds  # of the whole run
     assert run.settings["tokenizer_sha256"] and run.settings["dtype"] == "float32"
     assert run.env["threads"] == 1 and run.env["torch"] == torch.__version__
     assert (run_dir / "log.txt").read_text(encoding="utf-8") == stdout
@@ -233,7 +239,7 @@ def test_gpt2s_own_loss_is_a_line_in_the_picture_of_fineweb_edu(corpus, in_proce
     shutil.copytree(corpus, tmp_path / "corpus")
     meta = json.loads((tmp_path / "corpus/meta.json").read_text(encoding="utf-8"))
     lines = []
-    monkeypatch.setattr(train_gpt2.RunLog, "plot", lambda self, reference: lines.append(reference))
+    monkeypatch.setattr(train_gpt2.RunLog, "plot", lambda self, reference, submit: lines.append(reference))
     for name, expected in [("fineweb-edu", 3.2924), ("tiny", None)]:
         meta.update(name=name, tokenizer={**meta["tokenizer"], "name": "gpt2"})
         (tmp_path / "corpus/meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -500,6 +506,39 @@ def test_without_a_compiler_training_is_eager_and_says_so_once(reference, script
     out = script("gpt2/train_gpt2.py", *flags, env=env).stdout
     assert out.count("torch.compile does not work here (") == 1 and "/no/such/compiler" in out
     assert identical(reference[0], tmp_path / "run")
+
+
+def test_if_compiling_fails_on_one_rank_all_go_eager(monkeypatch):
+    said, model = [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(train_gpt2, "compile_problem", lambda device: None)
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda value: [value, "no compiler", value])
+    assert train_gpt2.compiled(model, TrainConfig(), ranks, said.append) is model
+    assert len(said) == 1 and "(rank 1: no compiler)" in said[0]
+
+
+def test_the_cache_of_compiled_code_is_this_nodes_own():
+    """A repository on NFS would be shared by all nodes' ranks."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert not Path(cache_dir()).resolve().is_relative_to(ROOT) or "TORCHINDUCTOR_CACHE_DIR" in os.environ
+
+
+def test_what_lives_after_the_first_step_is_kept_from_the_garbage_collector(train, tmp_path):
+    gc.unfreeze()
+    train(tmp_path / "run", "--max-steps", "2")
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
+
+
+def test_checkpoints_are_hashed_once_a_node(reference, corpus, tmp_path, monkeypatch):
+    shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
+    cfg = parse([*TINY, "--data-dir", str(corpus), "--run-dir", str(tmp_path / "run")])
+    hashed, answer = [], ("run", "step_000020.pt")
+    monkeypatch.setattr(checkpoints, "problem", lambda path: hashed.append(path))
+    for leader in (True, False):
+        ranks = SimpleNamespace(node_leader=leader, gather=lambda value: [answer, value])
+        start, state, _ = train_gpt2.find_start(cfg, read_run(reference[0]).settings, ranks)
+        assert (start, state["step"], len(hashed)) == ("run", 20, 1)
 
 
 def test_hellaswag_and_samples_come_in_between(train, shared_data, tmp_path):
