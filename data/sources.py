@@ -22,7 +22,6 @@ fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `
 """
 
 import ast
-import fnmatch
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -51,11 +50,12 @@ SEPARATOR = "<|endoftext|>"
 SourceName = Literal["pydocs", "shakespeare", "tinystories", "fineweb-edu", "files", "jsonl"]
 # Held-out share of the documents by hash; None: the first tokens of the corpus.
 VAL_SHARE = {"pydocs": 0.08, "shakespeare": 0.08, "files": 0.08, "jsonl": 0.02, "tinystories": 0.01}
-HUB = {  # (dataset, revision, files); the parquet files are read in the order of their names
-    "shakespeare": ("karpathy/tiny_shakespeare", "refs/convert/parquet", "*.parquet"),
-    "tinystories": ("roneneldan/TinyStories", "main", "data/*.parquet"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "main", "{folder}/*.parquet"),
-    "hellaswag": ("Rowan/hellaswag", "main", "data/validation-*.parquet"),
+PARTS = ("train", "validation", "test")
+HUB = {  # (dataset, revision, patterns of its parquet files in the order in which they are read)
+    "shakespeare": ("karpathy/tiny_shakespeare", "refs/convert/parquet", [f"default/{p}/*.parquet" for p in PARTS]),
+    "tinystories": ("roneneldan/TinyStories", "main", ["data/train-*.parquet", "data/validation-*.parquet"]),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "main", ["{folder}/*.parquet"]),
+    "hellaswag": ("Rowan/hellaswag", "main", ["data/validation-*.parquet"]),
 }
 
 
@@ -90,20 +90,17 @@ class Corpus:
         UsageError where a file is not UTF-8, not JSON or without the field that holds the text.
         """
         files, hub = self.located
-        if self.source == "pydocs":
-            texts = _pydocs_texts()
-        elif self.source == "hellaswag":
-            texts = (json.dumps(row, ensure_ascii=False) for path in files for row in read_parquet(path))
-        else:
-            texts = chain.from_iterable(map(self._read, files))
+        texts = chain.from_iterable(map(self._read, files))
         if self.source == "shakespeare" and hub:  # three parts of one text
             texts = cut("".join(texts).splitlines(True))
         return (text for text in texts if text and not text.isspace())
 
     def _read(self, path):
+        if self.source == "pydocs":
+            return _pydocs_texts(path)
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if kind == "parquet":
-            return read_parquet(path, self.text_field)
+            return read_parquet(path, None if self.source == "hellaswag" else self.text_field)
         if self.source == "jsonl" or (kind in ("jsonl", "json") and self.source not in ("files", "shakespeare")):
             return read_texts(path, self.text_field)
         return read_text(path)
@@ -136,20 +133,17 @@ def is_validation(text, share):
 
 def download(source, subset):
     """Download a corpus into the hub's cache, resumably -> (list of Path, what to record about the hub)."""
-    repo, revision, pattern = HUB[source]
-    folder = {"default": "data"}.get(subset, f"data/{subset}")
+    repo, revision, patterns = HUB[source]
+    folder = {"default": "data/*"}.get(subset, f"data/{subset}")
     if subset.startswith("sample-"):
         folder = subset.replace("-", "/", 1)  # sample-10BT lies in sample/10BT
-    pattern = pattern.format(folder=folder)
+    patterns = [pattern.format(folder=folder) for pattern in patterns]
     with from_hub(repo, "give local files with --input"):
-        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": [pattern], "max_workers": 4}
+        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns, "max_workers": 4}
         root = Path(huggingface_hub.snapshot_download(repo, **options))
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*.parquet"))
-    names = fnmatch.filter(names, pattern)  # the cache may hold other subsets as well
-    if not names:
-        raise UsageError(f"{repo} has no files {pattern}; is --subset {subset} right?")
-    names.sort(key=lambda name: ("test" in name, "validation" in name, name))  # train, validation, test
-    files = [root / name for name in names]
+    files = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+    if not files:
+        raise UsageError(f"{repo} has no files {patterns[0]}; is --subset {subset} right?")
     return files, {"hub": repo, "revision": root.name, "subset": subset if source == "fineweb-edu" else None}
 
 
@@ -201,7 +195,7 @@ def cut(lines):
 
 
 def read_parquet(path, text_field=None):
-    """Column `text_field` of a parquet file, or its rows as dicts, a few hundred in memory at a time."""
+    """Column `text_field` of a parquet file, or its rows as JSON, a few hundred in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -210,7 +204,8 @@ def read_parquet(path, text_field=None):
             if text_field and text_field not in file.schema_arrow.names:
                 raise UsageError(f"{path} has no column {text_field}, but {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=256, columns=text_field and [text_field]):
-                yield from batch.column(0).to_pylist() if text_field else batch.to_pylist()
+                rows = batch.to_pylist()
+                yield from (row[text_field] if text_field else json.dumps(row, ensure_ascii=False) for row in rows)
     except pyarrow.ArrowInvalid as e:
         raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
 
@@ -234,29 +229,22 @@ def docstrings():
     return (row for _, row in read_jsonl(pydocs_rows()) if row["kind"] != "topic")
 
 
-def _pydocs_texts():
-    """Documents of about 4 kB in the manner of `help()`: the topics, then module by module the names and docstrings."""
-    for module, rows in groupby((row for _, row in read_jsonl(pydocs_rows())), key=lambda row: row["module"]):
-        entries = (f"{_render(row)}\n\n" for row in rows)
-        if module == "topics":  # each a document of its own, cut where it is long
-            for entry in entries:
+def _pydocs_texts(path):
+    """Documents of about 4 kB in the manner of `help()`: the topics, then module by module the names and docstrings.
+
+    Topics and what is longer than 8 kB are cut at blank lines; shorter entries of a module are joined.
+    """
+    for module, rows in groupby((row for _, row in read_jsonl(path)), key=lambda row: row["module"]):
+        document = ""
+        for entry in (f"{_render(row)}\n\n" for row in rows):
+            if document and len(document) + len(entry) > DOCUMENT_CHARS * 5 // 4:
+                yield document.strip("\n")
+                document = ""
+            if module == "topics" or len(entry) > 2 * DOCUMENT_CHARS:
                 yield from cut(entry.splitlines(True))
-        else:
-            yield from _pack(entries)
-
-
-def _pack(entries):
-    """Whole entries joined up to about 4 kB; a longer entry is cut at its blank lines."""
-    document = ""
-    for entry in entries:
-        if document and len(document) + len(entry) > DOCUMENT_CHARS * 5 // 4:
-            yield document.strip("\n")
-            document = ""
-        if len(entry) > 2 * DOCUMENT_CHARS:
-            yield from cut(entry.splitlines(True))
-        else:
-            document += entry
-    yield document.strip("\n")
+            else:
+                document += entry
+        yield document.strip("\n")
 
 
 def _render(row):
@@ -272,8 +260,10 @@ def pydocs_rows():
     path = CACHE / f"pydocs{PYDOCS_FORMAT}-python{platform.python_version()}{found}.jsonl"
     if not path.exists():
         unique = {}
-        for row in _collect():
-            unique.setdefault(row["doc"], row)  # aliases and inherited texts
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            for row in _collect():
+                unique.setdefault(row["doc"], row)  # aliases and inherited texts
         with atomic_open(path) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in unique.values())
     return path
@@ -296,18 +286,12 @@ def _collect():
             internal = package == "torch" and any(map(_private, parts))  # numpy keeps its public face in _core
             if LEFT_OUT.isdisjoint(name.split("/")) and not internal:
                 module = ".".join(p for p in parts if p and p != "__init__").replace("posixpath", "os.path")
-                yield from _node_rows(_parse(root / name), "module", module, module)
+                with suppress(SyntaxError, ValueError, OSError):  # what does not parse is left out
+                    yield from _node_rows(ast.parse((root / name).read_bytes()), "module", module, module)
 
 
 def _private(name):
     return name.startswith("_") and not name.endswith("__")
-
-
-def _parse(path):
-    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, OSError):
-        warnings.simplefilter("ignore")  # other people's invalid escapes
-        return ast.parse(path.read_bytes())
-    return ast.Module([], [])  # of what does not parse
 
 
 def _node_rows(node, kind, name, module):
@@ -327,9 +311,6 @@ def _signature(node):
         return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
     bases = getattr(node, "bases", ())  # of a class
     return f"({', '.join(map(ast.unparse, bases))})" if bases else ""
-
-
-# --- command line
 
 
 @dataclass(kw_only=True)
