@@ -51,6 +51,7 @@ READY_MADE = {  # the hub's datasets of modded-nanogpt: (repository, file prefix
     "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "fineweb-edu": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
+SHARD_NAME = re.compile(r"(.+)_(train|val)_\d+\.bin")
 
 
 @dataclass(kw_only=True)
@@ -80,8 +81,7 @@ def prepare(cfg):
         "block_chars": cfg.block_chars,
     }
     if is_finished(cfg.out, plan, cfg.overwrite):
-        print(f"{cfg.out} is finished and its checksums match: nothing to do")
-        return
+        return print("nothing to do")
     if not next(blocks(cfg.documents(), cfg.block_chars), None):  # fails before anything is written
         raise UsageError(f"{cfg.source} gave no document")
     with locked(cfg.out, f"part_{part}_of_{parts}"):
@@ -245,13 +245,12 @@ def merge(out: tyro.conf.Positional[Path]):
     with locked(out, "merge"):
         for path in out.glob(".*.part"):  # half a file, where an earlier join was killed
             path.unlink()
-        counts, shards = count_tokens(out), []
+        counts, paths = count_tokens(out), []
         for split, index, start, stop in layout(counts, plan["source"]):
-            path = out / f"{plan['name']}_{split}_{index:06d}.bin"
+            paths.append(out / f"{plan['name']}_{split}_{index:06d}.bin")
             stream = "train" if plan["source"]["val_share"] is None else split
-            write_shard(path, cut_stream(out, counts, stream, start, stop))
-            shards.append((split, path))
-        write_manifest(out, plan["name"], plan["source"], plan["tokenizer"]["name"], tokenizer, shards)
+            write_shard(paths[-1], cut_stream(out, counts, stream, start, stop))
+        write_manifest(out, plan["source"], plan["tokenizer"]["name"], tokenizer, paths)
     shutil.rmtree(out / "blocks", ignore_errors=True)
 
 
@@ -261,10 +260,8 @@ def count_tokens(out):
     total = read_json(end)["blocks"] if end.exists() else 0
     missing = [i for i in range(total) if not block_path(out, i).exists()]
     if missing or not total:
-        raise UsageError(
-            f"{out} is not complete, it lacks {len(missing) if total else 'the last'} of {total or 'its'} blocks; "
-            "run the parts --shard i/n again, all of them with the same n"
-        )
+        lacks = f"{len(missing)} of {total}" if total else "the last of its"
+        raise UsageError(f"{out} lacks {lacks} blocks; run the parts --shard i/n again, all of them with the same n")
     return np.array([read_block(out, i, "counts") for i in range(total)])
 
 
@@ -285,10 +282,8 @@ def layout(counts, source):
     if source["val_share"] is None:  # the first shard, or a tenth where the corpus is small
         start = val = min(size, train // 10)
     if not val or train == start:
-        raise UsageError(
-            f"no document fell to {'training' if val else 'validation'}, there are {int(counts.sum()):,} tokens; "
-            "take more text, or another --val-share"
-        )
+        empty = "training" if val else "validation"
+        raise UsageError(f"no document fell to {empty}; take more text, or another --val-share")
     rows = [("val", i, at, min(at + size, val)) for i, at in enumerate(range(0, val, size))]
     return rows + [("train", i, at, min(at + size, train)) for i, at in enumerate(range(start, train, size), 1)]
 
@@ -303,10 +298,11 @@ def cut_stream(out, counts, stream, start, stop):
         yield read_block(out, index, stream)[max(start - begin, 0) : stop - begin]
 
 
-def write_manifest(out, name, source, tokenizer_name, tokenizer, paths):
-    """Count tokens, documents and bytes of shards (split, path); write the tokenizer and, last, meta.json."""
+def write_manifest(out, source, tokenizer_name, tokenizer, paths):
+    """Count tokens, documents and bytes of shards NAME_SPLIT_NUMBER.bin; write the tokenizer and, last, meta.json."""
     byte_lengths, shards = np.array(tokenizer.byte_lengths()), []
-    for split, path in tqdm(paths, desc="counting", unit="shard", disable=None):
+    for path in tqdm(paths, desc="counting", unit="shard", disable=None):
+        name, split = SHARD_NAME.fullmatch(path.name).groups()
         counts = count_ids(read_shard(path))
         if (highest := int(counts.nonzero()[0][-1])) >= tokenizer.n_vocab:
             raise UsageError(f"{path} holds the id {highest}, beyond the tokenizer's vocabulary of {tokenizer.n_vocab}")
@@ -333,13 +329,10 @@ def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.co
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
     if not paths:
         raise UsageError(f"{out} holds no *.bin")
-    shards = []
     for path in paths:
-        split = re.search("_(train|val)_", path.name)
-        if not split:
+        if not SHARD_NAME.fullmatch(path.name):
             raise UsageError(f"{path} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
-        shards.append((split[1], path))
-    write_manifest(out, paths[0].name.partition("_")[0], source, *load(tokenizer), shards)
+    write_manifest(out, source, *load(tokenizer), paths)
 
 
 def refuse_another_corpus(out, source):

@@ -91,10 +91,9 @@ def count_ids(ids):
 # --- a folder of shards
 
 
-def write_meta(data_dir, *, name, source, tokenizer, vocab_size, eot, shards):
-    """Write the manifest; it comes last, so a folder with a meta.json is a whole one."""
-    meta = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "source": source, "tokenizer": tokenizer}
-    meta |= {"vocab_size": vocab_size, "eot": eot, "shards": shards}
+def write_meta(data_dir, **fields):
+    """Write the manifest (its fields: see the top); it comes last, so a folder with a meta.json is a whole one."""
+    meta = {"format": FORMAT, "version": FORMAT_VERSION, **fields}
     write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": _count_unigrams(data_dir, meta)})
 
 
@@ -160,12 +159,11 @@ def _count_unigrams(data_dir, meta):
     return " ".join(map(str, counts[: meta["vocab_size"]].tolist()))  # one line; an indented list would be 50,000
 
 
-def verify(data_dir):
-    """Read every byte of a folder: checksums, ids below vocab_size, the tokenizer's presence -> manifest.
+def verify(data_dir: tyro.conf.Positional[Path]):
+    """Read every byte of a folder of shards: checksums, ids below vocab_size, the tokenizer's presence -> manifest.
 
     UsageError names the first file that is corrupt, truncated, foreign or missing.
     """
-    data_dir = Path(data_dir)
     meta = check_folder(data_dir)
     for shard in tqdm(meta["shards"], unit="shard", disable=None):
         path = data_dir / shard["file"]
@@ -178,6 +176,7 @@ def verify(data_dir):
     sha256 = read_json(tokenizer).get("sha256")
     if sha256 != meta["tokenizer"]["sha256"]:
         raise UsageError(f"{tokenizer} is not the tokenizer of these shards: its sha256 is not the one in meta.json")
+    print(f"{summary(meta['shards'])}\n{data_dir}: checksums match")
     return meta
 
 
@@ -194,17 +193,9 @@ def summary(shards):
     return "\n".join(lines)
 
 
-# --- command line
-
-
-def verify_command(data_dir: tyro.conf.Positional[Path]):
-    """Read every byte of a folder of shards and check it against its meta.json."""
-    print(summary(verify(data_dir)["shards"]))
-    print(f"{data_dir}: checksums match")
-
-
 def main():
-    tyro.extras.subcommand_cli_from_dict({"verify": verify_command})
+    """`verify` by its name, the only command."""
+    tyro.extras.subcommand_cli_from_dict({"verify": verify})
 
 
 if __name__ == "__main__":

@@ -293,6 +293,14 @@ def finished(undisturbed, tmp_path):
     return tmp_path / "mine"
 
 
+def test_a_corpus_may_be_named_after_a_split(corpus, in_process, tmp_path):
+    out = tmp_path / "my_train_set"
+    assert in_process(prepare.main, *command("jsonl", corpus, out, "--workers", 1)[1:])[0] == 0
+    meta = verify(out)
+    assert meta["name"] == "my_train_set" and {s["split"] for s in meta["shards"]} == {"train", "val"}
+    assert all(f"_{s['split']}_0" in s["file"] for s in meta["shards"])
+
+
 def test_a_finished_folder_is_kept(finished, corpus, script):
     before = files_of(finished), (finished / "meta.json").stat().st_mtime_ns
     assert "nothing to do" in script(*command("jsonl", corpus, finished, "--overwrite")).stdout

@@ -17,7 +17,7 @@ import tyro
 from conftest import ROOT, SHARED
 from figures import paths, table_rows, wrong_figures
 
-from data import prepare
+from data import prepare, shards
 from runlog import read_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,8 +78,9 @@ def parse(monkeypatch, capsys):
 
         return wrapped
 
-    for command in (prepare.merge, prepare.adopt, prepare.download):  # tyro calls these when their flags are read
-        monkeypatch.setattr(prepare, command.__name__, wraps(command)(lambda *args, **kwargs: None))
+    for module, name in ((prepare, "merge"), (prepare, "adopt"), (prepare, "download"), (shards, "verify")):
+        command = wraps(getattr(module, name))(lambda *args, **kwargs: None)
+        monkeypatch.setattr(module, name, command)  # tyro calls it when its flags are read
     monkeypatch.setattr(tyro, "cli", stop_after(tyro.cli))
     for name in ("overridable_config_cli", "subcommand_cli_from_dict"):
         monkeypatch.setattr(tyro.extras, name, stop_after(getattr(tyro.extras, name)))
