@@ -59,6 +59,9 @@ bench: $(READY) ## speed of every station against baselines on this CPU; some fi
 bench-gpu: $(READY) ## GPT-2 124M on this GPU: ablation, baselines, resume, profile; made for ten minutes on an H100
 	python bench/bench_gpt2.py ladder --device cuda --run-dir runs/gpu_ladder --overwrite
 	python bench/bench_gpt2.py peers --device cuda --run-dir runs/gpu_peers --overwrite
+	python data/sources.py pydocs --part train --out data/cache/pydocs.jsonl
+	python bpe/train_bpe.py --input data/cache/pydocs.jsonl --vocab-size 4096 --out data/cache/pydocs-4096
+	python data/prepare.py pydocs --tokenizer data/cache/pydocs-4096.model --out data/corpora/pydocs --overwrite
 	python bench/bench_gpt2.py resume --device cuda --run-dir runs/gpu_resume --overwrite
 	python bench/bench_gpt2.py profile --device cuda --run-dir runs/gpu_profile --overwrite
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, cycle, islice
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.distributed import autocast
@@ -101,8 +100,8 @@ class NaiveAttention(CausalSelfAttention):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def ours(size, device, options=Options(), cfg=TRAIN_CONFIG, group=None):
-    """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers; group: processes that train together."""
+def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
+    """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers."""
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     model = GPT(GPTConfig(**dict(zip(SHAPE, size)), pad_vocab_to=options.pad_vocab_to))
     model.load_hf_state_dict(first_weights(size).hf_state_dict())  # which leaves the rows of padding out
@@ -111,8 +110,6 @@ def ours(size, device, options=Options(), cfg=TRAIN_CONFIG, group=None):
         for block in model.transformer.h:
             block.attn.__class__ = NaiveAttention
     fast = torch.compile(model, dynamic=False) if options.compile else model
-    if group is not None:
-        fast = DistributedDataParallel(fast, process_group=group)
     optimizers = make_optimizers(model, cfg)
     for params in optimizers[0].param_groups:
         params["fused"] = options.fused_adamw
@@ -186,15 +183,19 @@ def hf_trainer(size, device, dtype="float32"):
     )  # fmt: skip
     trainer.add_callback(Wait())
 
-    thread = threading.Thread(target=trainer.train, daemon=True)
-    thread.start()
+    def train():
+        try:
+            trainer.train()
+        finally:
+            losses.put(None)
+
+    threading.Thread(target=train, daemon=True).start()
 
     def step():
         wanted.put(True)
-        while thread.is_alive():
-            with contextlib.suppress(Empty):
-                return losses.get(timeout=1)
-        raise RuntimeError("the Trainer ended early; its own message is above")
+        if (loss := losses.get()) is None:
+            raise RuntimeError("the Trainer ended early; its own message is above")
+        return loss
 
     return step, model, []
 
@@ -214,7 +215,7 @@ def model_of(folder):
 
 
 def karpathy(size, device, folder, dtype="float32", compile=False, lr=LR, beta2=BETA2):
-    """Model, optimizer and step of nanoGPT, or of build-nanogpt. nanoGPT has autocast on GPUs alone."""
+    """Model, optimizer and step of nanoGPT, or of build-nanogpt; autocast also where nanoGPT's own loop has none."""
     module, state = model_of(folder), first_weights(size).state_dict()
     build = module.__name__ == "train_gpt2"
     torch.set_float32_matmul_precision("high")
@@ -225,29 +226,26 @@ def karpathy(size, device, folder, dtype="float32", compile=False, lr=LR, beta2=
         model.to(device)
         betas = () if build else ((0.9, beta2),)  # build-nanogpt sets its own
         optimizer = model.configure_optimizers(WEIGHT_DECAY, lr, *betas, device)
-    dtype = dtype if build or device == "cuda" else "float32"
     fast, source = torch.compile(model) if compile else model, batches(size, device)
     return plain_loop(model, [optimizer], source, device, dtype, lambda *batch: fast(*batch)[1])
 
 
-def everybody(device, half, nanogpt, build_nanogpt):
-    """{label: (function, keyword arguments)}, ours first. nanogpt, build_nanogpt: folders, or empty.
+def everybody(dtypes, nanogpt, build_nanogpt):
+    """{label: (function, keyword arguments)}, first ours in the first of the types, then all in each.
 
-    half: the 16-bit type of the stated settings. Without hardware for it, the same settings in float32 are measured as
-    well, and are then a baseline's best.
+    nanogpt, build_nanogpt: folders, or empty.
     """
-    fast, hf = half if device == "cuda" else "float32", version("transformers")
-    found = {
-        "ours": (ours, {"options": Options(dtype=fast)}),
-        "ours eager": (ours, {"options": Options(dtype=fast, compile=False)}),
-        f"transformers {hf} eager float32": (transformers, {}),
-        f"Trainer {hf} {fast}": (hf_trainer, {"dtype": fast}),
-    }
-    for dtype in sorted({half, fast}):
+    hf, found = version("transformers"), {"ours": (ours, {"options": Options(dtypes[0])})}
+    found["ours eager"] = ours, {"options": Options(dtypes[0], compile=False)}
+    found[f"transformers {hf} eager float32"] = transformers, {"dtype": "float32"}
+    for dtype in dtypes:
+        if dtype != dtypes[0]:
+            found[f"ours {dtype}"] = ours, {"options": Options(dtype)}
         found[f"transformers {hf} compiled {dtype} fused AdamW"] = transformers, {"dtype": dtype, "compile": True}
-    for name, folder, ways in (("nanoGPT", nanogpt, (False, True)), ("build-nanogpt", build_nanogpt, (False,))):
-        for compiled in ways if folder else ():
-            model_of(folder)  # refused now, not after minutes of compiling
-            kwargs = {"folder": folder, "dtype": fast, "compile": compiled}
-            found[f"{name} {'compiled' if compiled else 'eager'} {fast}"] = karpathy, kwargs
+        found[f"Trainer {hf} {dtype}"] = hf_trainer, {"dtype": dtype}
+        for name, folder, ways in (("nanoGPT", nanogpt, (False, True)), ("build-nanogpt", build_nanogpt, (False,))):
+            for compiled in ways if folder else ():
+                model_of(folder)  # refused now, not after minutes of compiling
+                kwargs = {"folder": folder, "dtype": dtype, "compile": compiled}
+                found[f"{name} {'compiled' if compiled else 'eager'} {dtype}"] = karpathy, kwargs
     return found

@@ -1,8 +1,7 @@
-"""How fast GPT-2 trains here: an ablation of our step, other codebases, several ranks; and what else is worth timing.
+"""How fast GPT-2 trains here: an ablation of our step, other codebases; and what else is worth timing.
 
     python bench/bench_gpt2.py ladder                                     # ablation; minutes on two cores
     python bench/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
-    torchrun --standalone --nproc_per_node=8 bench/bench_gpt2.py scaling  # tok/s of 1, 2, 4, 8 ranks
     python bench/bench_gpt2.py race --nanogpt ../nanoGPT                  # validation loss by seconds of training
     python bench/bench_gpt2.py hellaswag --model gpt2 --items 200         # batched scoring against naive scoring
     python bench/bench_gpt2.py profile --device cuda                      # the kernels of a step, and a trace
@@ -24,16 +23,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch.utils.benchmark import Timer
 
 from bench.baselines import SIZES, Options, Size, everybody, first_weights, karpathy, ours
-from bench.harness import BenchConfig, Contestant, finish, measured, medians, open_log, row, take_turns, timed
+from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns, timed
 from common import ROOT, cli, free_memory, half_type, pick_device
 from data.shards import read_meta
 from gpt2.config import PRESETS
-from gpt2.distributed import Ranks
 from gpt2.hellaswag import Encoded, evaluate, load_hf, load_items
 from gpt2.loader import Loader
 from gpt2.optimizers import lr_at
@@ -46,7 +43,7 @@ GB_PER_SEQUENCE = 3.0  # of gpt2-124M's hungriest contestant: float32, attention
 
 @dataclass(kw_only=True)
 class Config(BenchConfig):
-    mode: tyro.conf.Positional[Literal["ladder", "peers", "scaling", "race", "hellaswag", "profile", "resume"]]
+    mode: tyro.conf.Positional[Literal["ladder", "peers", "race", "hellaswag", "profile", "resume"]]
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     size: Literal["auto", *SIZES] = "auto"  # model and batch; auto: gpt2-124M on a GPU, vocab-50304 elsewhere
     batch_size: int = 0  # sequences of a step; 0: the size's own, on a GPU as many of them as its memory holds
@@ -54,7 +51,7 @@ class Config(BenchConfig):
     limit_seconds: float = 3600.0  # who needs longer than this for a turn is stopped; HellaSwag and race take long
     nanogpt: str = ""  # peers, race: checkout of karpathy/nanoGPT; empty: left out
     build_nanogpt: str = ""  # peers: checkout of karpathy/build-nanogpt; empty: left out
-    data_dir: str = str(ROOT / "data/corpora/pydocs")  # race: token shards
+    data_dir: str = str(ROOT / "data/corpora/pydocs")  # race, resume: token shards
     race_steps: int = 300  # race: optimizer steps of each; --limit-seconds stops who needs longer
     model: str = "gpt2"  # hellaswag: Hugging Face causal LM, a folder or a name on the hub
     input: str = ""  # hellaswag: items, jsonl, gzipped or not; empty: from the hub
@@ -157,27 +154,19 @@ def ladder(cfg, log):
 
 
 def peers(cfg, log):
-    """Our step against transformers, its Trainer, nanoGPT and build-nanogpt; ratios are seconds to ours."""
-    entries = everybody(cfg.device, cfg.half, cfg.nanogpt, cfg.build_nanogpt)
+    """Our step against transformers, its Trainer, nanoGPT and build-nanogpt, on a CPU with bfloat16 in float32 as well.
+
+    A ratio is seconds to ours of the same type.
+    """
+    dtypes = list(dict.fromkeys([cfg.dtype, cfg.dtype if cfg.device == "cuda" else "float32"]))
+    entries = everybody(dtypes, cfg.nanogpt, cfg.build_nanogpt)
     if cfg.device == "cpu" and can_keep_memory():
         entries["ours --cpu-memory-settings"] = entries["ours"]
-    facts = measure(cfg, log, cfg.shape, entries)
-    return [row("peers", label, f, facts["ours"], "seconds of ours") for label, f in facts.items()], "tok_per_sec"
-
-
-def scaling(cfg, log):
-    """Tokens/s of 1, 2, 4, … of torchrun's processes, each with a whole batch; DistributedDataParallel. Collective."""
-    rows, ranks, tokens = [], cfg.ranks, cfg.shape.batch_size * cfg.shape.block_size
-    for n in sorted({2**k for k in range(ranks.world_size.bit_length())} | {ranks.world_size}):
-        group = dist.new_group(list(range(n))) if dist.is_initialized() else None  # every rank has to ask for it
-        if ranks.rank < n:
-            kwargs = {"options": Options(cfg.dtype), "group": group}
-            turn = training(ours, cfg.shape, cfg.device, kwargs, cfg.steps)
-            facts = medians([turn() for _ in range(cfg.rounds)])
-            more = {"ranks": n, "tok_per_sec": n * tokens / facts["seconds"]}
-            rows.append(row("scaling", f"ours, {n} rank(s)", facts | more, facts, "one rank"))
-            rows[-1]["ratio"] = more["tok_per_sec"] / rows[0]["tok_per_sec"]
-        ranks.wait()
+    facts, rows = measure(cfg, log, cfg.shape, entries), []
+    for label, (_, kwargs) in entries.items():
+        dtype = kwargs["options"].dtype if "options" in kwargs else kwargs["dtype"]
+        same = "ours" if dtype == cfg.dtype else f"ours {dtype}"
+        rows.append(row("peers", label, facts[label], facts[same], f"seconds of {same}", dtype=dtype))
     return rows, "tok_per_sec"
 
 
@@ -304,26 +293,23 @@ def one_ending_at_a_time(name, device, items):
 def resume(cfg, log):
     """Train, kill -9 after a checkpoint, resume: metrics and weights have to equal to the bit those left alone."""
     preset, rows = ("gpt2-124M", 8) if cfg.device == "cuda" else ("quickstart", 16)
-    train = (
-        f"gpt2.train_gpt2 {preset} --data-dir data --device {cfg.device} --max-steps 20 --warmup-steps 2 "
-        f"--deterministic --{'compile' if cfg.compile else 'no-compile'} --micro-batch-size {rows} "
-        f"--total-batch-size {rows * PRESETS[preset].block_size} --log-every 1 --val-every 0 --val-tokens 2048 "
-        f"--sample-every 0 --hellaswag-every 0 --checkpoint-every 5 --run-dir"
+    train = [sys.executable, "-m", "gpt2.train_gpt2", preset, "--data-dir", cfg.data_dir, "--device", cfg.device]
+    flags = (
+        f"--max-steps 20 --warmup-steps 2 --deterministic --{'compile' if cfg.compile else 'no-compile'} "
+        f"--micro-batch-size {rows} --total-batch-size {rows * PRESETS[preset].block_size} --log-every 1 --val-every 0 "
+        f"--val-tokens 2048 --sample-every 0 --hellaswag-every 0 --checkpoint-every 5 --run-dir"
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder, alone, killed = Path(name), Path(name) / "alone", Path(name) / "killed"
-        (folder / "text.txt").write_bytes((ROOT / "README.md").read_bytes())
-        command(folder, "bpe.train_bpe --input text.txt --vocab-size 512 --out tokenizer")
-        command(folder, "data.prepare pydocs --tokenizer tokenizer.model --out data")
+    with tempfile.TemporaryDirectory() as folder:
+        alone, killed = Path(folder) / "alone", Path(folder) / "killed"
         with measured() as facts:
-            command(folder, f"{train} alone")
-        doomed = [sys.executable, "-m", *train.split(), "killed"]
-        process = subprocess.Popen(doomed, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run([*train, *flags.split(), alone], check=True)
+        process = subprocess.Popen([*train, *flags.split(), killed])
         while process.poll() is None and not list(killed.glob("ckpt/step_*.pt")):
             time.sleep(0.05)
         process.kill()
         process.wait()
-        facts["resumed"] = "resumed at" in command(folder, f"{train} killed")
+        subprocess.run([*train, *flags.split(), killed], check=True)
+        facts["resumed"] = "resumed at" in (killed / "log.txt").read_text(encoding="utf-8")
         facts["metrics_equal"] = comparable_metrics(alone) == comparable_metrics(killed)
         a, b = (torch.load(max(run.glob("ckpt/step_*.pt")), map_location="cpu")["model"] for run in (alone, killed))
         facts["weights_equal"] = all(torch.equal(a[k], b[k]) for k in a)
@@ -334,28 +320,16 @@ def resume(cfg, log):
     return [row("resume", "ours", facts, facts, "itself")], "seconds"
 
 
-def command(folder, args):
-    """Run one of our modules in a folder -> what it prints; its own message explains a failure."""
-    done = subprocess.run([sys.executable, "-m", *args.split()], cwd=folder, capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise RuntimeError(f"{args} failed: {done.stderr[-3000:]}")
-    return done.stdout
-
-
-MODES = {mode.__name__: mode for mode in (ladder, peers, scaling, race, hellaswag, profile, resume)}
+MODES = {mode.__name__: mode for mode in (ladder, peers, race, hellaswag, profile, resume)}
 
 
 def main():
     """Run the benchmark that the command line names, in a run directory of its own."""
     cfg = tyro.cli(Config, description=__doc__)
-    cfg.ranks = Ranks(cfg.device) if cfg.mode == "scaling" else None
-    with open_log(cfg, f"bench_gpt2_{cfg.mode}", enabled=cfg.ranks is None or cfg.ranks.main) as log:
+    with open_log(cfg, f"bench_gpt2_{cfg.mode}") as log:
         rows, key = MODES[cfg.mode](cfg, log)
-        if log.enabled:
-            rows = [{**r, "device": cfg.hardware} for r in rows]
-            finish(log, rows, key, device=cfg.hardware, size=cfg.size, shape=cfg.shape._asdict())
-    if cfg.ranks:
-        cfg.ranks.close()
+        rows = [{**r, "device": cfg.hardware} for r in rows]
+        finish(log, rows, key, device=cfg.hardware, size=cfg.size, shape=cfg.shape._asdict())
 
 
 if __name__ == "__main__":
