@@ -10,21 +10,21 @@ that there is little to gain. All have the same activation, so that only how the
 gelu` is the engine as a sweep runs it, with torch's kernel for BLOOM's activation.
 """
 
-import tempfile
 from collections import namedtuple
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import cycle, islice, product
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+from peft import get_peft_model, set_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.baselines import plain_loop, stock_trainer
+from bench.baselines import stock_trainer
 from bench.harness import BenchConfig, Contestant, finish, open_log, row, take_turns, timed
 from common import cli, pick_device
-from lora.base import quiet_libraries
+from lora.base import peft_config, quiet_libraries
 from lora.multi_lora import AdapterConfig, MultiLora
 
 # What is trained: layers and width of the base, rows of a batch, tokens of a row, optimizer steps.
@@ -51,20 +51,10 @@ class Config(BenchConfig):
 
 def base_model(cfg, size):
     """A random base of the family, the same in every process."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     shape = {"hidden_size": size.width, "num_hidden_layers": size.layers, "num_attention_heads": size.width // 32}
     torch.manual_seed(0)
     config = AutoConfig.for_model(cfg.family, vocab_size=cfg.vocab_size, intermediate_size=4 * size.width, **shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype))
-    return model.to(cfg.device).eval()
-
-
-def adapters(cfg):
-    """The grid: ranks, scales and rates in turn; no dropout, so that all contestants can be compared exactly."""
-    grid = islice(cycle(product((3e-4, 1e-3), (4, 8), (1, 8))), cfg.k)
-    same = {"lora_dropout": 0.0, "bias": "none", "lr_scheduler": "constant"}
-    return [AdapterConfig(r=r, lora_alpha=alpha, lr=lr, seed=i, **same) for i, (lr, r, alpha) in enumerate(grid)]
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype)).to(cfg.device).eval()
 
 
 def batches(cfg, size):
@@ -73,27 +63,29 @@ def batches(cfg, size):
     return torch.randint(cfg.vocab_size, (size.steps, size.batch_size, size.tokens), generator=generator)
 
 
-def engine(cfg, size, who):
-    """The k adapters together -> a function that trains and gives the last losses, as `trainer` and `loop` do."""
-    trained = MultiLora(base_model(cfg, size), adapters(cfg), fast_gelu=who == "fast gelu")
-
-    def train():
-        for ids in batches(cfg, size):
-            losses, _, _ = trained.step(trained.forward({"input_ids": ids, "labels": ids}))
-        return losses
-
-    return train
+def multi_lora(cfg, size, who=""):
+    """The engine with ranks, scales and rates in turn; no dropout, so that contestants can be compared exactly."""
+    grid = islice(cycle(product((3e-4, 1e-3), (4, 8), (1, 8))), cfg.k)
+    same = {"lora_dropout": 0.0, "bias": "none", "lr_scheduler": "constant"}
+    configs = [AdapterConfig(r=r, lora_alpha=alpha, lr=lr, seed=i, **same) for i, (lr, r, alpha) in enumerate(grid)]
+    return MultiLora(base_model(cfg, size), configs, fast_gelu=who == "fast gelu")
 
 
 def in_peft(cfg, size):
     """The same adapters as PEFT models with the engine's initial weights, one after another -> (config, model)."""
-    from peft import PeftModel
-
-    first = MultiLora(base_model(cfg, size), adapters(cfg))
+    first = multi_lora(cfg, size)
     for i, config in enumerate(first.configs):
-        with tempfile.TemporaryDirectory() as folder:
-            first.save(i, Path(folder) / "adapter")
-            yield config, PeftModel.from_pretrained(base_model(cfg, size), f"{folder}/adapter", is_trainable=True)
+        model = base_model(cfg, size)
+        model = get_peft_model(model, peft_config(config, model))
+        set_peft_model_state_dict(model, first.tensors(i))
+        yield config, model
+
+
+def engine(cfg, size, who):
+    """The k adapters together -> a function that trains and gives the last losses, as `trainer` and `loop` do."""
+    trained = multi_lora(cfg, size, who)
+    inputs = [{"input_ids": ids, "labels": ids} for ids in batches(cfg, size)]
+    return lambda: [trained.step(trained.forward(batch))[0] for batch in inputs][-1]
 
 
 def trainer(cfg, size, who):
@@ -108,41 +100,41 @@ def trainer(cfg, size, who):
 def loop(cfg, size, who):
     """PEFT and a bare loop with torch's AdamW, one adapter after another: the Trainer's work without the Trainer."""
 
-    def stepper(config, model):
-        model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=0.0)
-        source = ((ids, ids) for ids in batches(cfg, size).to(cfg.device))
-        step, _, _ = plain_loop(
-            model, [optimizer], source, cfg.device, "float32", lambda ids, _: model(input_ids=ids, labels=ids).loss
-        )
-        return step
+    def train(config, model):
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0)
+        for ids in batches(cfg, size).to(cfg.device):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
 
-    steppers = [stepper(config, model) for config, model in in_peft(cfg, size)]
-    return lambda: [[step() for _ in range(size.steps)][-1].item() for step in steppers]
+    models = [(config, model.train()) for config, model in in_peft(cfg, size)]
+    return lambda: [train(*one) for one in models]
+
+
+CONTESTANTS = {"trainer": trainer, "loop": loop, "engine": engine, "fast gelu": engine}
 
 
 def measure(cfg, size, who):
     """Set up and warm up a contestant -> its `turn`; peak_mb is what training takes beyond the models."""
     quiet_libraries()
-    make = {"trainer": trainer, "loop": loop}.get(who, engine)
-    make(cfg, size._replace(steps=3), who)()  # a few steps before the clock starts
-    return timed(make(cfg, size, who), "losses", cfg.device)
+    CONTESTANTS[who](cfg, size._replace(steps=3), who)()  # a few steps before the clock starts
+    return timed(CONTESTANTS[who](cfg, size, who), "losses", cfg.device)
 
 
 def measure_size(cfg, name, log):
     """All contestants at one size, in turns -> rows; the ratio is their speed over the Trainer's."""
     size, names = SIZES[name], {"trainer": f"transformers {version('transformers')}", "loop": f"peft {version('peft')}"}
-    names |= {"engine": "ours", "fast gelu": "ours"}
-    facts = take_turns({who: Contestant(measure, (cfg, size, who)) for who in names}, cfg, log, name)
+    facts = take_turns({who: Contestant(measure, (cfg, size, who)) for who in CONTESTANTS}, cfg, log, name)
     losses = [facts[who]["losses"] for who in ("engine", "trainer", "loop") if "losses" in facts[who]]
     apart = max(max(same) - min(same) for same in zip(*losses))  # of the same adapter's last loss
     if cfg.dtype == "float32" and not apart < 1e-3:
         raise RuntimeError(f"{name}: the last losses differ by {apart:.2g}; the contestants did not do the same work")
     more = {"size": name, **size._asdict(), "k": cfg.k, "vocab_size": cfg.vocab_size, "device": cfg.device}
-    return [
-        row(f"{name}/{who}", names[who], f, facts["trainer"], "trainer", speedup=True, **more)
-        for who, f in facts.items()
-    ]
+    more |= {"other": facts["trainer"], "ratio_to": "trainer", "speedup": True}
+    return [row(f"{name}/{who}", names.get(who, "ours"), f, **more) for who, f in facts.items()]
 
 
 def main():
