@@ -7,12 +7,13 @@ import importlib.util
 import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import peft
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -29,7 +30,8 @@ class AdapterConfig:
     lora_dropout: float = 0.05  # probability of dropping an input of the update
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
     use_dora: bool = False  # weight-decomposed update
-    init_lora_weights: str = "default"  # of A: default (Kaiming uniform), gaussian, or another of PEFT's (pissa, …)
+    # of A: default is Kaiming uniform; of PEFT's others those that a saved adapter can be loaded with again
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     bias: Literal["none", "lora_only", "all"] = "lora_only"  # biases to train, too: of the wrapped layers, or of all
     target_modules: str = "auto"  # comma-separated names, all-linear, or auto: the attention's inputs
     lr: float = 3e-4  # peak learning rate
@@ -50,6 +52,28 @@ class AdapterConfig:
         return self.lr if self.lr_scheduler == "constant" else self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
 
+# Smallest and largest value of settings of all LoRA scripts; of those not named here: from 0 to LIMIT.
+LIMIT = 2**31
+RANGES = {
+    "r": (1, 4096), "lora_dropout": (0, 0.99), "lr": (0, math.inf), "max_grad_norm": (0, math.inf),
+    "lora_alpha": (0, math.inf), "batch_size": (1, LIMIT), "grad_accum_steps": (1, LIMIT), "log_every": (1, LIMIT),
+    "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "top_p": (0, 1), "repetition_penalty": (0.01, 100),
+}  # fmt: skip
+
+
+def validate(cfg):
+    """UsageError for a setting of another type than its field's, an unknown choice, or a number outside RANGES."""
+    for field in fields(cfg):
+        value, kind = getattr(cfg, field.name), field.type
+        flag, (low, high) = f"--{field.name.replace('_', '-')}", RANGES.get(field.name, (0, LIMIT))
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UsageError(f"unknown {field.name} {value}; choose from {', '.join(get_args(kind))}")
+        if kind in (str, bool, int, float) and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UsageError(f"{flag} should be {kind.__name__}, not {value!r}")
+        if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"{flag} {value} should be a number from {low} to {high}")
+
+
 def quiet_libraries():
     """Silence the notes of transformers and PEFT; scripts call this, imports do not."""
     logging.set_verbosity_error()
@@ -59,6 +83,7 @@ def quiet_libraries():
 
 def block_size(config):
     """Tokens that a model can read at once, by its Hugging Face config (BLOOM names no limit: 2048, as trained)."""
+    config = config.get_text_config(decoder=True)  # nested in that of a model which also reads images
     sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length"))
     return next((size for size in sizes if size), 2048)
 
@@ -83,14 +108,10 @@ def load_tokenizer(base):
 def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     """A causal LM to put adapters on -> model in eval mode, on `device`.
 
-    Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
-    adapter learns the same alone and beside others. load_in_4bit: NF4 through bitsandbytes, CUDA only.
+    Its own noise is switched off (GPT-2 is published with a dropout of 0.1): only the adapter's `lora_dropout` acts, so
+    that an adapter learns the same alone and beside others. load_in_4bit: NF4 through bitsandbytes, CUDA only.
     """
-    config = _load(AutoConfig, base)
-    for name, value in list(vars(config).items()):  # resid_pdrop, attention_dropout, layerdrop, …
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-    options = {"config": config, "dtype": getattr(torch, dtype)}
+    options = {"config": without_noise(_load(AutoConfig, base)), "dtype": getattr(torch, dtype)}
     if load_in_4bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
@@ -99,7 +120,39 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
         model.config.name_or_path = model.name_or_path = base
-    return (model if load_in_4bit else model.to(device)).eval()
+    model = (model if load_in_4bit else model.to(device)).eval()
+    first, changed = probe(model, [[1, 2, 3, 4], [1, 2, 3, 5]], "text alone")  # (T, V) each
+    if (first[:3] - changed[:3]).abs().max() > (1e-4 if first.dtype.itemsize > 2 else 3e-2) * first.abs().max():
+        raise UsageError(f"{base} ({type(model).__name__}) reads tokens before it predicts them: it is no causal LM")
+    return model
+
+
+def without_noise(config):
+    """A Hugging Face config with all dropout and jitter of the model at 0."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for name, value in list(vars(part).items()):  # resid_pdrop, residual_dropout, router_jitter_noise, …
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+@contextmanager
+def one_line(model, what):
+    """Within the block whatever breaks a model, of any kind, becomes one line: these are limits of the libraries."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UsageError(f"{type(model).__name__} does not work with {what} ({reason})") from None
+
+
+def probe(model, rows, what):
+    """Logits (b, T, V) of a few rows of ids, without dropout; UsageError where the model does not work with `what`."""
+    ids = torch.tensor(rows, device=model.device) % model.config.get_text_config(decoder=True).vocab_size
+    with evaluating(model), one_line(model, what):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
 def locate(base):
@@ -160,16 +213,21 @@ def peft_config(cfg, model, **more):
     )  # fmt: skip
 
 
+def wrap(model, config):
+    """The PeftModel of a LoraConfig, with fresh weights; UsageError where PEFT refuses."""
+    try:
+        return peft.get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as e:
+        raise UsageError(f"PEFT refuses these settings: {str(e).splitlines()[0]}") from None
+
+
 def add_adapter(cfg, model):
     """Wrap `model` with a fresh adapter -> PeftModel whose adapter alone is trained, in float32."""
     if cfg.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing)
     set_seed(cfg.seed)
-    config = peft_config(cfg, model)
-    try:
-        wrapped = peft.get_peft_model(model, config)
-    except ValueError as e:
-        raise UsageError(f"PEFT refuses these settings: {str(e).splitlines()[0]}") from None
+    wrapped = wrap(model, peft_config(cfg, model))
+    probe(wrapped, [[1, 2, 3]], f"adapters on {cfg.target_modules}")
     if narrow := [p for p in wrapped.parameters() if p.requires_grad and p.dtype.itemsize < 4]:
         for p in narrow:  # biases of a bfloat16 base, where a step of 3e-4 would be rounded away
             p.data = p.data.float()
@@ -195,10 +253,12 @@ def load_adapter(model, path):
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(f"{path} holds no adapter (no adapter_config.json there or in ckpt/adapter)")
     try:
-        adapted = peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UsageError(f"{path} does not fit {model.config.name_or_path} ({reason})") from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError, UserWarning) as e:
+        reason = str(e).strip().splitlines()[0][:200]
+        raise UsageError(f"{path} is damaged or does not fit {model.config.name_or_path} ({reason})") from None
     check_adapter(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False), path)
     return adapted.eval()
 

@@ -13,28 +13,35 @@ way round, so its gradient is exactly zero and it stays zero. The base is frozen
 one adapter reaches another, not even a NaN: gradients are those of k separate runs. All weights are views of one tensor
 (k, P), and so are gradients: clipping is a norm over rows, AdamW a handful of operations however many layers there are.
 
-Works on every causal LM whose layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and whose
-logits are its output layer on its last hidden states (checked). Dropout masks are a function of an adapter's seed, its
-step and the layer, so an adapter's training does not depend on its company. The gain is largest where the base is
-small or batches are short; once the base alone keeps the hardware busy there is none (bench/bench_lora.py shows it).
+Works on every causal LM whose adapted layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and
+whose logits are its output layer on its last hidden states. Which layers those are PEFT says, and every engine first
+compares its loss with that of PEFT's model: what it cannot train exactly (fused experts, say) is refused by name.
+
+Dropout masks are a function of an adapter's seed, its step and the layer, so an adapter's training does not depend on
+its company. The gain is largest where the base is small or batches are short; once the base alone keeps the hardware
+busy there is none (bench/bench_lora.py shows it).
 """
 
 import math
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from common import UsageError, atomic_folder
-from lora.base import AdapterConfig, check_adapter, peft_config, target_modules
+from lora.base import AdapterConfig, check_adapter, one_line, peft_config, wrap
 from lora.tasks import IGNORE, mean_loss
 
 __all__ = ["AdapterConfig", "MultiLora"]
+# Only layers and losses are compared with PEFT's, so the rank is small.
+CHECK = AdapterConfig(r=2, lora_alpha=2, lora_dropout=0.0, bias="none")
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as the Trainer has them
 LOSS_CHUNK = 4096  # target positions whose logits are in memory at once
 
@@ -67,8 +74,8 @@ class AdaptedLinear(nn.Module):
         if engine.only is not None:  # one adapter alone, for evaluation
             A, B, bias, scaling = (None if x is None else x[engine.only] for x in (A, B, bias, scaling))
         y = self.base(x)  # (k*b, T, out)
-        z = engine.dropout(x.reshape(k, -1, *x.shape[-2:]).to(A.dtype), self.index)  # (k, b, T, in)
-        h = (z.reshape(k, -1, self.n_in) @ A.mT) * scaling  # (k, b*T, r_max)
+        z = engine.dropout(x.reshape(k, -1, self.n_in).to(A.dtype), self.index)  # (k, b*T, in)
+        h = (z @ A.mT) * scaling  # (k, b*T, r_max)
         if y.dtype == A.dtype:
             y = torch.baddbmm(y.reshape(k, -1, self.n_out), h, B.mT)  # (k, b*T, out)
         else:  # float32 adapters on a half-precision base, as PEFT has them
@@ -78,16 +85,39 @@ class AdaptedLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.n_out)
 
 
-def adapted_names(model, targets):
-    """Layers that `targets` selects, as PEFT does: called so, or ending in ".name"; "all-linear": all but the head."""
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    if targets == "all-linear":
-        return linear
-    chosen = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in targets}
-    for target in [target for target in targets if not chosen[target]]:
-        raise UsageError(f"--target-modules {target}: adapters at once need linear layers before the output layer")
-    return [n for n in linear if any(n in names for names in chosen.values())]
+def check_batch(model):
+    """Two rows, one of them padded on the right, on which an engine is compared with PEFT."""
+    ids = torch.arange(1, 17).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
+    labels = ids.clone()
+    labels[1, 5:] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+def ask_peft(model, targets):
+    """What PEFT adapts in a model with these `target_modules` -> ({name: random (A, B)}, loss on `check_batch`).
+
+    The model is in training mode, as the Trainer has it, and left as it was. UsageError names a layer of another kind.
+    """
+    batch, g = check_batch(model), torch.Generator(model.device).manual_seed(0)
+    wrapped = wrap(model, peft_config(replace(CHECK, target_modules=targets), model)).train()
+    weights = {}
+    try:
+        for name, layer in ((n, m) for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)):
+            name, base = name.removeprefix("base_model.model."), layer.get_base_layer()
+            head = layer is model.get_output_embeddings()
+            if head or isinstance(layer, ParamWrapper) or not isinstance(base, nn.Linear | Conv1D):
+                raise UsageError(f"adapters at once cannot have {name}, which PEFT adapts, too: use --engine trainer")
+            A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+            weights[name] = A, B.normal_(std=0.1, generator=g)
+        ids, mask = batch["input_ids"].to(model.device), (batch["labels"] != IGNORE).to(model.device)
+        with torch.no_grad(), one_line(model, "PEFT's adapters"):
+            logits = wrapped(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1).cpu(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+        return weights, loss.item()
+    finally:
+        wrapped.unload()
+        model.eval()
 
 
 def swap_gelus(model):
@@ -111,35 +141,40 @@ class MultiLora:
         if len({c.target_modules for c in every}) > 1:
             raise UsageError("adapters trained at once need the same target_modules")
         self.model = model
-        self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
-        self.device = next(model.parameters()).device
+        with one_line(model, "adapters at once"):
+            self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self.device, self.n_rows = next(model.parameters()).device, 1  # rows of an adapter's batch
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
-        self.r_max = max(c.r for c in every)
-        self.with_bias = any(c.bias == "lora_only" for c in every)
+        weights, loss = ask_peft(model, every[0].target_modules)
         model.requires_grad_(False).eval()
-        self._check_head()
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.train()
         self.slow_gelus = swap_gelus(model) if fast_gelu and model.dtype != torch.float64 else {}
         self.layers = []
-        for index, name in enumerate(adapted_names(model, target_modules(every[0].target_modules, model))):
+        for index, name in enumerate(weights):
             self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))
             model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
+        self._check(weights, loss)
+        self.r_max = max(c.r for c in every)
+        self.with_bias = any(c.bias == "lora_only" for c in every)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
         self._allocate(len(configs))
         for i, config in enumerate(configs):
             self.replace(i, config)
 
-    def _check_head(self):
-        """Refuse a model whose logits are more than its head on its hidden states (soft-capped, scaled, …)."""
-        ids = torch.arange(1, 5, device=self.device)[None] % self.model.config.vocab_size
-        with torch.no_grad():
-            logits, ours = self.model(ids).logits, self.head(self.body(ids).last_hidden_state)
-        if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
-            raise UsageError(
-                f"{type(self.model).__name__} changes its logits after the output layer; use --engine trainer"
-            )
+    def _check(self, weights, expected):
+        """Refuse a model on which these weights {name: (A, B)}, beside another adapter, have not PEFT's loss."""
+        self.r_max, self.with_bias = CHECK.r, False
+        self._allocate(2)
+        self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
+        for layer in self.layers:
+            layer.A.data[0], layer.B.data[0] = weights[layer.name]
+        with torch.no_grad(), one_line(self.model, "adapters at once"):
+            loss = self.forward(check_batch(self.model))[0].item()
+        if not abs(loss - expected) <= {2: 3e-2, 4: 1e-5, 8: 1e-9}[self.model.dtype.itemsize] * expected:
+            name = type(self.model).__name__
+            raise UsageError(f"{name} at once has loss {loss:.6f}, with PEFT {expected:.6f}: use --engine trainer")
 
     def _allocate(self, k):
         """Lay out k slots: weights and AdamW's moments are tensors (k, P); the layers hold views of the weights."""
@@ -196,7 +231,7 @@ class MultiLora:
         return self.model
 
     def dropout(self, z, layer):
-        """Drop inputs of each adapter's update with its own probability, where gradients are taken. z: (k, b, T, in)
+        """Drop inputs of each adapter's update with its own probability, where gradients are taken. z: (k, b*T, in)
 
         Drawn position by position, so that the padding of longer neighbours' rows comes last and shifts nothing.
         """
@@ -207,9 +242,9 @@ class MultiLora:
             if config.lora_dropout:
                 seed = zlib.crc32(f"{config.seed}/{self.steps[i]}/{layer}".encode())
                 keep = 1 - config.lora_dropout
-                kept = torch.empty_like(z[i].transpose(0, 1), memory_format=torch.contiguous_format)  # (T, b, in)
+                kept = z.new_empty(z.shape[1] // self.n_rows, self.n_rows, z.shape[2])  # (T, b, in)
                 kept.bernoulli_(keep, generator=self.generator.manual_seed(seed))
-                mask[i] = kept.div_(keep).transpose(0, 1)
+                mask[i] = kept.div_(keep).transpose(0, 1).flatten(0, 1)
         return z * mask
 
     @contextmanager
@@ -232,6 +267,7 @@ class MultiLora:
         ids, labels = (
             x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in (batch["input_ids"], batch["labels"])
         )
+        self.n_rows = len(ids) // k
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1; (k*b, T)
         where = (labels != IGNORE).flatten().nonzero()[:, 0]  # the target positions; adapter by adapter
         counts = (labels != IGNORE).view(k, -1).sum(1)  # (k,)
@@ -253,7 +289,7 @@ class MultiLora:
     def gradients(self, losses):
         """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""
         # the adapters share no row and no weight, so the gradient of the sum is that of each
-        grads = torch.autograd.grad(losses.sum(), self.parameters)
+        grads = torch.autograd.grad(losses.sum(), self.parameters, materialize_grads=True)
         grad = torch.cat([g.reshape(self.k, -1) for g in grads], dim=1)
         untrained = torch.tensor([[config.bias == "none"] for config in self.configs], device=self.device)  # (k, 1)
         return grad.masked_fill_(self.is_bias & untrained, 0) if self.with_bias else grad
@@ -311,6 +347,7 @@ class MultiLora:
         check_adapter(tensors, folder)
         with atomic_folder(folder) as part:
             config = peft_config(self.configs[i], self.model, inference_mode=True, base_model_name_or_path=name)
+            config.target_modules = [layer.name for layer in self.layers]
             config.save_pretrained(part)
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 

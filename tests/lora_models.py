@@ -36,6 +36,37 @@ def tiny_model(family, dtype=torch.float32, seed=0, **kwargs):
     return model
 
 
+SMALL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0,
+    "eos_token_id": 0, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "ffn_dim": 64,
+    "word_embed_proj_dim": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "d_model": 32,
+    "decoder_ffn_dim": 64, "state_size": 8, "sliding_window": 64,
+}  # fmt: skip
+
+
+def family_config(name, **changes):
+    """A small config of one of transformers' families: what of SMALL it knows."""
+    from transformers import AutoConfig
+
+    changes |= {"deepseek_v3": {"num_key_value_heads": 4}, "gemma2": {"final_logit_softcapping": 1.0}}.get(name, {})
+    known = AutoConfig.for_model(name)
+    return AutoConfig.for_model(name, **{k: v for k, v in {**SMALL, **changes}.items() if hasattr(known, k)})
+
+
+def family_model(name):
+    """A random float64 model of one of transformers' families, its noise switched off as `load_base` does."""
+    from transformers import AutoModelForCausalLM
+
+    from lora.base import without_noise
+
+    torch.manual_seed(0)
+    config = without_noise(family_config(name))
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+
+
 def tiny_tokenizer(vocab_size=290):
     """Byte-level BPE, as our exported tokenizers are: `<|endoftext|>` is id 0, end of text and nothing else."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

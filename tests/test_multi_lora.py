@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_models import FAMILIES, tiny_model
+from lora_models import FAMILIES, family_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
@@ -235,12 +235,12 @@ def test_dropout_does_not_depend_on_company_and_is_off_in_evaluation():
         among.step(b)
     with among.alone(2) as model, torch.no_grad():
         assert (model(batch()["input_ids"]).logits - alone.model(batch()["input_ids"]).logits).abs().max() < 1e-10
-    short = alone.dropout(torch.ones(1, 2, 300, 200, dtype=torch.float64), 0)
-    first = alone.dropout(torch.ones(1, 2, 500, 200, dtype=torch.float64), 0)
+    short = alone.dropout(torch.ones(1, 2 * 300, 200, dtype=torch.float64), 0).view(1, 2, 300, 200)
+    first = alone.dropout(torch.ones(1, 2 * 500, 200, dtype=torch.float64), 0).view(1, 2, 500, 200)
     assert set(first.unique().tolist()) == {0.0, 2.0} and abs(first.mean() - 1) < 0.01
     assert torch.equal(short, first[:, :, :300])  # padding that longer neighbours bring shifts nothing
     alone.steps[0] += 1
-    assert not torch.equal(first, alone.dropout(torch.ones_like(first), 0))
+    assert not torch.equal(first, alone.dropout(torch.ones(1, 1000, 200), 0).view(1, 2, 500, 200))
 
 
 def test_dropout_gradients_equal_pefts_under_the_same_mask():
@@ -252,7 +252,7 @@ def test_dropout_gradients_equal_pefts_under_the_same_mask():
     for layer in engine.layers:
         lora = modules[f"base_model.model.{layer.name}"]
         drop = torch.nn.Module()
-        drop.forward = lambda x, index=layer.index: engine.dropout(x[None], index)[0]
+        drop.forward = lambda x, index=layer.index: engine.dropout(x.view(1, -1, x.shape[-1]), index).view_as(x)
         lora.lora_dropout["default"] = drop
     loss_of(twin, data["input_ids"], data["labels"]).backward()
     own = dict(twin.named_parameters())
@@ -302,7 +302,8 @@ def test_all_linear_adapts_what_peft_adapts():
     for family in FAMILIES:
         peft = get_peft_model(tiny_model(family), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
         theirs = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
-        assert set(multi_lora.adapted_names(tiny_model(family), "all-linear")) == theirs
+        engine = engine_of(family, [plain_adapter(target_modules="all-linear")])
+        assert {layer.name for layer in engine.layers} == theirs
 
 
 def test_a_slot_is_given_to_the_next_and_slots_are_dropped():
@@ -373,8 +374,12 @@ def test_settings_beyond_the_engine_are_refused(wrong, says):
 
 
 def test_targets_that_no_layer_has_are_refused():
-    """lm_head is the output layer: on it adapters cannot be trained at once."""
-    for names, says in [("c_attn,c_atn", "no module c_atn"), ("c_attn,lm_head", "lm_head: adapters at once")]:
+    """On the output layer and on embeddings, which PEFT adapts, adapters cannot be trained at once."""
+    for names, says in [
+        ("c_attn,wte", "cannot have transformer.wte"),
+        ("c_attn,c_atn", "no module c_atn"),
+        ("c_attn,lm_head", "cannot have lm_head"),
+    ]:
         with pytest.raises(UsageError, match=says):
             engine_of("gpt2", [AdapterConfig(target_modules=names)])
     with pytest.raises(UsageError, match="same target_modules"):
@@ -388,5 +393,47 @@ def test_a_model_that_bends_its_logits_is_refused():
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.01,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="changes its logits"):
+    with pytest.raises(UsageError, match="use --engine trainer"):
         MultiLora(Gemma2ForCausalLM(config), [AdapterConfig()])
+
+
+# transformers' family -> which targets adapters at once can have; of the others PEFT adapts fused experts, too
+EXACT = {
+    "mixtral": "auto", "qwen3_moe": "auto", "glm4_moe": "auto", "minimax": "auto", "deepseek_v3": "", "glm4": "both",
+    "gemma3_text": "both", "phi3": "both", "seed_oss": "both", "phimoe": "auto", "opt": "both", "llama4_text": "",
+    "gemma2": "", "bert-generation": "", "mamba": "", "bart": "both",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("family", EXACT)
+def test_a_family_is_trained_as_peft_does_or_refused(family, targets, tmp_path):
+    """Two adapters, three steps in float64, in training mode; what was saved is read back by PEFT."""
+    config = plain_adapter(r=3, lora_alpha=6, lr=1e-2, max_steps=STEPS, target_modules=targets)
+    other = plain_adapter(r=2, lr=1e-1, seed=4, max_steps=STEPS, target_modules=targets)
+    if EXACT[family] not in (targets, "both"):
+        with pytest.raises(UsageError) as e:
+            MultiLora(family_model(family), [config, other])
+        assert len(str(e.value).splitlines()) == 1
+        return
+    engine = MultiLora(family_model(family), [config, other])
+    engine.save(0, tmp_path / "start")
+    batches = [batch(b=3, T=12, seed=step) for step in range(3)]
+    losses = [engine.step(engine.forward(data))[0][0] for data in batches]
+    engine.save(0, tmp_path / "end")
+    loaded = [
+        PeftModel.from_pretrained(family_model(family), tmp_path / name, is_trainable=True) for name in ("start", "end")
+    ]
+    trained = loaded[0].train()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], weight_decay=0.0)
+    for step, data in enumerate(batches):
+        loss = loss_of(trained, data["input_ids"], data["labels"])
+        assert abs(loss.item() - losses[step]) < 1e-6
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = config.lr_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        ids = batches[0]["input_ids"]
+        assert (trained.eval()(ids).logits - loaded[1].eval()(ids).logits).abs().max() < 1e-6
