@@ -79,11 +79,11 @@ def write_json(path, value):
         f.write("\n")
 
 
-def read_json(path):
-    """Read a JSON file, gzipped or not; UsageError names a missing or damaged one."""
+def read_json(path, **options):
+    """Read a JSON file, gzipped or not, with the options of `json.load`; UsageError names a missing or damaged one."""
     with open_text(path) as f:
         try:
-            return json.load(f)
+            return json.load(f, **options)
         except json.JSONDecodeError as e:
             raise UsageError(f"{path} is not valid JSON ({e}); it may be damaged") from None
 

@@ -19,7 +19,7 @@ import tyro
 from transformers import GenerationConfig
 
 from common import UsageError, atomic_folder, cli, pick_device
-from lora.base import block_size, evaluating, load_adapter, load_base, load_tokenizer, quiet_libraries
+from lora.base import block_size, evaluating, load_adapter, load_base, load_tokenizer, quiet_libraries, validate
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
 
 
@@ -88,6 +88,7 @@ def encode_prompt(tokenizer, prompt, chat=False):
 def main():
     """Continue --prompt, or merge the adapter into --merge FOLDER."""
     cfg = tyro.cli(GenerateConfig)
+    validate(cfg)
     if not cfg.prompt and not cfg.merge:
         raise UsageError("give a --prompt to continue, or --merge FOLDER")
     if cfg.merge and not cfg.adapter:

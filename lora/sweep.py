@@ -24,7 +24,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ import filelock
 import tyro
 
 from common import UsageError, cli, read_json
-from lora.base import quiet_libraries
+from lora.base import quiet_libraries, validate
 from lora.concurrent_trainer import VARIABLE, Group
 from lora.multi_lora import unsupported
 from lora.sweep_report import summarize
@@ -71,21 +71,31 @@ class SweepConfig:
 
 def read_grid(cfg):
     """The grid file with the flags over it -> [TrainConfig], one an adapter, its run_dir named after what it varies."""
-    grid = read_json(cfg.grid)
+    grid = read_json(cfg.grid, object_pairs_hook=unique_keys)
     known = {*INPUTS, "settings", "grid", "configs", "seeds", "about"}
     if not isinstance(grid, dict) or set(grid) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
+    axes, single, seeds = grid.get("grid", {}), grid.get("configs", []), list(cfg.seeds) or grid.get("seeds", [0])
+    kinds = {"settings": (dict, grid.get("settings", {})), "grid": (dict, axes), "configs": (list, single)}
+    kinds |= {
+        name: (list, values or None)
+        for name, values in {"seeds": seeds, **(axes if isinstance(axes, dict) else {})}.items()
+    }
+    for name, (kind, value) in kinds.items():
+        if not isinstance(value, kind):
+            raise UsageError(f"{cfg.grid}: {name} should be {'an object' if kind is dict else 'a list of values'}")
     shared = {"device": cfg.device, **grid.get("settings", {}), **assignments(cfg.set)}
     shared |= {name: grid[name] for name in INPUTS & set(grid)}
     flags = ("base", "data_file", "max_steps", "tensorboard", "wandb")
     shared |= {name: getattr(cfg, name) for name in flags if getattr(cfg, name)}
     if not shared.get("base"):
         raise UsageError(f"{cfg.grid} names no base; give one with --base")
-    axes = grid.get("grid", {})
+    if wrong := (set(shared) - SETTINGS) | (set(assignments(cfg.set)) & set(axes)):
+        raise UsageError(f"{', '.join(sorted(wrong))}: an unknown setting, or one with --set that the grid varies")
+    check(TrainConfig(run_dir="", **shared))
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())] if axes else []
-    seeds = cfg.seeds or grid.get("seeds", [0])
     configs = []
-    for point, seed in itertools.product(points + grid.get("configs", []) or [{}], seeds):
+    for point, seed in itertools.product(points + single or [{}], seeds):
         values = shared | {"seed": seed} | point
         if wrong := (set(values) - SETTINGS) | (set(point) & INPUTS):
             raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(wrong))} of a configuration")
@@ -96,6 +106,21 @@ def read_grid(cfg):
     if len({repr(replace(one, run_dir="")) for one in configs}) < len(configs):
         raise UsageError(f"{cfg.grid} lists the same configuration twice")
     return configs
+
+
+def unique_keys(pairs):
+    """For json.load: an object as a dict; a key given twice is refused, for one of the two would be lost."""
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError(f"the grid file has a key twice in one object: {', '.join(key for key, _ in pairs)}")
+    return dict(pairs)
+
+
+def check_flags(cfg):
+    """Refuse flags of a sweep that are out of range."""
+    validate(cfg)
+    rungs = cfg.rungs.split(",")
+    if not all(re.fullmatch(r"\s*0?\.\d+\s*", rung) and float(rung) > 0 for rung in rungs):
+        raise UsageError(f"--rungs {cfg.rungs} should be fractions between 0 and 1, separated by commas")
 
 
 def assignments(texts):
@@ -140,6 +165,15 @@ def take_place(cfg):
     return int(match[1]) * world + rank, int(match[2]) * world
 
 
+@contextmanager
+def untouched(folder):
+    """Within the block a group's lock that another process holds is refused in one line."""
+    try:
+        yield
+    except filelock.Timeout:
+        raise UsageError(f"{folder} is being trained by another process; stop it before --overwrite") from None
+
+
 def agree(cfg, configs, n):
     """The cut into groups that all workers of the sweep, now and later, work on -> groups.
 
@@ -152,8 +186,11 @@ def agree(cfg, configs, n):
         "inputs": fingerprint(configs[0]),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "sweep.lock"):
+    with filelock.FileLock(folder / "sweep.lock"), untouched(folder):
         if run_state(folder, wanted, cfg.overwrite) == "new":
+            for lock in (folder / "groups").glob("*.lock") if cfg.overwrite else ():
+                with filelock.FileLock(lock, timeout=0):  # raises where the group is being trained
+                    pass
             for old in ("adapters", "groups") if cfg.overwrite else ():
                 shutil.rmtree(folder / old, ignore_errors=True)
             with RunLog(folder, "lora_sweep", {**wanted, "groups": make_groups(configs, cfg.engine, n)}):
@@ -194,6 +231,7 @@ def train_group(cfg, group, configs, folder):
 
 def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
+    check_flags(cfg)
     configs = read_grid(cfg)
     index, n = take_place(cfg)
     groups = agree(cfg, configs, n)

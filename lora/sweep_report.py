@@ -42,7 +42,7 @@ def summarize(folder, configs):
             best=best.name, best_held_out_loss=best.result["held_out_loss"],
             diverged=[run.name for run in runs if run.result["status"] == "diverged"],
         )  # fmt: skip
-        log.print(f"best: {best.name}, held-out loss {best.result['held_out_loss']:.4f}")
+        log.print(f"best: {best.name}, held-out loss {frame['loss'].min():.4f}")
         log.print(f"{trained:,} of {full:,} adapter steps were trained ({trained / full:.0%})")
         log.print(f"curves in {folder / 'loss.png'}, table in {folder / 'table.md'}")
 
@@ -124,9 +124,9 @@ def draw_curves(frame, names):
     for ax in (left, right):
         ax.grid(alpha=0.25)
         ax.margins(y=0)
-    before = max(loss for run in frame["run"] for loss in run.curve("val")[1][:1])
     right.set(xlabel="step", title="held out")
-    right.set_ylim(top=1.1 * before)  # a blow-up leaves the frame
+    if before := [loss for run in frame["run"] for loss in run.curve("val")[1][:1]]:  # none where no loss was finite
+        right.set_ylim(top=1.1 * max(before))  # a blow-up leaves the frame
     left.set(xlabel="step", title="training, smoothed", ylabel="loss (nats per target token)")
     fig.legend(loc="outside right upper", fontsize=7, frameon=False)
     return fig

@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.nn.functional as F
 import tyro
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -77,18 +79,10 @@ NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # se
 
 def check(cfg):
     """Refuse what can be seen to be wrong before anything heavy is loaded."""
-    for field in fields(cfg):
-        value, known, kind = getattr(cfg, field.name), get_args(field.type), field.type
-        if known and value not in known:
-            raise UsageError(f"unknown {field.name} {value}; choose from {', '.join(known)}")
-        if not known and type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UsageError(f"{field.name} should be {kind.__name__}, not {value!r}")
+    base.validate(cfg)
     if cfg.data_file and not Path(cfg.data_file).is_file():
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
-    for name in ("r", "batch_size", "grad_accum_steps", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.max_steps < 0 or (cfg.max_steps == 0 and cfg.epochs <= 0):
+    if cfg.max_steps == 0 and cfg.epochs == 0:
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
     base.locate(cfg.base)
     if cfg.load_in_4bit and (find_spec("bitsandbytes") is None or pick_device(cfg.device).type != "cuda"):
@@ -275,6 +269,13 @@ class LoraTrainer(Trainer):
         self.control.should_training_stop |= out_of_patience(self.held_out_losses(), self.cfg.patience)
         return {"eval_loss": loss}
 
+    def _save_checkpoint(self, *args, **kwargs):
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch's writer covers a full disk with a RuntimeError
+            why = str(e.__context__ if isinstance(e.__context__, OSError) else e).splitlines()[0]
+            raise UsageError(f"a checkpoint could not be written ({why}); free disk and resume") from None
+
     def held_out_losses(self):
         """{step: held-out loss} so far."""
         rows = self.state.log_history
@@ -297,11 +298,16 @@ class LoraTrainer(Trainer):
 
 
 def last_checkpoint(ckpt_dir):
-    """The newest of the Trainer's checkpoints that was written to its end (its state comes last), or None."""
+    """The newest of the Trainer's checkpoints that is whole (its state comes last), or None."""
     for path in sorted(Path(ckpt_dir).glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:])):
-        with suppress(UsageError):
+        with suppress(UsageError, BadZipFile, SafetensorError):
             read_json(path)
-            return str(path.parent)
+            load_file(path.parent / "adapter_model.safetensors")
+            damaged = [
+                file for file in path.parent.glob("*.pt*") if ZipFile(file).testzip()
+            ]  # of torch's, by their CRC
+            if not damaged:
+                return str(path.parent)
     return None
 
 

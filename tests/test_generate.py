@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_models import save_tiny, tiny_model, tiny_tokenizer
+from lora_models import family_config, save_tiny, tiny_model, tiny_tokenizer
 
 from common import UsageError
 from lora import base as bases
@@ -107,6 +107,37 @@ def test_an_adapter_with_weights_that_are_not_finite_is_refused(base, tmp_path):
         load_adapter(load_base(str(base)), tmp_path)
     with pytest.raises(UsageError, match="holds no adapter"):
         load_adapter(load_base(str(base)), tmp_path / "ckpt")
+
+
+def test_a_truncated_adapter_is_refused(base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter(load_base(str(base))).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, file)
+    with pytest.raises(UsageError, match="damaged or does not fit"):
+        load_adapter(load_base(str(base)), tmp_path)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(UsageError, match="damaged or does not fit"):
+        load_adapter(load_base(str(base)), tmp_path)
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(family_config("bert-generation")).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="it is no causal LM"):
+        load_base(str(tmp_path))
+
+
+def test_the_models_own_noise_is_off():
+    from lora.base import without_noise
+
+    config = without_noise(family_config("seed_oss", residual_dropout=0.5, attention_dropout=0.5))
+    assert config.residual_dropout == config.attention_dropout == 0.0
+    assert without_noise(family_config("phimoe", router_jitter_noise=0.1)).router_jitter_noise == 0.0
 
 
 def test_merging_writes_a_folder_whole_or_not_at_all(base, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -321,10 +322,12 @@ def test_divergence_is_a_smoothed_loss_above_its_best(tmp_path):
 @pytest.mark.core
 def test_flags_go_over_the_file(base, rows, tmp_path):
     grid = write_grid(tmp_path / "grid.json", configs=[{"r": 2}, {"r": 4}], seeds=[7])
-    changes = {"seeds": (0, 1), "set": ("max_length=24", "mode=faithful", "lr=1"), "max_steps": 3}
+    changes = {"seeds": (0, 1), "set": ("max_length=24", "mode=faithful", "weight_decay=1"), "max_steps": 3}
     configs = sweep.read_grid(config(grid, base, rows, "run", **changes))
     assert [(c.r, c.seed) for c in configs] == [(2, 0), (2, 1), (4, 0), (4, 1)]
-    assert {(c.max_length, c.mode, c.lr, c.max_steps, c.batch_size) for c in configs} == {(24, "faithful", 1, 3, 2)}
+    assert {(c.max_length, c.mode, c.weight_decay, c.max_steps, c.batch_size) for c in configs} == {
+        (24, "faithful", 1, 3, 2)
+    }
     for wrong, says in [("max_length", "should be int"), ("lr=long", "should be float"), ("rows=3", "unknown setting")]:
         with pytest.raises(UsageError, match=says):
             sweep.read_grid(config(grid, base, rows, "run", set=(wrong,)))
@@ -336,12 +339,59 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
         ({"grid": {"rank": [1]}}, "unknown setting rank"),
         ({"gird": {}}, "should be an object with"),
         ({"configs": [{"r": 1}, {"r": 1}]}, "same configuration twice"),
+        ({"grid": {"lr": []}}, "lr should be a list of values"),
+        ({"grid": {"lr": 1e-3}}, "lr should be a list of values"),
+        ({"grid": [1]}, "grid should be an object"),
+        ({"configs": {"r": 1}}, "configs should be a list"),
+        ({"seeds": 3}, "seeds should be a list"),
+        ({"seeds": []}, "seeds should be a list"),
+        ({"grid": {"lr": [math.nan]}}, "--lr nan"),
+        ({"settings": {"lr": []}, "configs": [{"lr": 1.0}]}, "--lr should be float"),
     ],
 )
 def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
     with pytest.raises(UsageError, match=says):
         run_sweep(config(write_grid(tmp_path / "grid.json", **parts), base, rows, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"rungs": "2,3"}, "--rungs 2,3"),
+        ({"rungs": "a,b"}, "--rungs a,b"),
+        ({"adapters_at_once": -1}, "--adapters-at-once -1"),
+        ({"divergence_factor": math.nan}, "--divergence-factor nan"),
+        ({"set": ("lr=abc",)}, "lr: an unknown setting, or one with --set that the grid varies"),
+    ],
+)
+def test_flags_out_of_range_are_refused(base, rows, tmp_path, flags, says):
+    grid = write_grid(tmp_path / "grid.json", grid={"lr": [1e-3]})
+    with pytest.raises(UsageError, match=says):
+        run_sweep(config(grid, base, rows, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_given_twice_is_refused(base, rows, tmp_path):
+    (tmp_path / "grid.json").write_text('{"task": "instruction", "grid": {"r": [1], "r": [2]}}')
+    with pytest.raises(UsageError, match="a key twice"):
+        run_sweep(config(tmp_path / "grid.json", base, rows, tmp_path / "run"))
+
+
+def test_overwrite_leaves_a_live_sweep_alone(base, rows, tmp_path):
+    grid = write_grid(tmp_path / "grid.json", {"max_steps": 2, "eval_every": 2, "metric_rows": 0}, grid={"r": [1]})
+    run_sweep(config(grid, base, rows, tmp_path / "run"))
+    lock = filelock.FileLock(tmp_path / "run/groups/000.lock", thread_local=False)
+    with lock, pytest.raises(UsageError, match="being trained by another process"):
+        run_sweep(config(grid, base, rows, tmp_path / "run", overwrite=True, divergence_factor=3.0))
+    assert (tmp_path / "run/adapters/000_r1/result.json").exists()
+
+
+def test_a_sweep_of_which_nothing_is_finite_has_its_table(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora.multi_lora.MultiLora.held_out", lambda self, *args: [math.inf] * self.k)
+    grid = write_grid(tmp_path / "grid.json", grid={"lr": [1e30, 1e31]}, settings={"max_grad_norm": 0.0})
+    run_sweep(config(grid, base, rows, tmp_path / "run"))
+    assert (tmp_path / "run/table.md").exists() and read_run(tmp_path / "run").result["status"] == "success"
 
 
 def test_usage_errors_are_one_line(assert_refuses, base, rows, tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lora_models import tiny_model
+from lora_models import save_tiny, tiny_model
 
 from common import UsageError
 from lora import train_lora
@@ -120,6 +120,36 @@ def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_pat
     train_lora.run(config(base, rows, tmp_path / "killed", **changes))
     assert "resuming from checkpoint-" in (tmp_path / "killed/log.txt").read_text()
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, rows, tmp_path):
+    changes = {"max_steps": 9, "eval_every": 2}
+    train_lora.run(config(base, rows, tmp_path / "whole", **changes))
+    kill(AT_A_ROW.format(step=5), base, rows, tmp_path / "killed", **changes)
+    damaged = tmp_path / "killed/ckpt/checkpoint-4/optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-500])
+    train_lora.run(config(base, rows, tmp_path / "killed", **changes))
+    assert "resuming from checkpoint-2" in (tmp_path / "killed/log.txt").read_text()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line(base, rows, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(train_lora.Trainer, "_save_checkpoint", full)
+    with pytest.raises(UsageError, match=r"a checkpoint could not be written .*free disk and resume"):
+        train_lora.run(config(base, rows, tmp_path))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_an_adapter_of_any_initialization_is_loaded_with_the_loss_recorded(rows, tmp_path, init):
+    base = save_tiny(tmp_path / "base", "llama")
+    cfg = config(base, rows, tmp_path, init_lora_weights=init, max_steps=3, eval_every=1, lora_dropout=0.0)
+    result = train_lora.run(cfg)
+    _, model, data = train_lora.load(cfg)
+    loss = train_lora.held_out_loss(load_adapter(model, tmp_path), data.held_out[:4], 0)
+    assert loss == pytest.approx(result["held_out_loss"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -243,11 +273,25 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
         ({"task": "poetry"}, "unknown task poetry"),
         ({"base": "./no"}, "./no does not exist"),
         ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"r": 0}, "--r must be at least 1"),
-        ({"log_every": 0}, "--log-every must be at least 1"),
+        ({"r": 0}, "--r 0 should be a number from 1"),
+        ({"log_every": 0}, "--log-every 0 should be a number from 1"),
         ({"bias": "lora"}, "unknown bias lora; choose from none"),
         ({"lr_scheduler": "linaer"}, "choose from linear"),
-        ({"batch_size": 2.5}, "batch_size should be int"),
+        ({"batch_size": 2.5}, "batch-size should be int"),
+        ({"lr": -1e-3}, "--lr -0.001 should be a number from 0"),
+        ({"lr": math.nan}, "--lr nan should be"),
+        ({"lr": []}, r"--lr should be float, not \[\]"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm"),
+        ({"max_rows": -1}, "--max-rows"),
+        ({"patience": -1}, "--patience"),
+        ({"lora_dropout": 1.0}, "--lora-dropout"),
+        ({"r": 10**6}, "--r 1000000 should be a number from 1 to 4096"),
+        ({"seed": 2**64}, "--seed"),
+        *[
+            ({"init_lora_weights": name}, "choose from default")
+            for name in ("lora_ga", "eva", "pissa_niter_4", "loftq")
+        ],
         ({"max_steps": 0, "epochs": 0}, "nothing to train"),
     ],
 )
