@@ -8,11 +8,12 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -42,30 +43,25 @@ class BenchConfig:
 
 @dataclass
 class Contestant:
-    """One that is measured: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
+    """One that is measured, in a fresh interpreter: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
 
-    facts: "seconds", perhaps "peak_mb", and what else is worth a field of the row.
+    facts: "seconds", perhaps "peak_mb", and what else is worth a field of the row. The process starts with the first
+    turn and takes another one when told to.
     """
 
     make: Callable
     args: tuple = ()
     env: dict = field(default_factory=dict)  # environment variables of its process
-
-
-class OwnProcess:
-    """A contestant in a fresh interpreter, which starts with its first turn and takes a turn when told to."""
-
-    def __init__(self, contestant):
-        self.contestant, self.pool = contestant, None
+    pool: ProcessPoolExecutor | None = field(default=None, init=False)
 
     def turn(self, limit_seconds):
         """Take one turn -> facts, or {"failed": why}; the first one sets up before."""
         try:
             if self.pool is None:
                 self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                with patch.dict(os.environ, self.contestant.env):
+                with patch.dict(os.environ, self.env):
                     self.pid = self.pool.submit(os.getpid).result()
-            return self.pool.submit(_turn, self.contestant.make, self.contestant.args).result(limit_seconds)
+            return self.pool.submit(_turn, self.make, self.args).result(limit_seconds)
         except UsageError:
             raise
         except TimeoutError:
@@ -99,28 +95,27 @@ def take_turns(contestants, cfg, log, name, *, keep=False):
     keep: processes live on between turns; without it each turn has a fresh one.
     """
     turns, labels = {label: [] for label in contestants}, list(contestants)
-    processes = {label: OwnProcess(contestant) for label, contestant in contestants.items()}
     try:
         for k in range(cfg.rounds):
             order = labels[k % len(labels) :] + labels[: k % len(labels)]  # another one begins every round
             for label in tqdm(order, desc=f"{name}, round {k + 1}", leave=False, disable=None):
                 if turns[label] and medians(turns[label]).get("seconds", float("inf")) > cfg.slow_seconds:
                     continue
-                facts = processes[label].turn(cfg.limit_seconds)
+                facts = contestants[label].turn(cfg.limit_seconds)
                 if keep and "failed" in facts:  # perhaps for want of the memory that the others hold: once more, alone
-                    for process in processes.values():
-                        process.close()
-                    facts = processes[label].turn(cfg.limit_seconds)
+                    for contestant in contestants.values():
+                        contestant.close()
+                    facts = contestants[label].turn(cfg.limit_seconds)
                 figures = {key: facts[key] for key in ("seconds", "peak_mb", "failed", "traceback") if key in facts}
                 log.metric(k, f"{name}/{label}", **figures)
                 turns[label].append(facts)
                 if "failed" in facts:
                     log.print(f"{name}: {label} failed: {facts['failed']}")
                 if "failed" in facts or not keep:
-                    processes[label].close()
+                    contestants[label].close()
     finally:
-        for process in processes.values():
-            process.close()
+        for contestant in contestants.values():
+            contestant.close()
     facts = {label: medians(done) for label, done in turns.items()}
     if all("failed" in f for f in facts.values()):
         raise UsageError("no contestant could be measured; the lines above say why")
@@ -138,14 +133,24 @@ def medians(turns):
 
 @contextmanager
 def measured(device="cpu"):
-    """Measure a block -> a dict that gets "seconds", and "peak_mb", what it took beyond what was held before."""
+    """Measure a block -> a dict that gets "seconds", and "peak_mb", what it took beyond what was held before.
+
+    Only Linux can reset the peak of resident memory; elsewhere that since the start of the process counts.
+    """
     synchronize(device)
-    facts, before = {}, peak_memory(device, reset=True)
-    started = time.perf_counter()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # /proc is read-only, or the C library has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or it would hide what comes
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    facts, before, started = {}, peak_memory_mb(device), time.perf_counter()
     yield facts
     synchronize(device)
     facts["seconds"] = time.perf_counter() - started
-    facts["peak_mb"] = None if before is None else peak_memory(device) - before
+    facts["peak_mb"] = None if before is None else peak_memory_mb(device) - before
 
 
 def timed(work, key, device="cpu"):
@@ -157,27 +162,6 @@ def timed(work, key, device="cpu"):
         return facts
 
     return turn
-
-
-def peak_memory(device="cpu", reset=False):
-    """The most MB that this process has held since the last reset: of the GPU, or resident; None where unknown.
-
-    Before a reset freed memory goes back to the system, so that it does not hide what comes. Only Linux can reset
-    resident memory; elsewhere the peak since the start of the process counts.
-    """
-    if device == "cuda":
-        import torch
-
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return peak_memory_mb("cuda")
-    try:
-        if reset:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return int(Path("/proc/self/status").read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, AttributeError, TypeError):  # no such file, function or library elsewhere
-        return peak_memory_mb()
 
 
 def open_log(cfg, name, **options):

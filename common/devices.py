@@ -1,9 +1,11 @@
 """The device that a script runs on: which one, what it multiplies fast, how much memory it took."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from common.usage import UsageError
 
@@ -72,12 +74,15 @@ def peak_memory_mb(device="cpu"):
         import torch
 
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    # Linux has a peak that can be reset (bench/harness.py does) and that, unlike getrusage's, a fork does not inherit.
+    status = Path("/proc/self/status").read_text(errors="replace") if sys.platform == "linux" else ""
+    if peak := re.search(r"VmHWM:\s*(\d+)", status):
+        return round(int(peak[1]) / 2**10, 1)
     try:
         import resource
     except ImportError:
         return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in kB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)  # macOS counts in bytes
 
 
 def free_memory(device):

@@ -81,7 +81,7 @@ def signal_handlers():
 
 @pytest.fixture
 def assert_refuses(script):
-    """check(path, *args, says=…) asserts a person's mistake: one line on stderr, exit status 2, no traceback."""
+    """check(path, *args, says=…) asserts a usage error: one line on stderr, exit status 2, no traceback."""
 
     def check(path, *args, says):
         done = script(path, *args, ok=False)
@@ -131,21 +131,15 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def contestants_here(monkeypatch):
-    """Benchmarks measure in this process, one contestant object a turn: importing torch anew takes seconds."""
+    """Benchmarks measure in this process: importing torch anew takes seconds."""
     from bench import harness
 
-    class Here:
-        def __init__(self, contestant):
-            self.contestant, self.ready = contestant, None
+    def turn(self, limit_seconds):
+        try:
+            self.pool = self.pool or self.make(*self.args)
+            return self.pool()
+        except RuntimeError as e:
+            return {"failed": str(e)}
 
-        def turn(self, limit_seconds):
-            try:
-                self.ready = self.ready or self.contestant.make(*self.contestant.args)
-                return self.ready()
-            except RuntimeError as e:
-                return {"failed": str(e)}
-
-        def close(self):
-            self.ready = None
-
-    monkeypatch.setattr(harness, "OwnProcess", Here)
+    monkeypatch.setattr(harness.Contestant, "turn", turn)
+    monkeypatch.setattr(harness.Contestant, "close", lambda self: setattr(self, "pool", None))
