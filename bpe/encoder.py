@@ -1,27 +1,28 @@
 """Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
 
-Three ways to the same ids:
+A chunk that was seen before, or is a token by itself, is looked up: a table maps it to a range of a pool of ids, and
+the ids of a text are one gather from that pool. New chunks are merged together, in one flat array of linked tokens:
 
-    a few short chunks   each rescanned in plain Python until no pair of it is in the merges
-    many short chunks    one row each of a table; each round merges the best pair of every row, in numpy
-    long chunks          one flat array of linked tokens; the ranks that occur are merged in ascending order, each at
-                         all its positions together
+    many chunks of a few bytes   each round merges the best pair of every chunk
+    others                       the ranks that occur are merged in ascending order, each at all its positions
 
-The last one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
+The second one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
 pairs that hold its new token, so a place is looked at when a neighbour changes and never again.
 """
 
 import heapq
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
-from bpe.trainer import SEP, LinkedTokens
+from bpe.chunk_table import LONGEST, PADDING, ChunkTable
+from bpe.trainer import DEAD, SEP, LinkedTokens
 
 NO_RANK = 2**31 - 1
-MANY = 48  # chunks; below it, setting up arrays costs more than it saves
-SHORT = 160  # bytes of one of a few chunks; the same
-ROW_WIDTH = 16  # bytes of one of many chunks; a table of longer rows would be mostly shifting
+MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
+MAX_CHUNKS = 1 << 19  # remembered at a time, beside the vocabulary's tokens: 32 MB of table
+MAX_POOL = 1 << 22  # ids of theirs
 
 
 class Encoder:
@@ -36,67 +37,98 @@ class Encoder:
         inner = {token: b for b, token in enumerate(byte_ids)}
         for token in merges.values():
             inner.setdefault(token, len(inner))  # two merges may make the same token
-        self._outer = [*inner, SEP]  # SEP is -1: it picks the last entry
-        self._outer_table = np.array(self._outer)
+        self._outer = np.array([*inner, SEP], np.int32)  # SEP is -1: it picks the last entry
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         self._tables = _RankTables(self._merges, len(inner))
+        self._first_cache = _Cache(self._outer, self._own_tokens())
+        # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
+        # process forks, and one that an interrupt left half-filled is simply lost.
+        self._idle = []
 
-    def encode_all(self, chunks):
-        """list of bytes -> list of lists of ids."""
-        many = len(chunks) >= MANY
-        limit = ROW_WIDTH if many else SHORT
-        short, long = [c for c in chunks if len(c) <= limit], [c for c in chunks if len(c) > limit]
-        short = iter(self._encode_rows(short) if many else map(self._encode_short, short))
-        long = iter(self._encode_long(long) if long else ())
-        return [next(short if len(c) <= limit else long) for c in chunks]
+    def encode(self, splitter, texts):
+        """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
+        try:
+            cache = self._idle.pop()
+        except IndexError:
+            cache = self._first_cache.copy()
+        ids, lengths = [self._outer[:0]], np.zeros(len(texts), np.int64)
+        for block in splitter.blocks(texts):
+            data, starts = splitter.split([piece for _, piece in block])
+            places = cache.table.values(data, starts, partial(self._add, cache))
+            count = places & 0xFFFFFFFF
+            ends = count.cumsum()
+            at = np.repeat((places >> 32) - (ends - count), count)
+            at += np.arange(len(at))
+            ids.append(cache.pool.take(at))
+            total = np.append(0, ends[data.take(starts) == 0xFF])  # up to the end of each piece
+            np.add.at(lengths, [number for number, _ in block], np.diff(total))
+            if cache.table.used + len(cache.table.long) > MAX_CHUNKS or cache.used > MAX_POOL:
+                cache = self._first_cache.copy()
+        self._idle.append(cache)
+        return np.concatenate(ids), lengths
 
-    def _encode_short(self, data):
-        """Merge the pair of lowest rank wherever it is, until there is none."""
-        ids, rank = list(data), self._rank
-        while len(ids) > 1:
-            best = min([rank.get(pair, NO_RANK) for pair in pairwise(ids)])
-            if best == NO_RANK:
-                break
-            p, q, new = self._merges[best]
-            i, end = 0, len(ids) - 1
-            while i < end:
-                if ids[i] == p and ids[i + 1] == q:
-                    ids[i : i + 2] = [new]
-                    end -= 1
-                i += 1
-        outer = self._outer
-        return [outer[i] for i in ids]
+    def _add(self, cache, chunks):
+        """Merge new chunks -> their values in the cache."""
+        return cache.add(*self._merged(chunks))
 
-    def _encode_rows(self, chunks):
-        """The same with all chunks at once, one merge of each chunk per round."""
-        tables = self._tables
-        tok, rank = tables.rows(chunks)  # (n_rows, ROW_WIDTH) each; rank[i, j] is that of the pair at j and j + 1
-        result, rows, column = np.empty_like(tok), np.arange(len(tok)), np.arange(ROW_WIDTH - 1)
-        while len(rows):
-            at = rank.argmin(axis=1)  # the first of equals, so from the left
-            live = rank[np.arange(len(rows)), at] != NO_RANK
-            if not live.all():  # continue with the rows that are not done
-                result[rows] = tok
-                rows, tok, rank, at = (a[live] for a in (rows, tok, rank, at))
-            each = np.arange(len(rows))
-            new = tables.made[rank[each, at]]
-            # close the gap that the right half leaves, then look at the two pairs that the new token is part of
-            beyond = column > at[:, None]
-            for table, filler in ((tok, SEP), (rank, NO_RANK)):
-                np.copyto(table[:, :-1], table[:, 1:].copy(), where=beyond)
-                table[:, -1] = filler
-            tok[each, at] = new
-            rank[each, at] = tables.of_pairs(new, tok[each, at + 1])  # `at` is never the last column
-            inner = np.flatnonzero(at)
-            left = at[inner] - 1
-            rank[inner, left] = tables.of_pairs(tok[inner, left], new[inner])
-        used = result != SEP
-        ids, ends = self._outer_table[result[used]].tolist(), np.cumsum(used.sum(axis=1)).tolist()
-        return [ids[start:end] for start, end in pairwise([0, *ends])]
+    def _own_tokens(self):
+        """The bytes of each token that encodes to itself, by inner id; b"" for the others and for long ones."""
+        p, q = self._tables.parts
+        n = len(self._outer) - 1
+        own = [bytes([b]) for b in range(256)] + [b""] * (n - 256)
+        if len(p) != n - 256:  # a token with two origins: let all be found when they occur
+            return own
+        for new, valid in enumerate(self._tables.stay_apart(p, q, np.arange(256, n)).tolist(), 256):
+            a, b = own[p[new - 256]], own[q[new - 256]]
+            own[new] = a + b if valid and a and b and len(a) + len(b) <= LONGEST else b""
+        return own
 
-    def _encode_long(self, chunks):
-        """Rank by rank, each at all positions where it occurs."""
+    def _merged(self, chunks):
+        """list of bytes -> (their ids one after another, how many each has)."""
+        short = [c for c in chunks if len(c) <= LONGEST]
+        if not short or len(short) < MANY:
+            tokens = self._merge_by_rank(chunks)
+        elif len(short) == len(chunks):
+            tokens = self._merge_by_rounds(chunks)
+        else:
+            is_short = np.fromiter((len(c) <= LONGEST for c in chunks), bool, len(chunks))
+            parts = self._merged(short), self._merged([c for c in chunks if len(c) > LONGEST])
+            lengths = np.empty(len(chunks), np.int64)
+            lengths[is_short], lengths[~is_short] = parts[0][1], parts[1][1]
+            ids, from_short = np.empty(lengths.sum(), np.int32), np.repeat(is_short, lengths)
+            ids[from_short], ids[~from_short] = parts[0][0], parts[1][0]
+            return ids, lengths
+        tokens.compact()
+        borders = np.flatnonzero(tokens.tok == SEP)
+        return self._outer[tokens.tok[tokens.tok != SEP]], np.diff(borders) - 1
+
+    def _merge_by_rounds(self, chunks):
+        """The best pair of each chunk, again and again, until no chunk has one -> LinkedTokens."""
+        tokens, tables = LinkedTokens(chunks), self._tables
+        tok, next_, prev = tokens.tok, tokens.next, tokens.prev
+        begins = np.flatnonzero(tok == SEP)[:-1]  # each chunk from the SEP before it
+        rank = np.full(len(tok), NO_RANK, np.int64)
+        where, ranks = tables.of_bytes(tok)
+        rank[where] = ranks
+        bits = len(tok).bit_length()
+        key = rank << bits | np.arange(len(tok))  # least: the lowest rank, and of equals the first from the left
+        while True:
+            best = np.minimum.reduceat(key, begins)
+            best = best[best < NO_RANK << bits]
+            if not len(best):
+                return tokens
+            at = best & ((1 << bits) - 1)
+            gone = next_[at]
+            after, before, new = next_[gone], prev[at], tables.made[best >> bits]
+            tok[at], tok[gone] = new, DEAD
+            next_[at], prev[after] = after, at
+            key[gone] = NO_RANK << bits
+            key[at] = tables.of_pairs(new, tok[after]).astype(np.int64) << bits | at
+            key[before] = tables.of_pairs(tok[before], new).astype(np.int64) << bits | before
+
+    def _merge_by_rank(self, chunks):
+        """Rank by rank, each at all positions where it occurs -> LinkedTokens."""
         tokens, todo, tables, rank_of = LinkedTokens(chunks), _Agenda(), self._tables, self._rank.get
         todo.add(*tables.of_bytes(tokens.tok))
         while todo.ranks:
@@ -112,10 +144,36 @@ class Encoder:
             else:
                 todo.add(*tables.of_neighbours(tables.after, new, done, right))
                 todo.add(*tables.of_neighbours(tables.before, new, before, left))
-        tokens.compact()
-        borders = np.flatnonzero(tokens.tok == SEP).tolist()
-        ids = self._outer_table[tokens.tok].tolist()
-        return [ids[start + 1 : end] for start, end in pairwise(borders)]
+        return tokens
+
+
+class _Cache:
+    """A ChunkTable whose values say where in a pool the ids of a chunk lie: place << 32 | how many."""
+
+    def __init__(self, outer, own_tokens):
+        """outer: ids of all tokens. own_tokens: see Encoder._own_tokens; they are there from the beginning."""
+        self.table, self.pool, self.used = ChunkTable(), outer.copy(), len(outer)
+        kept = [(token, i) for i, token in enumerate(own_tokens) if token and token != b"\xff"]
+        kept.append((b"\xff", None))  # stands after each text, for no id
+        names = b"".join([token for token, _ in kept])
+        lengths = np.array([len(token) for token, _ in kept])
+        places = np.array([i << 32 | 1 for _, i in kept[:-1]] + [0])
+        data = np.frombuffer(names + bytes(PADDING), np.uint8)
+        self.table.values(data, np.cumsum(lengths) - lengths, lambda chunks: places)
+
+    def copy(self):
+        other = _Cache.__new__(_Cache)
+        other.table, other.pool, other.used = self.table.copy(), self.pool.copy(), self.used
+        return other
+
+    def add(self, ids, lengths):
+        """Ids of new chunks, one after another, and how many each has -> their values."""
+        if self.used + len(ids) > len(self.pool):
+            self.pool = np.append(self.pool, np.empty(self.used + len(ids), np.int32))
+        self.pool[self.used : self.used + len(ids)] = ids
+        places = self.used + np.cumsum(lengths) - lengths
+        self.used += len(ids)
+        return places << 32 | lengths
 
 
 class _Agenda:
@@ -153,7 +211,8 @@ class _RankTables:
     """Ranks of many pairs at once."""
 
     def __init__(self, merges, n_ids):
-        p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T
+        p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
+        self.parts = p, q
         self._n_ids = n_ids
         self.after, self.before = self._sorted(p, q), self._sorted(q, p)
         self._bytes = np.full((257, 257), NO_RANK, np.int32)  # row and column 256, which is also -1, for SEP
@@ -168,15 +227,6 @@ class _RankTables:
         keys = np.append(keys[order], 2**62)  # above all keys
         starts = keys.searchsorted(np.arange(self._n_ids + 1) * self._n_ids).tolist()
         return keys, np.append(order, NO_RANK).astype(np.int32), starts
-
-    def rows(self, chunks):
-        """Chunks of at most ROW_WIDTH bytes -> their tokens and the ranks of their pairs, a row for each chunk."""
-        data = b"".join([chunk.ljust(ROW_WIDTH, b"\0") for chunk in chunks])
-        tok = np.frombuffer(data, np.uint8).reshape(len(chunks), ROW_WIDTH).astype(np.int32)
-        tok[np.arange(ROW_WIDTH) >= np.fromiter(map(len, chunks), np.int64, len(chunks))[:, None]] = SEP
-        rank = np.full_like(tok, NO_RANK)
-        rank[:, :-1] = self._bytes[tok[:, :-1], tok[:, 1:]]
-        return tok, rank
 
     def of_pairs(self, left, right):
         """Ranks of pairs (left[i], right[i]); right may be SEP."""
@@ -203,3 +253,24 @@ class _RankTables:
         self._scratch[partners] = NO_RANK
         hits = np.flatnonzero(found != NO_RANK)
         return where[hits], found[hits]
+
+    def stay_apart(self, left, right, limit):
+        """Whether the tokens left[i] right[i] are what their bytes become by the merges below the token limit[i].
+
+        Provided that each of the two is what its own bytes become: then they could only be spoiled by a merge across
+        their border, of the last part of the left one, as it once stood there, with the first part of the right one.
+        Walk back through these states, undoing the younger of the two each time.
+        """
+        n = len(left)
+        good, at = np.ones(n, bool), np.arange(n)
+        p, q = (np.concatenate((np.full(256, -1), part)) for part in self.parts)
+        while len(at):
+            rank = self.of_pairs(left, right)
+            spoiled = (rank != NO_RANK) & (rank + 256 < limit)
+            good[at[spoiled]] = False
+            undo_left = ((left > right) & (left >= 256)) | (right < 256)
+            limit = np.where(undo_left, left, right + 1)
+            left, right = np.where(undo_left, q[left], left), np.where(undo_left, right, p[right])
+            on = ~spoiled & (left >= 0) & (right >= 0)
+            at, left, right, limit = at[on], left[on], right[on], limit[on]
+        return good

@@ -2,6 +2,24 @@
 
 A pattern is `"none"` (the whole text is one chunk), `"gpt2"`, `"gpt4"`, or a regular expression in the syntax of the
 `regex` module. The two named ones are those that OpenAI published with GPT-2 and with cl100k_base.
+
+The well-known patterns need no regular expression: each character has a kind (letter, number, whitespace, …), a chunk
+starts where the kind changes, and the exceptions are masks over the whole text, in numpy, some twenty times as fast.
+`chunk_starts` goes through the cases of a pattern in the order of the rows:
+
+    row                   gpt2         gpt4, cl100k    Llama 3      Qwen         o200k
+    whitespace            all: the last one of a run is left to what follows it
+    newlines in it        -            all but gpt2: those right after punctuation join that; a run with others is cut
+                                       after its last one
+    at the end of text    one chunk    cl100k: one chunk, newlines or not; others: as everywhere
+    space before          any run      punctuation     punctuation  punctuation  punctuation
+    contractions ('ll)    lower case   any case        any case     any case     any case, joined to the word before
+    before letters        -            one character that is no newline, letter or number joins them
+    numbers               whole runs   by three        by three     one by one   by three
+    case                  -            -               -            -            cut before capitals
+
+Which character is of which kind is that of Unicode 16.0, as in the regular expressions of tiktoken 0.14, so that the
+same vocabulary gives the same ids there; `regex`, which splits by all other patterns, may know a later version.
 """
 
 import re
@@ -9,10 +27,14 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import cache
-from itertools import chain
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import regex
 
+from bpe.chunk_table import PADDING, ChunkTable
 from common import UsageError, valid
 
 GPT2_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -26,12 +48,49 @@ CL100K_SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-_WELL_KNOWN = {GPT2_SPLIT_PATTERN, GPT4_SPLIT_PATTERN, CL100K_SPLIT_PATTERN}
+LLAMA3_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPLIT_PATTERN = LLAMA3_SPLIT_PATTERN.replace("{1,3}", "")
+O200K_SPLIT_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
+
+class Rules(NamedTuple):
+    """In what the well-known patterns differ; see the table above."""
+
+    letters_join: bool = True  # and newlines join punctuation
+    trailing: bool = False  # whitespace at the end of the text is one chunk, newlines or not
+    digits: int = 3  # of a chunk at most; 0: any number
+    case: bool = False
+
+
+RULES = {
+    GPT2_SPLIT_PATTERN: Rules(letters_join=False, digits=0),
+    GPT4_SPLIT_PATTERN: Rules(),
+    CL100K_SPLIT_PATTERN: Rules(trailing=True),
+    LLAMA3_SPLIT_PATTERN: Rules(),
+    QWEN_SPLIT_PATTERN: Rules(digits=1),
+    O200K_SPLIT_PATTERN: Rules(case=True),
+}
+
+# Kinds of characters, in groups of four: kind >> 2 is the group. END stands after each text.
+NEWLINE, BLANK, SPACE, OTHER, APOSTROPHE, SLASH, MARK, NUMBER, LOWER, CASELESS, UPPER, END = (
+    0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14, 16,
+)  # fmt: skip
+WHITE, PUNCTUATION, NUMBERS, LETTERS = 0, 1, 2, 3  # the groups, without END's
+END_CHARACTER = (
+    "\ud800"  # no text holds a surrogate; in ASCII text and in UTF-8 it is the byte 0xFF, which is in neither
+)
+
+PADDED_END = b"\xff" + bytes(PADDING)
+BLOCK = 1 << 17  # characters that are split at a time; so few that the arrays stay in the CPU's cache
 # Where a text may be cut: no chunk of these patterns reaches from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
-BLOCK = 1 << 13  # characters that are split at a time; so few that the chunks stay in the CPU's cache
-PIECE = 128  # the same where not all is ASCII: one "’" should not slow the rest of its block down
 
 
 def check_pattern(pattern):
@@ -41,11 +100,11 @@ def check_pattern(pattern):
 
 
 class Splitter:
-    """text -> list of chunks, whose concatenation is the text."""
+    """Texts -> chunks; those of a text, joined, are the text."""
 
     def __init__(self, pattern="none"):
         self.pattern, self.regex = pattern, lossless_pattern(pattern)
-        self._ascii = re.compile(ascii_twin(self.regex)) if self.regex in _WELL_KNOWN else None
+        self._rules = RULES.get(self.regex)
         compiled = _compile(self.regex)
         self._findall = compiled.findall
         if compiled.groups:  # then findall would return the groups instead of the whole match
@@ -55,45 +114,200 @@ class Splitter:
         return Splitter, (self.pattern,)
 
     def __call__(self, text):
-        """Text -> list of chunks, in order; joined they are the text."""
-        return list(chain.from_iterable(map(self.split_block, self.blocks(text))))
+        """Text -> list of chunks, in order."""
+        data, starts = self.split([text])
+        return [data[i:j].tobytes().decode("utf-8") for i, j in pairwise(starts.tolist())]
 
-    def split_block(self, block):
-        """One of `blocks` -> its chunks: by the standard `re` where the block is ASCII, else by `regex`."""
-        if self.pattern == "none":
-            return [block] if block else []
-        if self._ascii is not None:
-            if block.isascii():
-                return self._ascii.findall(block)
-            chunks = []
-            for piece in self.blocks(block, PIECE):
-                chunks += (self._ascii.findall if piece.isascii() else self._findall)(piece)
-            return chunks
-        chunks = self._findall(block)
-        if sum(map(len, chunks)) != len(block):
+    def split(self, texts):
+        """List of str -> (data, starts): the texts in UTF-8, each followed by a byte 0xFF, and where chunks start.
+
+        That byte is a chunk of its own, which is in no text. PADDING zeros, of no chunk, follow the last one.
+        """
+        data = np.frombuffer(b"\xff".join([text.encode("utf-8") for text in texts]) + PADDED_END, np.uint8)
+        if self._rules is None:
+            lengths = [len(chunk.encode("utf-8")) for text in texts for chunk in (*self._findall_all(text), "\0")]
+            return data, np.cumsum([0, *lengths[:-1]])
+        used = data[: len(data) - PADDING]
+        if all(map(str.isascii, texts)):
+            code, kind = used, np.frombuffer(used.tobytes().translate(_kinds_of_bytes()), np.uint8)
+        else:
+            code = np.frombuffer(joined(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+            kind = kinds().take(code)
+        start, odd = chunk_starts(code, kind, self._rules)
+        if len(odd):
+            self._split_again(joined(texts), kind, start, odd)
+        starts = np.flatnonzero(start)
+        return data, starts if code is used else np.flatnonzero((used & 0xC0) != 0x80)[starts]
+
+    def _findall_all(self, text):
+        chunks = self._findall(text)
+        if sum(map(len, chunks)) != len(text):
             raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters")
         return chunks
 
-    def blocks(self, text, size=BLOCK):
-        """Cut a long text where no chunk is cut; one block if the pattern is not known to allow it."""
-        if self._ascii is None:
-            return [text]
-        blocks, start = [], 0
-        while len(text) - start > size:
-            cut = _CUT.search(text, start + size)
-            if cut is None:
-                break
-            blocks.append(text[start : cut.end()])
-            start = cut.end()
-        blocks.append(text[start:])
-        return blocks
+    def _split_again(self, text, kind, start, odd):
+        """Let the regular expression split, between two places where the text may be cut, around each odd position."""
+        cut = (kind[1:] == SPACE) & (kind[:-1] >= OTHER) | (kind[1:] == END) | (kind[:-1] == END)
+        cuts, done = np.flatnonzero(cut) + 1, 0
+        for i in odd.tolist():
+            if i >= done:
+                at = int(cuts.searchsorted(i, side="right"))
+                begin, done = int(cuts[at - 1]) if at else 0, int(cuts[at])
+                start[begin:done] = False
+                start[[m.start() for m in _compile(self.regex).finditer(text, begin, done)]] = True
+
+    def blocks(self, texts):
+        """Texts -> lists of (number of the text, piece of it), of some BLOCK characters; no chunk of a text is cut."""
+        block, size = [], 0
+        for number, text in enumerate(texts):
+            start = 0
+            while start < len(text) or not text:
+                cut = self._rules and _CUT.search(text, start + BLOCK - size)
+                end = cut.end() if cut else len(text)
+                block.append((number, text[start:end]))
+                size += end - start
+                if size >= BLOCK:
+                    yield block
+                    block, size = [], 0
+                if end == len(text):
+                    break
+                start = end
+        if block:
+            yield block
 
     def count(self, texts):
-        """Count the chunks of an iterable of texts -> Counter in order of first appearance."""
-        counter = Counter()
-        for block in chain.from_iterable(map(self.blocks, texts)):
-            counter.update(self.split_block(block))
-        return counter
+        """Iterable of str -> {chunk in UTF-8: how often it occurs}, in order of first appearance."""
+        table, chunks, counts = ChunkTable(), [], np.zeros(0, np.int64)
+
+        def number(new):
+            chunks.extend(new)
+            return np.arange(len(chunks) - len(new), len(chunks))
+
+        for block in self.blocks(texts):
+            numbers = table.values(*self.split([piece for _, piece in block]), number)
+            counts = np.append(counts, np.zeros(len(chunks) - len(counts), np.int64))
+            counts += np.bincount(numbers, minlength=len(chunks))
+        found = dict(zip(chunks, counts.tolist()))
+        found.pop(b"\xff", None)
+        return found
+
+
+def joined(texts):
+    """The texts as one, END_CHARACTER after each."""
+    return END_CHARACTER.join([*texts, ""])
+
+
+def chunk_starts(code, kind, rules):
+    """Where chunks start in texts that END follows: code points and kinds, (n,) each -> (mask (n,), odd positions).
+
+    Around the odd positions, which are rare, the mask is not to be trusted: they need a look at more than neighbours.
+    """
+    group = kind >> 2
+    odd = np.zeros(0, np.int64)
+    if rules.case:
+        kind = kind.copy()
+        odd = np.flatnonzero((kind[1:] == MARK) & (group[:-1] != LETTERS) & (kind[:-1] != MARK)) + 1
+        group[kind == MARK] = LETTERS  # marks are part of words; one that does not follow a letter is odd
+    start = np.ones(len(kind), bool)
+    np.not_equal(group[1:], group[:-1], out=start[1:])  # \p{L}+, \p{N}+, [^\s\p{L}\p{N}]+, \s+
+    start |= kind == END  # two of them around an empty text
+    white = group == WHITE
+    last = white[:-1] & ~white[1:]  # the last one of each run of whitespace
+    if rules.letters_join:
+        slashes = _newlines(kind, group, start, np.flatnonzero(last), rules)
+        odd = np.append(odd, slashes) if rules.case else odd
+    last &= kind[1:] != END
+    start[:-1] |= last & (kind[:-1] != NEWLINE) if rules.letters_join else last  # \s+(?!\S)
+    before = (kind[:-1] == SPACE) & last
+    start[1:] &= ~(before & (group[1:] == PUNCTUATION) if rules.letters_join else before)  # " ?", before letters: below
+    odd = np.append(odd, _contractions(code, kind, group, start, rules))
+    if rules.letters_join:  # [^\r\n\p{L}\p{N}]?: kinds from BLANK to MARK; below BLANK, NEWLINE - 1 wraps around
+        start[1:] &= ~(start[:-1] & (kind[:-1] - BLANK < NUMBER - BLANK) & (group[1:] == LETTERS))
+    if rules.digits == 1:  # \p{N}
+        start |= group == NUMBERS
+    elif rules.digits:  # \p{N}{1,3}
+        first, final = _runs(group == NUMBERS)
+        first, length = first[final - first >= rules.digits], (final - first + 1)[final - first >= rules.digits]
+        offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        start[(np.repeat(first, length) + offset)[offset % rules.digits == 0]] = True
+    if rules.case:
+        _capitals(kind, group, start)
+    return start, np.sort(odd)
+
+
+def _runs(mask):
+    """The first and the last position of each run in a mask, the last entry of which is False."""
+    return np.flatnonzero(mask & ~np.roll(mask, 1)), np.flatnonzero(mask & ~np.roll(mask, -1))
+
+
+def _newlines(kind, group, start, white_ends, rules):
+    r"""[^\s\p{L}\p{N}]+[\r\n]* and \s*[\r\n]+ -> where a slash follows newlines that punctuation took."""
+    first, final = _runs(kind == NEWLINE)
+    taken = group[first - 1] == PUNCTUATION
+    start[first[taken]] = False
+    run = white_ends.searchsorted(final)  # the number of the run of whitespace
+    ends_it = np.append(run[1:] != run[:-1], True)[: len(run)]  # no other newline comes in that run
+    if rules.trailing:  # \s++$
+        ends_it &= kind[white_ends[run] + 1] != END
+    start[final[taken | ends_it] + 1] = True
+    after = final[taken] + 1
+    return after[kind[after] == SLASH]
+
+
+def _contractions(code, kind, group, start, rules):
+    """'(?:[sdmt]|ll|ve|re) -> where one follows another in a pattern that joins them to the word before."""
+    at = np.flatnonzero((kind == APOSTROPHE) & (np.roll(group, 1) == LETTERS if rules.case else start))
+    one, two = (code.take(at + k, mode="clip").astype(np.int64) for k in (1, 2))
+    ignored = 0x20 if rules.letters_join else 0  # the bit between a capital and a small letter
+    short = np.isin(one | ignored, [*map(ord, "sdmt")])
+    if rules.letters_join:
+        short |= one == ord("ſ")  # an s where case is ignored
+    pairs = [ord(a) << 32 | ord(b) for a, b in ("ll", "ve", "re")]
+    length = np.where(short, 2, np.where(np.isin((one | ignored) << 32 | two | ignored, pairs), 3, 0))
+    at, length = at[length > 0], length[length > 0]
+    start[at + 1] = False
+    start[at + length] = True
+    if rules.case:
+        start[at] = False
+        kind[at + length - 1] = LOWER  # no word begins at the second letter of 'lL
+    return at[1:][at[1:] == (at + length)[:-1]] if rules.case else at[:0]
+
+
+def _capitals(kind, group, start):
+    r"""[\p{Lu}…]*[\p{Ll}…]+ and [\p{Lu}…]+[\p{Ll}…]*, where … stands for letters without case and marks.
+
+    A run of capitals within a word opens a chunk after a small letter, letters without case between them or not; and
+    at the end of the word after letters without case, which are then small letters enough for the first form.
+    """
+    capital = kind == UPPER
+    first, final = _runs(capital)
+    within = group[first - 1] == LETTERS
+    first, final = first[within], final[within]
+    cased = np.flatnonzero((kind != CASELESS) & (kind != MARK))
+    before = cased[cased.searchsorted(first) - 1]
+    after_small = (kind[before] == LOWER) & ~np.roll(start, -1)[before]
+    at_end = (kind[first - 1] != LOWER) & (group[final + 1] != LETTERS)
+    start[first[after_small | at_end]] = True
+
+
+@cache
+def kinds():
+    """The kind of each code point, (0x110000,) uint8.
+
+    unicode16.txt has a line `code point in hex, kind` wherever another kind begins; tests/test_pretokenizer.py asks
+    tiktoken's regular expressions for it again.
+    """
+    lines = [line.split() for line in Path(__file__).with_name("unicode16.txt").read_text("ascii").splitlines()]
+    begins = np.array([int(code, 16) for code, _ in lines])
+    table = np.repeat(np.array([int(kind) for _, kind in lines], np.uint8), np.diff(begins, append=0x110000))
+    table[[*map(ord, "\n\r '/" + END_CHARACTER)]] = NEWLINE, NEWLINE, SPACE, APOSTROPHE, SLASH, END
+    return table
+
+
+@cache
+def _kinds_of_bytes():
+    """The same for ASCII and the byte 0xFF, as bytes.translate takes it."""
+    return kinds()[:255].tobytes() + bytes([END])
 
 
 @cache
@@ -109,24 +323,10 @@ def lossless_pattern(pattern):
     if pattern == "none":
         return r"[\s\S]+"
     source = PATTERNS.get(pattern, pattern)
-    if source in _WELL_KNOWN:
+    if source in RULES:
         return source
     _compile(source)
     return rf"{source}|(?:(?!{source})[\s\S])+"
-
-
-def ascii_twin(source):
-    """Rewrite a well-known pattern for the standard `re` on ASCII text, where it is three times faster than `regex`.
-
-    Whitespace is spelled out, because `re` counts \\x1c-\\x1f to it, `regex` and Rust do not.
-    """
-    space = r" \t\n\x0b\x0c\r"
-    for theirs, ours in (
-        (r"[^\s\p{L}\p{N}]", f"[^{space}A-Za-z0-9]"), (r"[^\r\n\p{L}\p{N}]", r"[^\r\nA-Za-z0-9]"),
-        (r"\p{L}", "[A-Za-z]"), (r"\p{N}", "[0-9]"), (r"\s", f"[{space}]"), (r"\S", f"[^{space}]"), ("$", r"\Z"),
-    ):  # fmt: skip
-        source = source.replace(theirs, ours)
-    return source
 
 
 def count_chunks(splitter, documents, num_workers, advance):
@@ -145,18 +345,18 @@ def count_chunks(splitter, documents, num_workers, advance):
                 total.update(running.popleft().result())
         for counter in running:
             total.update(counter.result())
-    return {chunk.encode("utf-8"): n for chunk, n in total.items()}
+    return total
 
 
-def _groups(splitter, documents, advance, size=1 << 20):
-    """Documents -> lists of blocks of about `size` characters together."""
+def _groups(splitter, documents, advance, size=1 << 22):
+    """Documents -> lists of pieces of about `size` characters together."""
     group, waiting = [], 0
-    for document in documents:
-        for block in splitter.blocks(valid(document), size):
-            group.append(block)
-            waiting += len(block)
-            advance(len(block))
-            if waiting >= size:
-                yield group
-                group, waiting = [], 0
+    for block in splitter.blocks(map(valid, documents)):
+        for _, piece in block:
+            group.append(piece)
+            waiting += len(piece)
+            advance(len(piece))
+        if waiting >= size:
+            yield group
+            group, waiting = [], 0
     yield group

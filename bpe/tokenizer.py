@@ -14,12 +14,10 @@ not text: it becomes U+FFFD.
 """
 
 import sys
-import threading
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from pathlib import Path
 
 import regex
@@ -32,10 +30,6 @@ from bpe.pretokenizer import Splitter, check_pattern, count_chunks, valid
 from bpe.reference import render_token
 from bpe.trainer import check_size, learn_merges
 from common import UsageError
-
-CACHE_CHUNKS = 1 << 18  # different chunks remembered, some 70 MB at most
-CACHE_CHUNK_LENGTH = 256  # characters; longer chunks are not remembered
-ENCODED_AT_ONCE = 1 << 20  # characters; more would only take memory
 
 
 class Tokenizer:
@@ -67,8 +61,6 @@ class Tokenizer:
         self.training = state.get("training", {})  # what `bpe/train_bpe.py` records about its input
         self._split = Splitter(self.pattern)
         self._encoder = Encoder(self.merges, self.byte_ids)
-        self._cache = defaultdict(list)  # chunk -> its ids
-        self._lock = threading.Lock()  # one thread at a time fills the cache
         self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids)}
         for (p, q), token in self.merges.items():
             data = self.vocab[p] + self.vocab[q]
@@ -179,24 +171,11 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens taken for ordinary text."""
-        cache, ids_of_chunks = self._cache, []
-        with self._lock:
-            try:
-                for part in self._split.blocks(valid(text), ENCODED_AT_ONCE):
-                    known = len(cache)
-                    for block in self._split.blocks(part):  # a new chunk gets [], filled below
-                        ids_of_chunks += map(cache.__getitem__, self._split.split_block(block))
-                    new = list(islice(reversed(cache), len(cache) - known))
-                    for chunk, ids in zip(new, self._encoder.encode_all([c.encode("utf-8") for c in new])):
-                        cache[chunk] += ids
-                        if len(chunk) > CACHE_CHUNK_LENGTH:
-                            del cache[chunk]
-                    if len(cache) > CACHE_CHUNKS:
-                        cache.clear()
-            except BaseException:  # an interrupt must leave no empty entry behind
-                cache.clear()
-                raise
-        return list(chain.from_iterable(ids_of_chunks))
+        return self.encode_to_numpy([text])[0].tolist()
+
+    def encode_to_numpy(self, texts):
+        """List of str, special tokens taken for ordinary text -> (ids of all (n,) int32, how many each text has)."""
+        return self._encoder.encode(self._split, list(map(valid, texts)))
 
     def encode_batch(self, texts, allowed_special="none_raise", *, num_workers=1):
         """list of str -> list of lists of ids, over `num_workers` processes.

@@ -30,9 +30,8 @@ def test_500_cases_without_a_difference(seed, monkeypatch):
     rnd = random.Random(seed)
     for case in range(500):
         monkeypatch.setattr(bpe.trainer, "FEW", rnd.choice([0, 2, 48]))
-        monkeypatch.setattr(bpe.encoder, "SHORT", rnd.choice([0, 160]))
         monkeypatch.setattr(bpe.encoder, "MANY", rnd.choice([0, 48]))
-        monkeypatch.setattr(bpe.encoder, "ROW_WIDTH", rnd.choice([16, 3]))
+        monkeypatch.setattr(bpe.encoder, "LONGEST", rnd.choice([23, 3]))
         num_merges = rnd.randint(0, 40)
         documents = [some_text(rnd) for _ in range(rnd.choice([1, 1, 2, 6]))]
         tok = Tokenizer(rnd.choice(PATTERNS))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import bpe.encoder
-import bpe.tokenizer
 import bpe.trainer
 from bpe import Tokenizer, model_file, reference
 from bpe.tokenizer import load_tokenizer
@@ -39,12 +38,12 @@ def test_encoding_equals_applying_the_merges_in_order(tok):
 
 
 def test_long_texts_encode_the_same(tok, monkeypatch):
-    monkeypatch.setattr(bpe.encoder, "SHORT", 0)
+    monkeypatch.setattr(bpe.encoder, "LONGEST", 0)  # one way for all chunks
     rnd = random.Random(3)
     for few in (0, 2, 48):
         monkeypatch.setattr(bpe.trainer, "FEW", few)
         text = "".join(rnd.choice(TEXT) for _ in range(300)) + "a" * 99 + "\n" * 50
-        tok._cache.clear()
+        tok._encoder._idle.clear()
         assert tok.encode(text) == naive_ids(tok, text)
 
 
@@ -185,24 +184,27 @@ def test_it_works_where_processes_are_spawned(tmp_path):
 def test_threads_share_a_tokenizer(tok):
     texts = [TEXT[i : i + 200] for i in range(200)]
     expected = [naive_ids(tok, text) for text in texts]
-    tok._cache.clear()
+    tok._encoder._idle.clear()
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(tok.encode, texts)) == expected
 
 
 def test_the_cache_is_bounded(tok, monkeypatch):
-    monkeypatch.setattr(bpe.tokenizer, "CACHE_CHUNKS", 5)
     text = " ".join(f"w{k}" for k in range(100))
-    assert tok.encode(text) == naive_ids(tok, text) == tok.encode(text)
-    assert len(tok._cache) <= 5
+    expected, table = naive_ids(tok, text), tok._encoder._first_cache.table
+    for chunks, ids in ((5, 10**6), (10**6, 5)):
+        monkeypatch.setattr(bpe.encoder, "MAX_CHUNKS", chunks)
+        monkeypatch.setattr(bpe.encoder, "MAX_POOL", ids)
+        assert tok.encode(text) == expected == tok.encode(text)
+        assert tok._encoder._idle[-1].table.used == table.used and not tok._encoder._idle[-1].table.long
 
 
 def test_an_interrupt_leaves_the_cache_sound(tok, monkeypatch):
     if tok.pattern == "none":
         return
-    tok._cache.clear()
+    tok._encoder._idle.clear()
     with monkeypatch.context() as m:
-        m.setattr(tok._encoder, "encode_all", lambda chunks: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(tok._encoder, "_merged", lambda chunks: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tok.encode(TEXT)
     assert tok.encode(TEXT) == naive_ids(tok, TEXT)
