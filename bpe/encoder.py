@@ -28,20 +28,22 @@ MAX_POOL = 1 << 22  # ids of theirs
 class Encoder:
     """Merges prepared for encoding.
 
-    merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes.
+    merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes; text loses a byte whose
+        id is negative. whole: {bytes: id}, the chunks that become one token, whatever the merges say.
 
     Inside, ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` maps back to the caller's.
     """
 
-    def __init__(self, merges, byte_ids):
+    def __init__(self, merges, byte_ids, whole=None):
         inner = {token: b for b, token in enumerate(byte_ids)}
         for token in merges.values():
             inner.setdefault(token, len(inner))  # two merges may make the same token
+        self._missing = bytes(b for b, token in enumerate(byte_ids) if token < 0)
         self._outer = np.array([*inner, SEP], np.int32)  # SEP is -1: it picks the last entry
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         self._tables = _RankTables(self._merges, len(inner))
-        self._first_cache = _Cache(self._outer, self._own_tokens())
+        self._first_cache = _Cache(self._outer, self._own_tokens(), whole or {})
         # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
         # process forks, and one that an interrupt left half-filled is simply lost.
         self._idle = []
@@ -70,7 +72,7 @@ class Encoder:
 
     def _add(self, cache, chunks):
         """Merge new chunks -> their values in the cache."""
-        return cache.add(*self._merged(chunks))
+        return cache.add(*self._merged([chunk.translate(None, self._missing) for chunk in chunks]))
 
     def _own_tokens(self):
         """The bytes of each token that encodes to itself, by inner id; b"" for the others and for long ones."""
@@ -150,10 +152,13 @@ class Encoder:
 class _Cache:
     """A ChunkTable whose values say where in a pool the ids of a chunk lie: place << 32 | how many."""
 
-    def __init__(self, outer, own_tokens):
-        """outer: ids of all tokens. own_tokens: see Encoder._own_tokens; they are there from the beginning."""
-        self.table, self.pool, self.used = ChunkTable(), outer.copy(), len(outer)
-        kept = [(token, i) for i, token in enumerate(own_tokens) if token and token != b"\xff"]
+    def __init__(self, outer, own_tokens, whole):
+        """outer: ids of all tokens. own_tokens: see Encoder._own_tokens; they and `whole` are there from the start."""
+        self.pool = np.append(outer, np.array([*whole.values()], np.int32))
+        self.table, self.used = ChunkTable(), len(self.pool)
+        own = {token: i for i, token in enumerate(own_tokens) if token and outer[i] >= 0}
+        own |= {token: i for i, token in enumerate(whole, len(outer))}
+        kept = [(token, i) for token, i in own.items() if token != b"\xff"]
         kept.append((b"\xff", None))  # stands after each text, for no id
         names = b"".join([token for token, _ in kept])
         lengths = np.array([len(token) for token, _ in kept])

@@ -1,17 +1,11 @@
 """The model file: PREFIX.model is versioned JSON, PREFIX.vocab one rendered token a line, for people.
 
-Here and in interop.py a tokenizer is its state, a plain dict:
-
-    pattern         how text is split before merging
-    merges          {(int, int): int} in the order in which they were learned
-    byte_ids        the id of each of the 256 bytes; GPT-2 has its own order
-    special_tokens  {str: int}
-    name            where it comes from, for people
-    training        what `bpe/train_bpe.py` records about its input
+Here and in interop.py a tokenizer is its state, a plain dict with the keys of `empty_state`.
 """
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +15,28 @@ from common import UsageError, atomic_open, read_json
 FORMAT, VERSION = "byte-level-bpe", 1
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
+
+
+NORMALIZERS = "NFC", "NFD", "NFKC", "NFKD", "prefix_space"
+
+
+def empty_state():
+    """The state of a tokenizer that has learned nothing."""
+    return {
+        "pattern": "none",  # how text is split before merging; a list: each splits the chunks of the one before
+        "merges": {},  # {(int, int): int} in the order in which they were learned
+        "byte_ids": list(
+            range(256)
+        ),  # the id of each byte (GPT-2 has its own order), -1 - byte for one without a token
+        "special_tokens": {},  # {str: int}
+        "name": "untitled",  # where it comes from, for people
+        "training": {},  # what `bpe/train_bpe.py` records about its input
+        # only in vocabularies from elsewhere
+        "normalizer": [],  # of NORMALIZERS, applied to text before it is split
+        "added_tokens": {},  # {str: int}, cut out of any text, as special tokens are where they are allowed
+        "unmerged_tokens": {},  # {bytes: int}, which no merge makes
+        "ignore_merges": False,  # a chunk that is a token becomes that token, whatever the merges say
+    }
 
 
 def require(source, holds, what):
@@ -42,7 +58,12 @@ def _content(state):
     if not usual:
         content["byte_ids"] = state["byte_ids"]
     content["merges"] = [[p, q] if usual else [p, q, token] for (p, q), token in merges.items()]
-    return content
+    unmerged = {data.hex(): token for data, token in state["unmerged_tokens"].items()}
+    optional = {
+        **{key: state[key] for key in ("normalizer", "added_tokens", "ignore_merges")},
+        "unmerged_tokens": unmerged,
+    }
+    return content | {key: value for key, value in optional.items() if value}
 
 
 def state_sha256(state):
@@ -87,15 +108,21 @@ def read_model(file):
 
 
 def checked_state(fields, source, name):
-    """Check the fields of a model -> state. `source` is named in errors."""
-    check = partial(require, source)
-    pattern, specials, merges = (fields.get(key) for key in ("pattern", "special_tokens", "merges"))
-    check(isinstance(pattern, str), "its pattern is not a text")
-    check(isinstance(specials, dict) and all(map(is_id, specials.values())), "its special tokens are not {text: id}")
+    """Check the fields of a model, as its file has them -> state. `source` is named in errors."""
+    check, state = partial(require, source), {**empty_state(), **fields, "name": name}
+    state = {key: state[key] for key in empty_state()}
+    patterns = [state["pattern"]] if isinstance(state["pattern"], str) else state["pattern"]
+    check(isinstance(patterns, list) and all(isinstance(p, str) for p in patterns), "its pattern is not a text")
+    for key in ("special_tokens", "added_tokens", "unmerged_tokens"):
+        holds = isinstance(state[key], dict) and all(map(is_id, state[key].values()))
+        check(holds, f"its {key.replace('_', ' ')} are not {{text: id}}")
+    with_bytes = all(re.fullmatch("([0-9a-f]{2})+", token) for token in state["unmerged_tokens"])
+    check(with_bytes, "its unmerged tokens are not bytes in hexadecimal")
+    normalizer, byte_ids, merges = state["normalizer"], state["byte_ids"], fields.get("merges")
+    check(isinstance(normalizer, list) and all(n in NORMALIZERS for n in normalizer), "its normalizer is not known")
     check(isinstance(merges, list), "its merges are not a list")
-    byte_ids = fields.get("byte_ids", list(range(256)))
-    check(isinstance(byte_ids, list) and all(map(is_id, byte_ids)), "its byte_ids are not ids")
-    check(len(byte_ids) == len(set(byte_ids)) == 256, "its byte_ids are not 256 different ids")
+    of_bytes = isinstance(byte_ids, list) and all(is_id(i) or i == -1 - b for b, i in enumerate(byte_ids))
+    check(of_bytes and len(byte_ids) == len(set(byte_ids)) == 256, "its byte_ids are not 256 different ids")
     known, used, table = dict.fromkeys(byte_ids, 1), set(), {}  # known: {id: length in bytes}
     length = 3 if "byte_ids" in fields else 2
     for rank, merge in enumerate(merges):
@@ -110,9 +137,8 @@ def checked_state(fields, source, name):
         known[token] = known[p] + known[q]
         used |= {p, q}
     check(sum(known.values()) < MAX_VOCAB_BYTES, "its tokens are gigabytes long")
-    ids = set(specials.values())
-    check(len(ids) == len(specials) and not ids & known.keys(), "a special token has the id of another token")
-    return {
-        "pattern": pattern, "merges": table, "byte_ids": byte_ids, "special_tokens": specials,
-        "name": name, "training": fields.get("training", {}),
-    }  # fmt: skip
+    ids = [*known, *state["added_tokens"].values(), *state["unmerged_tokens"].values()]
+    check(len(ids) == len(set(ids)), "two of its tokens have the same id")
+    check(set(ids).isdisjoint(state["special_tokens"].values()), "a special token has the id of another token")
+    unmerged = {bytes.fromhex(data): token for data, token in state["unmerged_tokens"].items()}
+    return {**state, "merges": table, "unmerged_tokens": unmerged, "ignore_merges": bool(state["ignore_merges"])}

@@ -95,8 +95,15 @@ _CUT = re.compile(r"\S(?= )")
 
 def check_pattern(pattern):
     """UsageError for a pattern that is meant as a name ("GPT4", "cl100k_base"): as a regex it would match that word."""
+    if not isinstance(pattern, str):
+        raise UsageError(f"a pattern is a text, not {pattern!r}")
     if pattern not in ("none", *PATTERNS) and re.fullmatch(r"[A-Za-z][\w-]+", pattern):
         raise UsageError(f"there is no pattern named {pattern}; use none, gpt2, gpt4 or a regular expression")
+    # `lossless_pattern` repeats it: behind a comment of (?x), and with its groups numbered further
+    if pattern not in ("none", *PATTERNS) and (
+        _compile(pattern).flags & regex.VERBOSE or re.search(r"\\[1-9]", pattern)
+    ):
+        raise UsageError(f"write the pattern {pattern!r} without (?x) and without backreferences")
 
 
 class Splitter:
@@ -190,6 +197,24 @@ class Splitter:
         found = dict(zip(chunks, counts.tolist()))
         found.pop(b"\xff", None)
         return found
+
+
+class SplitterSequence(Splitter):
+    """Splitters applied one after the other, each to the chunks of the one before."""
+
+    def __init__(self, patterns):
+        self.pattern, self._rules, self._splitters = patterns, None, list(map(Splitter, patterns))
+
+    def __reduce__(self):
+        return SplitterSequence, (self.pattern,)
+
+    def _findall_all(self, text):
+        chunks = [text] if text else []
+        for splitter in self._splitters:
+            data, starts = splitter.split(chunks)
+            parts = (data[i:j].tobytes() for i, j in pairwise(starts.tolist()))
+            chunks = [part.decode("utf-8") for part in parts if part != b"\xff"]
+        return chunks
 
 
 def joined(texts):

@@ -13,20 +13,24 @@ Any text survives the round trip, since the alphabet is the 256 bytes. The one e
 not text: it becomes U+FFFD.
 """
 
+import codecs
+import operator
 import sys
+import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 
+import numpy as np
 import regex
 from tqdm import tqdm
 
 from bpe import interop
 from bpe.encoder import Encoder
-from bpe.model_file import END_OF_TEXT, is_id, read_model, state_sha256, write_model, write_vocab
-from bpe.pretokenizer import Splitter, check_pattern, count_chunks, valid
+from bpe.model_file import END_OF_TEXT, empty_state, is_id, read_model, state_sha256, write_model, write_vocab
+from bpe.pretokenizer import Splitter, SplitterSequence, check_pattern, count_chunks, valid
 from bpe.reference import render_token
 from bpe.trainer import check_size, learn_merges
 from common import UsageError
@@ -35,7 +39,9 @@ from common import UsageError
 class Tokenizer:
     """Byte-level BPE.
 
-    pattern: how text is split before merging: "none" (not at all), "gpt2", "gpt4", or a regular expression.
+    pattern: how text is split before merging: "none" (not at all), "gpt2", "gpt4", or a regular expression; a list of
+        them is applied one after the other, each to the chunks of the one before, as Hugging Face's `Sequence` is.
+        A letter is what Unicode calls one in the version of the installed `regex` (see pretokenizer.py).
 
     merges: {(int, int): int}, in the order in which they were learned.
     vocab: {int: bytes}, special tokens included.
@@ -45,29 +51,28 @@ class Tokenizer:
     """
 
     def __init__(self, pattern="none"):
-        check_pattern(pattern)
+        for each in pattern if isinstance(pattern, list) else [pattern]:
+            check_pattern(each)
         self.__setstate__({"pattern": pattern})
 
     def __getstate__(self):
-        keys = ("pattern", "merges", "byte_ids", "special_tokens", "name", "training")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in empty_state()}
 
     def __setstate__(self, state):
         """Become the tokenizer of a state (see model_file.py): unpickled, loaded, or just trained."""
-        self.pattern = state["pattern"]
-        self.merges = state.get("merges", {})
-        self.byte_ids = state.get("byte_ids", list(range(256)))  # the id of each byte: GPT-2 has its own order
-        self.name = state.get("name", "untitled")
-        self.training = state.get("training", {})  # what `bpe/train_bpe.py` records about its input
-        self._split = Splitter(self.pattern)
-        self._encoder = Encoder(self.merges, self.byte_ids)
-        self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids)}
+        vars(self).update(empty_state() | state)
+        self._split = (Splitter if isinstance(self.pattern, str) else SplitterSequence)(self.pattern)
+        self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids) if token >= 0}
         for (p, q), token in self.merges.items():
             data = self.vocab[p] + self.vocab[q]
             if self.vocab.setdefault(token, data) != data:
                 raise UsageError(f"two merges make token {token}, but of different bytes")
-        self.special_tokens = {}
-        self.register_special_tokens(state.get("special_tokens", {}))
+        self.vocab |= {token: data for data, token in self.unmerged_tokens.items()}
+        whole = {data: token for token, data in self.vocab.items()} if self.ignore_merges else {}
+        self._encoder = Encoder(self.merges, self.byte_ids, whole)
+        self.vocab |= {token: text.encode("utf-8") for text, token in self.added_tokens.items()}
+        specials, self.special_tokens = self.special_tokens, {}
+        self._set_special_tokens(specials)
 
     def __repr__(self):
         return f"Tokenizer({self.name!r}, pattern={self.pattern!r}, n_vocab={self.n_vocab})"
@@ -92,28 +97,37 @@ class Tokenizer:
 
         Ids must be free, and at most 2**31 - 2.
         """
+        if len(set(special_tokens.values())) < len(special_tokens):
+            raise UsageError(f"two special tokens have the same id: {special_tokens}")
+        self._set_special_tokens(special_tokens)
+
+    def _set_special_tokens(self, special_tokens):
+        """The same, but two may share an id, as in o200k_harmony; it is decoded as the last of them."""
         earlier = set(self.special_tokens.values())
         vocab = {token: data for token, data in self.vocab.items() if token not in earlier}
-        for text, token in special_tokens.items():
-            if not isinstance(text, str) or not text or not is_id(token):
+        specials = {text: _whole_number(token) for text, token in special_tokens.items()}
+        for text, token in specials.items():
+            if not isinstance(text, str) or not text or valid(text) != text or not is_id(token):
                 raise UsageError(f"a special token is a text with an id from 0 to 2**31 - 2, not {text!r}: {token!r}")
-            if token in vocab:
+            if token in vocab or text in self.added_tokens:
                 raise UsageError(f"special token {text!r} cannot have id {token}: it is taken")
-            vocab[token] = text.encode("utf-8")
-        self.vocab, self.special_tokens = vocab, dict(special_tokens)
+        vocab |= {token: text.encode("utf-8") for text, token in specials.items()}
+        self.vocab, self.special_tokens = vocab, specials
         self.n_vocab = max(vocab) + 1
 
-    def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1):
+    def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, min_frequency=1):
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
 
         vocab_size: the 256 bytes and the merges; special tokens come on top, and earlier ones are dropped.
         verbose: print each merge with its token and count.
         num_workers: processes that split the text into chunks. The merges do not depend on it.
+        min_frequency: a pair that occurs less often is not merged.
 
         Memory is bounded by the different chunks, not by the length of an iterable. Fewer merges are learned, with a
         message, when no pair is left. On a terminal there are progress bars.
         """
-        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        vocab_size = _whole_number(vocab_size)
+        if type(vocab_size) is not int:
             raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
         is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str)
@@ -124,6 +138,8 @@ class Tokenizer:
         wanted, merges, vocab = vocab_size - 256, {}, {b: bytes([b]) for b in range(256)}
         with tqdm(total=wanted, unit="merge", desc="merge", disable=None) as bar:
             for (p, q), token, count in learn_merges(counts, vocab_size):
+                if count < min_frequency:  # the counts never rise
+                    break
                 merges[p, q] = token
                 vocab[token] = vocab[p] + vocab[q]
                 bar.update()
@@ -135,7 +151,7 @@ class Tokenizer:
             tqdm.write(f"no pair is left after {len(merges)} merges: {outcome}", file=sys.stderr)
         self.__setstate__({"pattern": self.pattern, "merges": merges})
 
-    def encode(self, text, allowed_special="none_raise"):
+    def encode(self, text, allowed_special="none_raise", disallowed_special=None):
         """str -> list of ids.
 
         allowed_special: which special tokens in the text become their id.
@@ -144,25 +160,25 @@ class Tokenizer:
             "none"        none; they are encoded like any other text
             "all"         all of them
             a set         these; any other one in the text is a UsageError
+        disallowed_special: as in tiktoken, "all" that are not allowed, or a set of texts: one in the text is a
+            UsageError, and what is neither allowed nor disallowed is encoded like any other text.
         """
-        text = valid(text)
-        allowed = self._allowed(text, allowed_special)
-        if not allowed:
-            return self.encode_ordinary(text)
-        ids = []
-        for k, part in enumerate(_any_of(allowed).split(text)):  # ordinary text and special tokens in turn
-            ids += [self.special_tokens[part]] if k % 2 else self.encode_ordinary(part)
-        return ids
+        return self.encode_to_numpy(text, allowed_special, disallowed_special).tolist()
 
-    def _allowed(self, text, allowed_special):
+    def _allowed(self, text, allowed_special, disallowed_special):
         """The special tokens to look for; UsageError where one is in the text that must not be."""
-        known = frozenset(self.special_tokens)
-        if allowed_special in ("none", "all"):
-            return known if allowed_special == "all" else frozenset()
-        if allowed_special != "none_raise" and not isinstance(allowed_special, set | frozenset | list | tuple):
+        known, none = frozenset(self.special_tokens), frozenset()
+        names = {"all": known, "none": none, "none_raise": none}
+        allowed, refused = (
+            names.get(given) if isinstance(given, str) else frozenset(given if given is not None else none)
+            for given in (allowed_special, disallowed_special)
+        )
+        if allowed is None or refused is None:
             raise UsageError(f"allowed_special is 'all', 'none', 'none_raise' or a set, not {allowed_special!r}")
-        allowed = frozenset(() if allowed_special == "none_raise" else allowed_special)
-        refused = known ^ allowed  # known but not allowed, or the reverse
+        if disallowed_special == "all":
+            refused = known - allowed
+        elif disallowed_special is None and allowed_special != "none":
+            refused = known ^ allowed  # known but not allowed, or the reverse
         if refused and (found := _any_of(refused).search(text)):
             how = "pass allowed_special='all' to encode it as one, or 'none' to encode it as text"
             how = how if found.group() in known else "which is allowed, but unknown here"
@@ -171,24 +187,53 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens taken for ordinary text."""
-        return self.encode_to_numpy([text])[0].tolist()
+        return self._encode([valid(text)], ())[0].tolist()
 
-    def encode_to_numpy(self, texts):
+    def encode_to_numpy(self, text, allowed_special="none_raise", disallowed_special=None):
+        """`encode`, but -> array of uint32, as in tiktoken."""
+        special = self._allowed(text := valid(text), allowed_special, disallowed_special)
+        return self._encode([text], special)[0].astype(np.uint32)
+
+    def encode_documents(self, texts):
         """List of str, special tokens taken for ordinary text -> (ids of all (n,) int32, how many each text has)."""
-        return self._encoder.encode(self._split, list(map(valid, texts)))
+        return self._encode(list(map(valid, texts)), ())
 
-    def encode_batch(self, texts, allowed_special="none_raise", *, num_workers=1):
+    def _encode(self, texts, special):
+        """The same; the special tokens in `special` become their id, and added tokens always do."""
+        tokens = {text: self.special_tokens[text] for text in special} | self.added_tokens
+        if not tokens:
+            return self._encoder.encode(self._split, list(map(self.normalize, texts)))
+        ids, lengths = [], []
+        for text in texts:
+            parts = _any_of(frozenset(tokens)).split(text)  # ordinary text and tokens in turn
+            found, counts = self._encoder.encode(self._split, list(map(self.normalize, parts[::2])))
+            between = [tokens[part] for part in parts[1::2]]
+            ids.append(np.insert(found, counts.cumsum()[:-1], between))
+            lengths.append(len(ids[-1]))
+        return np.concatenate(ids or [np.zeros(0, np.int32)]), np.array(lengths, np.int64)
+
+    def normalize(self, text):
+        """Text as it is encoded, and as `decode` gives it back; most vocabularies change nothing."""
+        for name in self.normalizer:
+            if name != "prefix_space":
+                text = unicodedata.normalize(name, text)
+            elif text and not text.startswith(" "):
+                text = f" {text}"
+        return text
+
+    def encode_batch(self, texts, allowed_special="none_raise", disallowed_special=None, *, num_workers=1):
         """list of str -> list of lists of ids, over `num_workers` processes.
 
         With more than one, call it under `if __name__ == "__main__":`, as always where processes are started.
         """
         texts = list(texts)
         if num_workers <= 1 or len(texts) < 2:
-            return [self.encode(text, allowed_special) for text in texts]
+            return [self.encode(text, allowed_special, disallowed_special) for text in texts]
         size = -(-len(texts) // num_workers)
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         with ProcessPoolExecutor(num_workers) as pool:
-            return list(chain.from_iterable(pool.map(self.encode_batch, parts, repeat(allowed_special))))
+            options = repeat(allowed_special), repeat(disallowed_special)
+            return list(chain.from_iterable(pool.map(self.encode_batch, parts, *options)))
 
     def decode(self, ids, errors="replace"):
         """Ids -> str. errors: "replace" puts U+FFFD for what is not UTF-8, "strict" raises UnicodeDecodeError."""
@@ -204,6 +249,22 @@ class Tokenizer:
             raise UsageError(f"id {e.args[0]} is not in the vocabulary of {self.n_vocab:,} ids") from None
         except TypeError:
             raise UsageError(f"ids are a list or a flat array, [id] for a single one; here is {ids!r:.60}") from None
+
+    def decode_with_offsets(self, ids):
+        """Ids -> (str, where each token starts in it: one that starts inside a character at its place)."""
+        tokens = [self.decode_bytes([token]) for token in ids]
+        starts = accumulate((sum(not 0x80 <= b < 0xC0 for b in token) for token in tokens), initial=0)
+        offsets = [max(0, at - (0x80 <= token[0] < 0xC0)) for at, token in zip(starts, tokens)]
+        return b"".join(tokens).decode("utf-8"), offsets
+
+    def decode_stream(self, ids, errors="replace"):
+        """Iterable of ids -> generator of str, as they come; a character is held back until all its bytes are there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        for token in ids:
+            if text := decoder.decode(self.decode_bytes([token])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
 
     def save(self, file_prefix):
         """Write PREFIX.model, which `load` reads, and PREFIX.vocab, for people -> (model_file, vocab_file)."""
@@ -251,6 +312,12 @@ def load_tokenizer(name_or_file):
     """A PREFIX.model, a tokenizer.json, a tiktoken rank file, or a tiktoken name ("gpt2", …) -> Tokenizer."""
     readers = {".model": Tokenizer.load, ".json": Tokenizer.from_huggingface}
     return readers.get(Path(name_or_file).suffix, Tokenizer.from_tiktoken)(name_or_file)
+
+
+def _whole_number(value):
+    """A plain int for one of numpy's or torch's; anything else as it is."""
+    is_number = hasattr(value, "__index__") and not isinstance(value, bool | np.bool)
+    return operator.index(value) if is_number else value
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from threading import get_ident
 
 from common.usage import UsageError
 
@@ -24,7 +25,7 @@ def atomic_open(path, mode="w"):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(part, mode, **text) as f:
@@ -66,6 +67,8 @@ def open_text(path, newline=None):
             yield f
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; name a file in it") from None
     except UnicodeDecodeError as e:
         raise UsageError(f"{path} is not UTF-8 ({e.reason}); convert it first") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
@@ -84,7 +87,7 @@ def read_json(path, **options):
     with open_text(path) as f:
         try:
             return json.load(f, **options)
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, RecursionError) as e:
             raise UsageError(f"{path} is not valid JSON ({e}); it may be damaged") from None
 
 

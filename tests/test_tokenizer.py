@@ -249,7 +249,11 @@ def write_model(file, **changes):
         ({"pattern": 5}, "pattern is not a text"),
         ({"pattern": "("}, "valid regular expression"),
         ({"special_tokens": {"<s>": 97}}, "id of another token"),
-        ({"special_tokens": {"<s>": 300, "<t>": 300}}, "id of another token"),
+        ({"added_tokens": {"<s>": 300}, "unmerged_tokens": {"6162": 300}}, "two of its tokens have the same id"),
+        ({"added_tokens": {"<s>": 97}}, "two of its tokens have the same id"),
+        ({"unmerged_tokens": {"xy": 300}}, "not bytes in hexadecimal"),
+        ({"normalizer": ["lower"]}, "normalizer is not known"),
+        ({"pattern": ["gpt2", 5]}, "pattern is not a text"),
         ({"special_tokens": ["<s>"]}, "special tokens are not"),
         ({"byte_ids": [1, 2, 3]}, "256 different ids"),
     ],
@@ -352,3 +356,123 @@ def test_a_failed_load_leaves_the_tokenizer(tmp_path):
         with pytest.raises(UsageError):
             tok.load(write_model(tmp_path / "t.model", **changes))
         assert tok.sha256 == before and tok.encode("ab") == [256]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# interrupted, in the wrong order, of the wrong type
+
+
+def test_a_signal_handler_and_a_forked_child_may_encode(tok):
+    """Neither waits for a lock that the interrupted thread holds."""
+    import os
+    import signal
+    import threading
+
+    expected, seen = naive_ids(tok, TEXT), []
+    before = signal.signal(signal.SIGALRM, lambda *_: seen.append(tok.encode(TEXT)))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        while len(seen) < 5:
+            assert tok.encode(TEXT) == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(ids == expected for ids in seen)
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: [tok.encode(TEXT * 9) for _ in iter(stop.is_set, True)])
+    thread.start()
+    try:
+        for _ in range(5):
+            if (pid := os.fork()) == 0:
+                signal.alarm(20)  # instead of waiting for ever
+                os._exit(0 if tok.encode(TEXT) == expected else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_special_tokens_can_be_allowed_and_disallowed_as_in_tiktoken(tok):
+    encoding, names = tok.to_tiktoken(), ["<|endoftext|>", "<|pad|>"]
+    text = f"a{names[0]}b{names[1]}c<|other|>"
+    subsets = [set(), {names[0]}, {names[1]}, set(names), "all"]
+    raised = 0
+    for allowed in subsets:
+        for disallowed in (*subsets, {"<|other|>"}, "a"[:0]):
+            try:
+                expected = encoding.encode(text, allowed_special=allowed, disallowed_special=disallowed or ())
+            except ValueError:
+                raised += 1
+                with pytest.raises(UsageError, match="the text contains"):
+                    tok.encode(text, allowed, disallowed or ())
+            else:
+                assert tok.encode(text, allowed, disallowed or ()) == expected
+                assert tok.encode_to_numpy(text, allowed, disallowed or ()).tolist() == expected
+                assert tok.encode_batch([text], allowed, disallowed or ()) == [expected]
+    assert 5 < raised < 30
+
+
+def test_tokens_are_decoded_one_by_one(tok):
+    ids = tok.encode(TEXT)
+    pieces = list(tok.decode_stream(iter(ids)))
+    assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+    assert "".join(tok.decode_stream([*ids, 0xE5])) == TEXT + "\ufffd"
+    assert tok.decode_with_offsets(ids) == tok.to_tiktoken().decode_with_offsets(ids)
+
+
+def test_rare_pairs_are_not_merged():
+    tok, whole = Tokenizer(), Tokenizer()
+    whole.train("abababcd" * 2 + "xyz", 300)
+    tok.train("abababcd" * 2 + "xyz", 300, min_frequency=2)
+    assert 0 < len(tok.merges) < len(whole.merges)
+    assert list(whole.merges.items())[: len(tok.merges)] == list(tok.merges.items())
+    assert not any(b"x" in data and len(data) > 1 for data in tok.vocab.values())
+
+
+def test_numbers_of_numpy_are_numbers():
+    tok = Tokenizer()
+    tok.train("abab", np.int64(257))
+    tok.register_special_tokens({"<s>": np.int64(257)})
+    assert tok.encode("ab<s>", "all") == [256, 257] and type(tok.special_tokens["<s>"]) is int
+
+
+def test_two_special_tokens_of_a_file_may_share_an_id(tmp_path):
+    """As in o200k_harmony."""
+    tok = Tokenizer.load(write_model(tmp_path / "t.model", special_tokens={"<s>": 300, "<t>": 300}))
+    assert tok.encode("<s><t>", "all") == [300, 300] and tok.decode([300]) == "<t>"
+    assert Tokenizer.load(tok.save(tmp_path / "u")[0]).sha256 == tok.sha256
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda tok: tok.register_special_tokens({"<\ud800>": 300}),
+        lambda tok: tok.train(None, 300),
+        lambda tok: tok.train(Path("text.txt"), 300),
+        lambda tok: tok.train("text", None),
+        lambda tok: tok.train("text", 300.0),
+        lambda tok: tok.decode(104),
+        lambda tok: tok.decode([[104]]),
+        lambda tok: tok.decode(np.array([[104]])),
+        lambda tok: tok.decode(np.array(104)),
+        lambda tok: tok.decode(None),
+        lambda tok: tok.encode("a", disallowed_special="some"),
+        lambda tok: Tokenizer(r"(?x) \w+ | \s  # words"),
+        lambda tok: Tokenizer(r"(\w)\1|\s"),
+        lambda tok: Tokenizer(5),
+        lambda tok: Tokenizer(["gpt2", None]),
+        lambda tok: Tokenizer.load(Path(__file__).parent),
+        lambda tok: Tokenizer.from_huggingface(Path(__file__).parent),
+        lambda tok: Tokenizer.from_tiktoken(Path(__file__).parent),
+    ],
+)
+def test_mistakes_are_usage_errors(mistake):
+    with pytest.raises(UsageError):
+        mistake(Tokenizer())
+
+
+def test_threads_save_to_one_place(tmp_path):
+    tok = Tokenizer()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: tok.save(tmp_path / "t"), range(30)))
+    assert Tokenizer.load(tmp_path / "t.model").sha256 == tok.sha256 and len(list(tmp_path.iterdir())) == 2
