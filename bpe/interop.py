@@ -4,22 +4,32 @@ A tiktoken vocabulary is a table of ranks, {bytes: rank}; the merges behind it a
 the tokens of lower rank, which leaves the two it was made of. A Hugging Face `tokenizer.json` holds the merges
 themselves, spelled in GPT-2's printable stand-ins for bytes.
 
+What the other library cannot express exactly is refused. Its regular expressions are another dialect: a pattern that
+is not well known is tried on generated text there and here, of characters that Unicode 3.2 had: later versions agree.
+
 Readers return a tokenizer's state (see model_file.py), writers take a Tokenizer.
 """
 
 import base64
 import hashlib
+import json
+import math
 import os
+import random
+import re
 import tempfile
+import unicodedata
+import warnings
+from collections import defaultdict
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from bpe.model_file import END_OF_TEXT, checked_state, require
-from bpe.pretokenizer import CL100K_SPLIT_PATTERN, PATTERNS, lossless_pattern
+from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, require
+from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
 from common import UsageError, atomic_open, read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
@@ -34,11 +44,52 @@ def to_tiktoken(tok):
     names = sorted(tok.special_tokens)
     if clash := next(((a, b) for a, b in pairwise(names) if b.startswith(a)), None):
         raise UsageError(f"tiktoken cannot tell the special tokens {' and '.join(clash)} apart: one begins the other")
-    source, ranks = lossless_pattern(tok.pattern), _ranks(tok)
+    more = {"several patterns": isinstance(tok.pattern, list), "added tokens": tok.added_tokens}
+    more |= {f"the normalizer {' '.join(tok.normalizer)}": tok.normalizer}
+    if more := [what for what, is_there in more.items() if is_there]:
+        raise UsageError(f"tiktoken cannot express {' and '.join(more)}")
+    build = partial(tiktoken.Encoding, tok.name, pat_str=lossless_pattern(tok.pattern))
     try:
-        return tiktoken.Encoding(tok.name, pat_str=source, mergeable_ranks=ranks, special_tokens=tok.special_tokens)
+        encoding = build(mergeable_ranks=_ranks(tok), special_tokens=tok.special_tokens)
+    except UsageError:
+        raise
     except ValueError as e:
         raise UsageError(f"tiktoken cannot express the pattern {tok.pattern!r} ({str(e).splitlines()[0]})") from None
+    if encoding._pat_str not in RULES:
+        # each chunk of the sample, and each two neighbours, are a token, so that tiktoken's ids show its chunks
+        cut = [[c.encode("utf-8") for c in Splitter(tok.pattern)(text)] for text in _sample_texts(tok.pattern)]
+        both = (a + b for chunks in cut for a, b in pairwise(chunks))
+        tokens = dict.fromkeys([*(bytes([b]) for b in range(256)), *chain.from_iterable(cut), *both])
+        probe = build(mergeable_ranks={token: rank for rank, token in enumerate(tokens)}, special_tokens={})
+        _require_same_chunks(
+            tok.pattern, lambda text: b"\0".join(probe.decode_tokens_bytes(probe.encode_ordinary(text))), "tiktoken"
+        )
+    return encoding
+
+
+def _require_same_chunks(pattern, joined_chunks, library):
+    """UsageError where a library cuts generated text otherwise. joined_chunks: str -> its chunks, b"\\0" between."""
+    splitter = Splitter(pattern)
+    for text in _sample_texts(pattern):
+        if "\0".join(splitter(text)).encode("utf-8") != joined_chunks(text):
+            raise UsageError(f"{library} cannot express the pattern {pattern!r} exactly: {text!r} is cut otherwise")
+
+
+def _sample_texts(pattern, n=1000):
+    """Short texts of the pattern's own characters, common ones, and some of every Unicode category."""
+    rnd, categories = random.Random(0), _characters_by_category()
+    usual = [*(set(pattern) - {"\0"}), *"aAbB zZ19_ \t\n\r\x0b\x85\xa0sſkK'"]
+    for _ in range(n):
+        few = rnd.choices(usual, k=4) + [rnd.choice(rnd.choice(categories)) for _ in range(4)]
+        yield "".join(rnd.choices(few, k=rnd.randint(1, 12)))
+
+
+@cache
+def _characters_by_category():
+    found = defaultdict(list)
+    for char in map(chr, range(1, 0x30000)):
+        found[unicodedata.ucd_3_2_0.category(char)].append(char)
+    return [chars for category, chars in sorted(found.items()) if category not in ("Cn", "Cs", "Co")]
 
 
 def save_tiktoken(tok, file):
@@ -54,10 +105,17 @@ def _ranks(tok):
     ids = list(tok.merges.values())
     if ids != sorted(set(ids)) or (ids and max(tok.byte_ids) > ids[0]):
         raise UsageError("tiktoken takes ids for ranks, and here they are in another order than the merges")
-    special = set(tok.special_tokens.values())
+    if min(tok.byte_ids) < 0:
+        raise UsageError("tiktoken needs a token for each byte, and here some have none")
+    special = {*tok.special_tokens.values(), *tok.added_tokens.values()}
     ranks = {data: token for token, data in tok.vocab.items() if token not in special}
     if len(ranks) != len(tok.vocab) - len(special):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
+    # tiktoken takes a chunk that is a token for that token, and merges whatever makes one
+    _, lengths = tok._encoder._merged([tok.vocab[token] for token in ids] or [b"a"])
+    extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b)
+    if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
+        raise UsageError("tiktoken would use tokens that the merges here do not make")
     return ranks
 
 
@@ -99,30 +157,35 @@ def _read_rank_file(file):
 
 def _state_of_ranks(ranks, pattern, special_tokens, name):
     """Recover the merges: each token, encoded with the tokens of lower rank alone, is left in two parts."""
-    merges = []
+    merges, unmerged = [], {}
     byte_ids = [ranks.get(bytes([b])) for b in range(256)]
     if None in byte_ids:
         raise UsageError(f"{name} is not a byte-level vocabulary: it has no token for byte {byte_ids.index(None)}")
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = _parts_below(token, rank, ranks)
-            if len(parts) != 2:
-                raise UsageError(f"{name}: token {rank} ({token!r}) is no merge of two tokens of lower rank")
-            merges.append([ranks[parts[0]], ranks[parts[1]], rank])
+            parts = _parts(token, lambda a, b: ranks.get(a + b))
+            if len(parts) == 2:
+                merges.append([ranks[parts[0]], ranks[parts[1]], rank])
+            else:
+                unmerged[token.hex()] = rank
     fields = {"pattern": pattern, "merges": merges, "byte_ids": byte_ids, "special_tokens": dict(special_tokens)}
-    return checked_state(fields, name, name)
+    return checked_state(fields | {"unmerged_tokens": unmerged, "ignore_merges": bool(unmerged)}, name, name)
 
 
-def _parts_below(token, rank, ranks):
+def _parts(token, rank_of):
+    """Encode the bytes of a token, but for the last merge -> the two parts that make it, or more where none do.
+
+    What lies beside a token plays no part in how it is made, so these are the parts wherever it is made at all.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-        best = min(joined)
-        if best >= rank:
+        ranks = [math.inf if (rank := rank_of(a, b)) is None else rank for a, b in pairwise(parts)]
+        best = min(ranks)
+        if best == math.inf:
             break
-        i = joined.index(best)
+        i = ranks.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    return parts if len(parts) > 2 or rank_of(*parts) is not None else [*parts, b""]
 
 
 def bytes_to_unicode():
@@ -169,30 +232,51 @@ def _gpt2_files():
 
 def to_huggingface(tok):
     """-> tokenizers.Tokenizer with the same ids."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    table, special = bytes_to_unicode(), set(tok.special_tokens.values())
-    spelled = {token: "".join([table[b] for b in data]) for token, data in tok.vocab.items() if token not in special}
+    table, added = bytes_to_unicode(), tok.special_tokens | tok.added_tokens
+    own = tok.vocab.keys() - added.values()
+    spelled = {token: "".join([table[b] for b in tok.vocab[token]]) for token in own}
     vocab = {text: token for token, text in spelled.items()}
     if len(vocab) != len(spelled):
         raise UsageError("two tokens have the same bytes, which a tokenizer.json cannot express")
-    if tok.special_tokens.keys() & vocab.keys():
+    if added.keys() & vocab.keys():
         raise UsageError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
-    vocab |= tok.special_tokens  # named in the vocabulary, they keep their ids; else the library numbers them itself
-    hf = Tokenizer(models.BPE(vocab, [(spelled[p], spelled[q]) for p, q in tok.merges]))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tok.pattern == "gpt2")
-    if tok.pattern in ("none", "gpt2"):
-        hf.pre_tokenizer = byte_level
-    else:
-        try:
-            split = pre_tokenizers.Split(Regex(_oniguruma(tok.pattern)), "isolated")
-        except Exception as e:  # the library has no class of its own for this
-            raise UsageError(f"Hugging Face's tokenizers cannot express the pattern {tok.pattern!r} ({e})") from None
-        hf.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    vocab |= added  # named in the vocabulary, they keep their ids; else the library numbers them itself
+    merges = [(spelled[p], spelled[q]) for p, q in tok.merges]
+    hf = Tokenizer(models.BPE(vocab, merges, ignore_merges=tok.ignore_merges))
+    if names := [name for name in tok.normalizer if name != "prefix_space"]:
+        hf.normalizer = normalizers.Sequence([getattr(normalizers, name)() for name in names])
+    patterns = tok.pattern if isinstance(tok.pattern, list) else [tok.pattern]
+    last, prefix = patterns[-1], "prefix_space" in tok.normalizer
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=last == "gpt2")
+    splits = [_split_of(pattern) for pattern in (patterns[:-1] if last in ("none", "gpt2") else patterns)]
+    if splits and prefix:
+        raise UsageError("a tokenizer.json cannot express a prefix space with this pattern")
+    hf.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level]) if splits else byte_level
     hf.decoder = decoders.ByteLevel()
-    by_id = sorted(tok.special_tokens, key=tok.special_tokens.get)
-    hf.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in by_id])
+    for text in sorted(added, key=added.get):
+        token = AddedToken(text, special=text in tok.special_tokens, normalized=False)
+        (hf.add_special_tokens if token.special else hf.add_tokens)([token])
     return hf
+
+
+def _split_of(pattern, source=None):
+    """-> tokenizers' Split with the same chunks as a pattern. source: how it is spelled there, if that is known."""
+    from tokenizers import Regex, pre_tokenizers
+
+    source = source or _oniguruma(pattern)
+    try:
+        split = pre_tokenizers.Split(Regex(source), "isolated")
+    except Exception as e:  # the library has no class of its own for this
+        raise UsageError(f"Hugging Face's tokenizers cannot express the pattern {pattern!r} ({e})") from None
+    if source != _oniguruma(pattern) or PATTERNS.get(pattern, pattern) not in RULES:
+        _require_same_chunks(
+            pattern,
+            lambda text: "\0".join(chunk for chunk, _ in split.pre_tokenize_str(text)).encode("utf-8"),
+            "Hugging Face's tokenizers",
+        )
+    return split
 
 
 def save_huggingface(tok, folder):
@@ -209,45 +293,113 @@ def save_huggingface(tok, folder):
 
 
 def _oniguruma(pattern):
-    """The pattern in the syntax of the regex library inside `tokenizers`, where {1,3}+ is not possessive."""
-    return lossless_pattern(pattern).replace("{1,3}+", "{1,3}")
+    """The pattern in the syntax of the regex library inside `tokenizers`, where {1,3}+ is not possessive.
+
+    What it does not match needs no alternative there: `Split` makes chunks of that, too.
+    """
+    source = PATTERNS.get(pattern, pattern).removeprefix("(?V1)")  # nested sets, which are always on there
+    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", source)
 
 
 def read_huggingface(file):
     """tokenizer.json of a byte-level BPE -> the state of a Tokenizer."""
     data, file = read_json(file), Path(file)
-    check = partial(require, file)
-    check(isinstance(data, dict) and isinstance(data.get("model"), dict), "it is not a tokenizer.json")
-    model, vocab, listed = data["model"], data["model"].get("vocab"), data["model"].get("merges")
-    is_bpe = model.get("type") == "BPE" and isinstance(vocab, dict) and isinstance(listed, list)
-    check(is_bpe, "its model is not BPE with a vocabulary and merges")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    name = file.parent.resolve().name if file.name == "tokenizer.json" else file.stem
+    try:
+        fields = _fields_of(data, partial(require, file))
+        with suppress(UsageError):
+            return checked_state(fields, file, name)
+        return checked_state(_without_dead_merges(fields), file, name)
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UsageError(f"{file} cannot be used: it is not a tokenizer.json ({e!r})") from None
+
+
+def _fields_of(data, check):
+    """The content of a tokenizer.json -> the fields of a model file."""
+    model, vocab, added = data["model"], data["model"]["vocab"], data.get("added_tokens") or []
+    check(model.get("type") == "BPE", "its model is not BPE")
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         check(not model.get(key), f"its model uses {key}")
-    check(not data.get("normalizer"), "it normalizes the text, which is then not restored")
-    byte_ids = [vocab.get(char) for _, char in sorted(bytes_to_unicode().items())]
-    check(None not in byte_ids, "its model is not byte-level: it has no token for some byte")
+    bytes_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
+    byte_ids = [vocab.get(char, -1 - b) for b, char in bytes_to_unicode().items()]
+    byte_ids = [token for _, token in sorted(zip(bytes_to_unicode(), byte_ids))]
     merges = []
-    for merge in listed:
+    for merge in model["merges"]:
         p, q = merge.split(" ") if isinstance(merge, str) else merge
         known = p in vocab and q in vocab and p + q in vocab
         check(known, f"the merge {p!r} {q!r} names a token that is not in the vocabulary")
         merges.append([vocab[p], vocab[q], vocab[p + q]])
-    pattern = _pattern_of(data.get("pre_tokenizer") or {})
-    check(pattern is not None, f"its pre_tokenizer is not supported: {data.get('pre_tokenizer')}")
-    special = {added["content"]: added["id"] for added in data.get("added_tokens", ())}
-    fields = {"pattern": pattern, "merges": merges, "byte_ids": byte_ids, "special_tokens": special}
-    return checked_state(fields, file, file.parent.resolve().name if file.name == "tokenizer.json" else file.stem)
+    pattern, prefix_space = _pattern_of(data.get("pre_tokenizer"), check)
+    steps = data.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    normalizer = [step["type"] for step in (steps["normalizers"] if steps["type"] == "Sequence" else [steps])]
+    check(set(normalizer) <= set(NORMALIZERS), f"it normalizes the text by {', '.join(normalizer)}")
+    for token in added:
+        for key in ("lstrip", "rstrip", "single_word"):
+            check(not token.get(key), f"its added token {token['content']!r} uses {key}")
+        # found after normalizing, which is the same only for what NFC never touches
+        is_same = not normalizer or (normalizer == ["NFC"] and not token["content"].strip(" "))
+        check(is_same or not token.get("normalized"), f"its added token {token['content']!r} is normalized")
+    if missing := sum(token < 0 for token in byte_ids):
+        check(not model.get("unk_token"), "it has an unk_token for missing bytes")
+        warnings.warn(f"the vocabulary has no token for {missing} of the 256 bytes: text loses them", stacklevel=4)
+    if re.search('"(SpecialToken|cls)"', json.dumps(data.get("post_processor"))):
+        warnings.warn("its post_processor adds special tokens to a text; encode does not", stacklevel=4)
+    used = {*byte_ids, *(token for _, _, token in merges), *(token["id"] for token in added)}
+    spelled = {text: token for text, token in vocab.items() if token not in used}
+    unmerged = {b"".join(bytes_of.get(c, c.encode("utf-8")) for c in text).hex(): i for text, i in spelled.items()}
+    check(len(unmerged) == len(spelled), "two of its tokens have the same bytes")
+    return {
+        "pattern": pattern, "merges": merges, "byte_ids": byte_ids, "unmerged_tokens": unmerged,
+        "special_tokens": {token["content"]: token["id"] for token in added if token.get("special", True)},
+        "added_tokens": {token["content"]: token["id"] for token in added if not token.get("special", True)},
+        "normalizer": normalizer + ["prefix_space"] * prefix_space, "ignore_merges": bool(model.get("ignore_merges")),
+    }  # fmt: skip
 
 
-def _pattern_of(pre):
-    """The split pattern of a pre_tokenizer, None for one that drops, joins or adds characters."""
-    match pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}]:
-            return "gpt2" if rest.get("use_regex", True) else "none"
-        case [
-            {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": source}},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            known = {_oniguruma(pattern): pattern for pattern in (*PATTERNS, CL100K_SPLIT_PATTERN)}
-            return known.get(source, source)
-    return None
+def _without_dead_merges(fields):
+    """Drop the merges that never happen, of which converted tiktoken vocabularies list many."""
+    data = {token: bytes([b]) for b, token in enumerate(fields["byte_ids"])}
+    todo = fields["merges"]
+    while ready := [m for m in todo if m[0] in data and m[1] in data]:
+        data |= {token: data[p] + data[q] for p, q, token in ready}
+        todo = [m for m in todo if m[2] not in data]
+    order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
+    makes = {
+        token: tuple(_parts(data[token], lambda a, b: order.get((a, b)))) for token in {m[2] for m in fields["merges"]}
+    }
+    merges = [m for k, m in enumerate(fields["merges"]) if order.get(makes[m[2]]) == k]
+    lost = makes.keys() - {token for _, _, token in merges}
+    unmerged = fields["unmerged_tokens"] | {data[token].hex(): token for token in lost}
+    return fields | {"merges": merges, "unmerged_tokens": unmerged}
+
+
+def _pattern_of(pre, check):
+    """(split pattern or list of them, whether a space is put before the text) of a pre_tokenizer."""
+    parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
+    patterns = []
+    for part in parts:
+        match part:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": source}}:
+                patterns.append(_from_oniguruma(source))
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"String": text}}:
+                patterns.append(re.escape(text))
+            case {"type": "Digits"}:
+                patterns.append(r"\p{N}" if part["individual_digits"] else r"\p{N}+")
+            case {"type": "ByteLevel"} if part is parts[-1] and not (part["add_prefix_space"] and patterns):
+                patterns += ["gpt2"] * part.get("use_regex", True)
+                return (patterns if len(patterns) > 1 else [*patterns, "none"][0]), part["add_prefix_space"]
+            case _:
+                break
+    check(False, f"its pre_tokenizer is not supported: {json.dumps(pre):.200}")
+
+
+def _from_oniguruma(source):
+    """The pattern of a Split: a well-known one by its name, else one that is seen to cut in the same way."""
+    known = {_oniguruma(pattern): pattern for pattern in (*RULES, *PATTERNS)}
+    for pattern in known.get(source, source), f"(?V1){source}":
+        with suppress(UsageError):
+            _split_of(pattern, source)
+            return pattern
+    raise UsageError(f"the regular expression {source!r} of its pre_tokenizer means something else here")

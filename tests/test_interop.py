@@ -35,7 +35,7 @@ def true_gpt2():
     )
 
 
-@pytest.fixture(scope="module", params=["none", "gpt2", "gpt4", r"\w+|\s+"])
+@pytest.fixture(scope="module", params=["none", "gpt2", "gpt4", r"[\p{L}\p{N}_]+|\s+"])
 def tok(request):
     tok = Tokenizer(request.param)
     tok.train(TEXT, 300)
@@ -191,7 +191,7 @@ def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
 
 
 def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
-    with pytest.raises(UsageError, match="cannot be used: it normalizes"):
+    with pytest.raises(UsageError, match="cannot be used: its model uses byte_fallback"):
         Tokenizer.from_huggingface(shared_data / "stories260K" / "tokenizer.json")
 
 
@@ -200,8 +200,15 @@ def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
     [
         None,
         {"type": "Whitespace"},
-        {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
-        {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False}]},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]},
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+            ],
+        },
         {
             "type": "Sequence",
             "pretokenizers": [
@@ -229,9 +236,6 @@ def test_damaged_and_unknown_vocabularies_are_refused(tok, tmp_path):
     (tmp_path / "b.tiktoken").write_bytes(b"".join(lines[5:]))
     with pytest.raises(UsageError, match="no token for byte 0"):
         Tokenizer.from_tiktoken(tmp_path / "b.tiktoken")
-    (tmp_path / "c.tiktoken").write_bytes(b"".join([*lines[:256], b"enpxcQ== 256\n"]))
-    with pytest.raises(UsageError, match="no merge of two tokens"):
-        Tokenizer.from_tiktoken(tmp_path / "c.tiktoken")
     with pytest.raises(UsageError, match="neither a file nor a tiktoken vocabulary"):
         Tokenizer.from_tiktoken("gpt5_base")
     for content in ("[]", '{"model": {"type": "WordPiece"}}', '{"model": {"type": "BPE"}}', "{"):
@@ -240,8 +244,10 @@ def test_damaged_and_unknown_vocabularies_are_refused(tok, tmp_path):
             Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
 
 
-def test_a_merge_that_comes_too_late_is_refused(tmp_path):
-    """Ids would depend on the order of merging; tokenizers converted from tiktoken have such tables, but in order."""
+def test_a_merge_that_comes_too_late_is_dropped_or_refused(tmp_path):
+    """Tokenizers converted from tiktoken list merges that never happen; others would depend on the order of merging."""
+    import tokenizers
+
     tok = Tokenizer()
     tok.train("abcabcabd", 259)
     tok.save_huggingface(tmp_path)
@@ -249,16 +255,26 @@ def test_a_merge_that_comes_too_late_is_refused(tmp_path):
     assert data["model"]["merges"] == [["a", "b"], ["ab", "c"], ["abc", "abc"]]
     data["model"]["merges"].insert(1, ["b", "c"])
     data["model"]["vocab"]["bc"] = 259
-    for at, fine in ((3, True), (4, False)):
+    rnd = random.Random(5)
+    for at in (3, 4):
         merges = [*data["model"]["merges"]]
         merges.insert(at, ["a", "bc"])
         changed = {**data, "model": {**data["model"], "merges": merges}}
         (tmp_path / "changed.json").write_text(json.dumps(changed))
-        if fine:
-            assert Tokenizer.from_huggingface(tmp_path / "changed.json").decode([257]) == "abc"
-        else:
-            with pytest.raises(UsageError, match="in use already"):
-                Tokenizer.from_huggingface(tmp_path / "changed.json")
+        ours = Tokenizer.from_huggingface(tmp_path / "changed.json")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "changed.json"))
+        for _ in range(100):
+            text = "".join(rnd.choices("abcd", k=12))
+            assert ours.encode(text) == theirs.encode(text).ids
+    merges = [["b", "c"], ["ab", "ca"], ["a", "b"], ["c", "a"]]  # abca is made of what is made later
+    vocab = {**data["model"]["vocab"], "ca": 260, "abca": 261}
+    changed = {**data, "model": {**data["model"], "merges": merges, "vocab": vocab}}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "changed.json"))
+    ours = Tokenizer.from_huggingface(tmp_path / "changed.json")
+    for _ in range(100):
+        text = "".join(rnd.choices("abcd", k=12))
+        assert ours.encode(text) == theirs.encode(text).ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------
