@@ -53,7 +53,10 @@ def is_id(value):
 def _content(state):
     """What decides the ids, as plain JSON. `byte_ids` and the third number of a merge appear only where needed."""
     merges, specials = state["merges"], state["special_tokens"]
-    content = {"pattern": state["pattern"], "special_tokens": dict(sorted(specials.items(), key=lambda s: s[1]))}
+    content = {
+        "pattern": state["pattern"],
+        "special_tokens": dict(sorted(specials.items(), key=lambda s: (s[1], s[0]))),
+    }
     usual = state["byte_ids"] == list(range(256)) and list(merges.values()) == list(range(256, 256 + len(merges)))
     if not usual:
         content["byte_ids"] = state["byte_ids"]

@@ -225,7 +225,7 @@ def write_blocks(cfg, parts, part):
 
 def encode(texts, tokenizer, val_share):
     """Documents -> {split: ids (tokens,) uint16}, an <|endoftext|> before each; a spelled-out special token is text."""
-    ids, lengths = tokenizer.encode_to_numpy(texts)
+    ids, lengths = tokenizer.encode_documents(texts)
     ids = np.insert(ids.astype(np.uint16), np.cumsum(lengths) - lengths, tokenizer.eot_token)
     held_out = np.array([val_share is not None and is_validation(text, val_share) for text in texts], bool)
     in_val = np.repeat(held_out, lengths + 1)
