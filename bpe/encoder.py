@@ -23,6 +23,7 @@ NO_RANK = 2**31 - 1
 MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
 MAX_CHUNKS = 1 << 19  # remembered at a time, beside the vocabulary's tokens: 32 MB of table
 MAX_POOL = 1 << 22  # ids of theirs
+MAX_SHORT = 1 << 16  # the same, of short texts
 
 
 class Encoder:
@@ -43,10 +44,12 @@ class Encoder:
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         self._tables = _RankTables(self._merges, len(inner))
-        self._first_cache = _Cache(self._outer, self._own_tokens(), whole or {})
+        self._whole = whole or {}
+        self._first_cache = _Cache(self._outer, self._own_tokens(), self._whole)
         # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
         # process forks, and one that an interrupt left half-filled is simply lost.
         self._idle = []
+        self._short = {}  # chunk of a short text -> list of its ids
 
     def encode(self, splitter, texts):
         """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
@@ -69,6 +72,19 @@ class Encoder:
                 cache = self._first_cache.copy()
         self._idle.append(cache)
         return np.concatenate(ids), lengths
+
+    def encode_short(self, splitter, text):
+        """The same for one ASCII text of a few lines -> list of ids; there numpy's calls cost more than the work."""
+        chunks, known = splitter.findall(text), self._short
+        if new := [chunk for chunk in dict.fromkeys(chunks) if chunk not in known]:
+            if len(known) > MAX_SHORT:
+                known = self._short = {}  # begun anew: another thread still reads the old one
+                new = list(dict.fromkeys(chunks))
+            encoded = [chunk.encode("ascii").translate(None, self._missing) for chunk in new]
+            ids, lengths = self._merged(encoded)
+            for chunk, data, part in zip(new, encoded, np.split(ids, lengths.cumsum()[:-1])):
+                known[chunk] = [self._whole[data]] if data in self._whole else part.tolist()
+        return [token for chunk in chunks for token in known[chunk]]
 
     def _add(self, cache, chunks):
         """Merge new chunks -> their values in the cache."""

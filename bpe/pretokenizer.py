@@ -132,7 +132,7 @@ class Splitter:
         """
         data = np.frombuffer(b"\xff".join([text.encode("utf-8") for text in texts]) + PADDED_END, np.uint8)
         if self._rules is None:
-            lengths = [len(chunk.encode("utf-8")) for text in texts for chunk in (*self._findall_all(text), "\0")]
+            lengths = [len(chunk.encode("utf-8")) for text in texts for chunk in (*self.findall(text), "\0")]
             return data, np.cumsum([0, *lengths[:-1]])
         used = data[: len(data) - PADDING]
         if all(map(str.isascii, texts)):
@@ -146,7 +146,8 @@ class Splitter:
         starts = np.flatnonzero(start)
         return data, starts if code is used else np.flatnonzero((used & 0xC0) != 0x80)[starts]
 
-    def _findall_all(self, text):
+    def findall(self, text):
+        """One text -> list of its chunks, by the regular expression alone."""
         chunks = self._findall(text)
         if sum(map(len, chunks)) != len(text):
             raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters")
@@ -208,7 +209,7 @@ class SplitterSequence(Splitter):
     def __reduce__(self):
         return SplitterSequence, (self.pattern,)
 
-    def _findall_all(self, text):
+    def findall(self, text):
         chunks = [text] if text else []
         for splitter in self._splitters:
             data, starts = splitter.split(chunks)

@@ -35,6 +35,8 @@ from bpe.reference import render_token
 from bpe.trainer import check_size, learn_merges
 from common import UsageError
 
+SHORT_TEXT = 1000  # characters
+
 
 class Tokenizer:
     """Byte-level BPE.
@@ -164,7 +166,8 @@ class Tokenizer:
         disallowed_special: as in tiktoken, "all" that are not allowed, or a set of texts: one in the text is a
             UsageError, and what is neither allowed nor disallowed is encoded like any other text.
         """
-        return self.encode_to_numpy(text, allowed_special, disallowed_special).tolist()
+        special = self._allowed(text := valid(text), allowed_special, disallowed_special)
+        return self._encode_one(text, special)
 
     def _allowed(self, text, allowed_special, disallowed_special):
         """The special tokens to look for; UsageError where one is in the text that must not be."""
@@ -188,7 +191,13 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens taken for ordinary text."""
-        return self._encode([valid(text)], ())[0].tolist()
+        return self._encode_one(valid(text), ())
+
+    def _encode_one(self, text, special):
+        """A text -> list of ids; short ASCII texts, as users encode line by line, without setting up arrays."""
+        if len(text) <= SHORT_TEXT and text.isascii() and not (special or self.added_tokens or self.normalizer):
+            return self._encoder.encode_short(self._split, text)
+        return self._encode([text], special)[0].tolist()
 
     def encode_to_numpy(self, text, allowed_special="none_raise", disallowed_special=None):
         """`encode`, but -> array of uint32, as in tiktoken."""

@@ -476,3 +476,13 @@ def test_threads_save_to_one_place(tmp_path):
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda _: tok.save(tmp_path / "t"), range(30)))
     assert Tokenizer.load(tmp_path / "t.model").sha256 == tok.sha256 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("pattern", ["none", "gpt2", "gpt4", r"[a-z]+(?= )|\s+", ["gpt2", r"\d"]])
+def test_short_texts_are_encoded_apart_to_the_same_ids(pattern, monkeypatch):
+    rng, tok = random.Random(0), Tokenizer(pattern)
+    texts = ["".join(rng.choices("abcXYZ 019\n\t.,'s", k=rng.randrange(60))) for _ in range(400)]
+    tok.train(texts[:200], 300)
+    monkeypatch.setattr(bpe.encoder, "MAX_SHORT", 50)  # the memory of chunks begins anew, again and again
+    for text in texts:
+        assert tok.encode(text) == tok.encode_ordinary(text) == tok.encode_to_numpy(text).tolist()
