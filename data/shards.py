@@ -164,7 +164,7 @@ def verify(data_dir: tyro.conf.Positional[Path]):
 
     UsageError names the first file that is corrupt, truncated, foreign or missing.
     """
-    meta = check_folder(data_dir)
+    data_dir, meta = Path(data_dir), check_folder(data_dir)
     for shard in tqdm(meta["shards"], unit="shard", disable=None):
         path = data_dir / shard["file"]
         if file_sha256(path) != shard["sha256"]:

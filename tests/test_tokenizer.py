@@ -195,7 +195,7 @@ def test_the_cache_is_bounded(tok, monkeypatch):
     for chunks, ids in ((5, 10**6), (10**6, 5)):
         monkeypatch.setattr(bpe.encoder, "MAX_CHUNKS", chunks)
         monkeypatch.setattr(bpe.encoder, "MAX_POOL", ids)
-        assert tok.encode(text) == expected == tok.encode(text)
+        assert [tok.encode_to_numpy(text).tolist() for _ in range(2)] == [expected] * 2
         assert tok._encoder._idle[-1].table.used == table.used and not tok._encoder._idle[-1].table.long
 
 
