@@ -1,1 +1,1 @@
-"""Speed against peers, measured in turns."""
+"""Speed against baselines, measured in turns."""

@@ -51,7 +51,7 @@ class Config(BenchConfig):
     limit_seconds: float = 3600.0  # who needs longer than this for a turn is stopped; HellaSwag and race take long
     nanogpt: str = ""  # peers, race: checkout of karpathy/nanoGPT; empty: left out
     build_nanogpt: str = ""  # peers: checkout of karpathy/build-nanogpt; empty: left out
-    data_dir: str = str(ROOT / "data/corpora/pydocs")  # race, resume: token shards
+    data_dir: Path = ROOT / "data/corpora/pydocs"  # race, resume: token shards
     race_steps: int = 300  # race: optimizer steps of each; --limit-seconds stops who needs longer
     model: str = "gpt2"  # hellaswag: Hugging Face causal LM, a folder or a name on the hub
     input: str = ""  # hellaswag: items, jsonl, gzipped or not; empty: from the hub
