@@ -45,11 +45,21 @@ class Encoder:
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         self._tables = _RankTables(self._merges, len(inner))
         self._whole = whole or {}
-        self._first_cache = _Cache(self._outer, self._own_tokens(), self._whole)
+        self._filled = None
         # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
         # process forks, and one that an interrupt left half-filled is simply lost.
         self._idle = []
         self._short = {}  # chunk of a short text -> list of its ids
+
+    @property
+    def _first_cache(self):
+        """The vocabulary's own tokens, filled in when first needed: who only decodes does not wait for it.
+
+        No lock, as `cached_property` has one here, is held when a process forks; two threads at once make it twice.
+        """
+        if self._filled is None:
+            self._filled = _Cache(self._outer, self._own_tokens(), self._whole)
+        return self._filled
 
     def encode(self, splitter, texts):
         """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
