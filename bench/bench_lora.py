@@ -101,6 +101,7 @@ def loop(cfg, size, who):
     """PEFT and a bare loop with torch's AdamW, one adapter after another: the Trainer's work without the Trainer."""
 
     def train(config, model):
+        """One adapter's steps -> its last loss."""
         optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0)
         for ids in batches(cfg, size).to(cfg.device):
             loss = model(input_ids=ids, labels=ids).loss

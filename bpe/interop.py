@@ -48,14 +48,15 @@ def to_tiktoken(tok):
     more |= {f"the normalizer {' '.join(tok.normalizer)}": tok.normalizer}
     if more := [what for what, is_there in more.items() if is_there]:
         raise UsageError(f"tiktoken cannot express {' and '.join(more)}")
-    build = partial(tiktoken.Encoding, tok.name, pat_str=lossless_pattern(tok.pattern))
+    source = lossless_pattern(tok.pattern)
+    build = partial(tiktoken.Encoding, tok.name, pat_str=source)
     try:
         encoding = build(mergeable_ranks=_ranks(tok), special_tokens=tok.special_tokens)
     except UsageError:
         raise
     except ValueError as e:
         raise UsageError(f"tiktoken cannot express the pattern {tok.pattern!r} ({str(e).splitlines()[0]})") from None
-    if encoding._pat_str not in RULES:
+    if source not in RULES:
         # each chunk of the sample, and each two neighbours, are a token, so that tiktoken's ids show its chunks
         cut = [[c.encode("utf-8") for c in Splitter(tok.pattern)(text)] for text in _sample_texts(tok.pattern)]
         both = (a + b for chunks in cut for a, b in pairwise(chunks))

@@ -24,7 +24,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -165,15 +165,6 @@ def take_place(cfg):
     return int(match[1]) * world + rank, int(match[2]) * world
 
 
-@contextmanager
-def untouched(folder):
-    """Within the block a group's lock that another process holds is refused in one line."""
-    try:
-        yield
-    except filelock.Timeout:
-        raise UsageError(f"{folder} is being trained by another process; stop it before --overwrite") from None
-
-
 def agree(cfg, configs, n):
     """The cut into groups that all workers of the sweep, now and later, work on -> groups.
 
@@ -186,11 +177,15 @@ def agree(cfg, configs, n):
         "inputs": fingerprint(configs[0]),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "sweep.lock"), untouched(folder):
+    with filelock.FileLock(folder / "sweep.lock"):
         if run_state(folder, wanted, cfg.overwrite) == "new":
             for lock in (folder / "groups").glob("*.lock") if cfg.overwrite else ():
-                with filelock.FileLock(lock, timeout=0):  # raises where the group is being trained
-                    pass
+                try:
+                    with filelock.FileLock(lock, timeout=0):
+                        pass
+                except filelock.Timeout:
+                    message = f"{folder} is being trained by another process; stop it before --overwrite"
+                    raise UsageError(message) from None
             for old in ("adapters", "groups") if cfg.overwrite else ():
                 shutil.rmtree(folder / old, ignore_errors=True)
             with RunLog(folder, "lora_sweep", {**wanted, "groups": make_groups(configs, cfg.engine, n)}):

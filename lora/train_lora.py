@@ -303,10 +303,8 @@ def last_checkpoint(ckpt_dir):
         with suppress(UsageError, BadZipFile, SafetensorError):
             read_json(path)
             load_file(path.parent / "adapter_model.safetensors")
-            damaged = [
-                file for file in path.parent.glob("*.pt*") if ZipFile(file).testzip()
-            ]  # of torch's, by their CRC
-            if not damaged:
+            archives = path.parent.glob("*.pt*")  # torch's, which carry checksums
+            if not any(ZipFile(file).testzip() for file in archives):
                 return str(path.parent)
     return None
 
