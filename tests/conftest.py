@@ -23,6 +23,10 @@ if (
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
+# What split patterns tell apart: kinds of characters, separators that `re` takes for whitespace, contractions.
+SPLIT_PARTS = ["a", "'s", "'LL", "'", " ", "  ", "\n", "\r\n", "\t", "\x0b", "\x1c", "\x85", "\xa0", "\u3000"]
+SPLIT_PARTS += ["7", "1234", "²", "①", "٣", "é", "北京", "。", "!", "...", "_", "’", "😀", "e\u0301", "\x00", "\ufeff"]
+
 
 @pytest.fixture
 def shared_data():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from conftest import SPLIT_PARTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,49 +23,7 @@ from bpe.pretokenizer import (
 from common import UsageError, valid
 
 KNOWN = tuple(RULES)
-# What the patterns tell apart: every kind of character, the separators that `re` takes for whitespace, contractions.
-PARTS = [
-    "a",
-    "Zb",
-    "'s",
-    "'LL",
-    "'ve",
-    "'ſ",
-    "'",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\x0b",
-    "\x1c",
-    "\x85",
-    "\xa0",
-    "\u3000",
-]
-PARTS += [
-    "7",
-    "1234",
-    "²",
-    "①",
-    "٣",
-    "é",
-    "É",
-    "ſ",
-    "ǅ",
-    "ʰ",
-    "AB",
-    "iPad",
-    "北京",
-    "。",
-    "!",
-    "...",
-    "_",
-    "/",
-    "\n/",
-    "’",
-]
-PARTS += ["\u3000", "’", "😀", "\ufe0f", "e\u0301", "\u0903", "\x00", "\ufeff"]
+PARTS = [*SPLIT_PARTS, "Zb", "'ve", "'ſ", "É", "ſ", "ǅ", "ʰ", "AB", "iPad", "/", "\n/", "\ufe0f", "\u0903"]
 
 
 def by_the_book(pattern, text):
