@@ -3,6 +3,7 @@
     python -m runlog ls                                  the runs in runs/, one per line
     python -m runlog show RUN                            settings, figures, files; how it ended, and why
     python -m runlog compare RUN RUN … --x tokens        what differs, the curves, where they end; compare.png
+    python -m runlog judge --baseline RUN … --candidate RUN …        better, worse, no difference or undecided
     python -m runlog verify RUN                          checksums, and a few steps computed again
     python -m runlog export RUN --out records/NAME       a compact record: settings, rows, log, picture
 
@@ -21,6 +22,7 @@ import pandas as pd
 from common import ROOT, UsageError, cli
 from common.checkpoints import problem, sorted_checkpoints
 from runlog.compare_runs import compare, number, table
+from runlog.judge import describe, judge
 from runlog.record import export_record
 from runlog.run import AXES, find_runs, read_run
 from runlog.verify import verify
@@ -34,6 +36,17 @@ def locate(name):
         if any((path / file).exists() for file in ("config.json", "record.json")):
             return path
     raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
+
+
+def find_run(name):
+    """The Run of a name; SWEEP/adapters/NAME is an adapter, in a record of a sweep, too."""
+    sweep = Path(name).parent.parent
+    for folder in (sweep, ROOT / sweep):
+        if (folder / "adapters.jsonl").exists():
+            for adapter in read_run(folder).adapters():
+                if adapter.name == Path(name).name:
+                    return adapter
+    return read_run(locate(name))
 
 
 def list_runs(folder, sort):
@@ -132,6 +145,15 @@ def parse(argv=None):
     add("--kind", help="kind of row: val, train, …; val where there is any")
     add("--y", default="loss", help="field of the rows")
     add("--out", default=str(ROOT / "runs" / "compare.png"), help="the picture")
+    add = command("judge", "is a candidate better than a baseline, over their seeds?", runs=None)
+    add("--baseline", nargs="+", required=True, metavar="RUN", help="runs of the baseline, one a seed")
+    add("--candidate", nargs="+", required=True, metavar="RUN", help="runs of the candidate; equal seeds are paired")
+    add("--metric", default="", help="field of rows or result.json; val loss, or bits per byte if tokenizers differ")
+    add("--at", default="step", choices=list(AXES), help="compare at equal steps, tokens, seconds or FLOPs")
+    add("--alpha", type=float, default=0.05, help="error rate, over all looks")
+    add("--delta", type=float, help="differences below this count as none; left out: the baseline's spread over seeds")
+    add("--fixed", action="store_true", help="the number of seeds was decided before looking: Student's t interval")
+    add("--json", action="store_true", help="one JSON object instead of text")
     add = command("verify", "checksums, and a few steps computed again; exit status 1 if the record is wrong")
     add("--steps", type=int, default=5, help="steps to replay from the start and each kept checkpoint")
     add("--whole", action="store_true", help="replay the whole run")
@@ -146,6 +168,11 @@ def main():
     args = parse()
     if args.command == "ls":
         return list_runs(Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder, args.sort)
+    if args.command == "judge":
+        options = {"metric": args.metric, "at": args.at, "alpha": args.alpha, "delta": args.delta, "fixed": args.fixed}
+        sides = [[find_run(name) for name in names] for names in (args.baseline, args.candidate)]
+        verdict = judge(*sides, **options)
+        return print(json.dumps(verdict.as_dict(), ensure_ascii=False) if args.json else describe(verdict))
     folders = [locate(name) for name in args.run]
     if args.command == "export":
         export_record(folders[0], args.out)

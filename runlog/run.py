@@ -16,7 +16,7 @@ from common import UsageError, atomic_open, read_json, read_jsonl
 # Fields that differ between two identical runs.
 TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
 TIMING_FIELDS |= {"mfu", "peak_mb"}
-AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
+AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "training FLOPs"}
 SAMPLE = re.compile(r"^--- step (\d+)\n", re.M)  # the line above each sample
 FRESH = 60.0  # seconds since its last line for which a run counts as running although no lock is seen
 
@@ -54,13 +54,14 @@ class Run:
     def axis(self, x):
         """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
 
-        tokens are those seen before the row's step. seconds are those of the steps where they are timed (evaluations
-        and pauses left out), else the clock since the first row.
+        tokens are those seen before the row's step, flops those of the model's passes over them. seconds are those of
+        the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
         """
-        if x == "tokens":
-            if self.tokens is None:
-                raise UsageError(f"{self.run_dir} ({self.kind}) does not record its tokens; compare by step or seconds")
-            return lambda row: row["step"] * self.settings["total_batch_size"]
+        if x in ("tokens", "flops"):
+            per_token = 1 if x == "tokens" else self.settings.get("flops_per_token")
+            if self.tokens is None or per_token is None:
+                raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
+            return lambda row: row["step"] * self.settings["total_batch_size"] * per_token
         if x == "seconds":
             timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
             if not timed:

@@ -1,0 +1,360 @@
+"""Is a change better? A verdict on two sets of runs, from a statistical test that may be asked again after each seed.
+
+    python -m runlog judge --baseline runs/a-seed* --candidate runs/b-seed*             final validation loss
+    python -m runlog judge --baseline … --candidate … --metric bits_per_byte --at tokens
+    python -m runlog judge --baseline runs/hellaswag-a --candidate runs/hellaswag-b     the same items, paired
+
+Runs that share a seed start from the same weights and read the same data, so they are compared pair by pair. From the
+n differences follows an interval for the mean difference that holds at all n at once (`interval`): looking after every
+seed, and stopping when the answer is there, does not raise the error rate above alpha. The verdict:
+
+    better, worse     the interval excludes 0
+    no difference     the interval lies within ±delta; delta is by default the noise, the standard deviation of the
+                      baseline's runs over seeds, so it takes two of them; or all rows of each pair are the same bits
+    undecided         neither; `more` estimates how many further seeds would decide it
+
+Runs that are not finished or contradict their own checksums are named and left out, and so are those that diverged: a
+candidate with a diverged run is never called better, and one without any other run is worse.
+"""
+
+import contextlib
+import io
+import math
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from common import UsageError, atomic_open, read_jsonl
+from runlog.compare_runs import differences, number
+from runlog.run import TIMING_FIELDS
+from runlog.verify import Report, check_metrics, check_result
+
+PRIOR_VARIANCE = 16.0  # of mean / standard deviation of the differences, in the mixture; what it is changes power alone
+HIGHER_IS_BETTER = {"acc", "acc_norm", "acc_char", "accuracy", "tok_per_sec", "mfu"}
+MOST_SEEDS = 1000  # beyond which `more` gives up
+
+
+@dataclass
+class Verdict:
+    """The answer. difference: candidate minus baseline, low … high its interval; None where it is unbounded."""
+
+    verdict: str  # better, worse, no difference, undecided
+    metric: str
+    at: str  # where the curves were read, for example "step 300"
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float  # always-valid p-value of "no difference at all" (exact, of McNemar's test, for items)
+    n: int  # pairs; where runs are not paired, the smaller number of seeds
+    paired: bool
+    noise: float | None  # standard deviation of the baseline's runs over seeds
+    delta: float | None  # differences below this count as none
+    more: int | None  # seeds that are still needed, if mean and spread stay as they are; None: unknown, or too many
+    baseline: float  # mean of the metric
+    candidate: float | None
+    alpha: float
+    values: dict = field(default_factory=dict)  # {"baseline": {seed: figure}, "candidate": {seed: figure}}
+    settings: dict = field(default_factory=dict)  # what differs: {setting: [baseline's value, candidate's]}
+    notes: list = field(default_factory=list)  # runs that were left out, or are not proved
+
+    def as_dict(self):
+        """What --json prints."""
+        return asdict(self)
+
+
+def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, fixed=False):
+    """Two lists of runs (`read_run`) -> Verdict.
+
+    metric: a field of the rows or of result.json; empty: validation loss, or bits per byte where tokenizers differ.
+    at: the axis (step, tokens, seconds, flops) on which curves are read, at the last place that all runs have reached.
+    alpha: the error rate, over all looks. delta: None takes the noise. fixed: the number of seeds was decided before
+    the first look: a t interval instead, which is narrower.
+    """
+    if not 0 < alpha < 1:
+        raise UsageError(f"alpha must lie between 0 and 1, not {alpha:g}")
+    notes, diverged, named = [], any(run.status == "diverged" for run in candidate), candidate
+    baseline, candidate = usable(baseline, "baseline", notes), usable(candidate, "candidate", notes)
+    if not baseline or not (candidate or diverged):
+        raise UsageError("no run is left to judge: " + ("; ".join(notes) or "none was named"))
+    if not candidate:
+        facts = compare_outcomes(baseline, baseline, metric, at, alpha, delta, fixed)
+        facts.update(verdict="worse", difference=None, low=None, high=None, candidate=None, n=0, more=0)
+        candidate = named
+    elif all(run.kind == "hellaswag" for run in [*baseline, *candidate]):
+        facts = compare_items(baseline, candidate, metric or "acc_norm", alpha)
+    else:
+        facts = compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed)
+    if diverged and facts["verdict"] in ("better", "no difference"):
+        facts["verdict"] = "undecided"
+    frame = differences([*baseline, *candidate]).drop(columns=["seed"], errors="ignore")
+    settings = {name: [frame[name].iloc[0], frame[name].iloc[-1]] for name in frame}
+    settings = {name: pair for name, pair in settings.items() if pair[0] != pair[1]}
+    return Verdict(**facts, alpha=alpha, settings=settings, notes=notes)
+
+
+def usable(runs, side, notes):
+    """The runs that can be averaged; what is wrong with the others, or cannot be verified, is appended to `notes`."""
+    kept, open_ = [], []
+    for run in runs:
+        report = Report()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            check_metrics(run, report)
+            check_result(run, report)
+        if run.status == "diverged":
+            notes.append(f"{side} {run.name} diverged: left out")
+        elif run.status in ("running", "stale", "preempted", "failed"):
+            notes.append(f"{side} {run.name} is not finished ({run.status}): left out")
+        elif report.failed:
+            why = next(line.split(maxsplit=1)[1] for line in said.getvalue().splitlines() if line.startswith("FAIL"))
+            notes.append(f"{side} {run.name} contradicts its record: left out ({why})")
+        else:
+            kept.append(run)
+            if report.unproved or not (run.run_dir / "ckpt").exists():
+                open_.append(run.name)
+    if open_:
+        notes.append(f"{side} without weights or checksum, so not verified by a replay: {', '.join(open_)}")
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures by seed
+
+
+def compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed):
+    """The test on one figure a run -> the fields of a Verdict."""
+    runs = [*baseline, *candidate]
+    metric, where, values = outcomes(runs, metric, at)
+    a, b = by_seed(baseline, values), by_seed(candidate, values[len(baseline) :])
+    noise = float(np.std([*a.values()], ddof=1)) if len(a) > 1 else None
+    delta = noise if delta is None else delta
+    shared = [seed for seed in a if seed in b]
+    paired = len(shared) >= 2 or len(shared) == len(a) == len(b)
+    if paired:
+        a, b = {seed: a[seed] for seed in shared}, {seed: b[seed] for seed in shared}
+    sample = Sample.of([*a.values()], [*b.values()], paired)
+    low, high = sample.interval(alpha, fixed)
+    verdict = decide(low, high, delta, higher=metric.split()[-1] in HIGHER_IS_BETTER)
+    rows = [{run.settings.get("seed"): untimed(run) for run in side} for side in (baseline, candidate)]
+    if paired and all(rows[0][seed] == rows[1][seed] for seed in shared):
+        verdict, low, high = "no difference", 0.0, 0.0
+    low, high = (bound if math.isfinite(bound) else None for bound in (low, high))
+    return {
+        "verdict": verdict, "metric": metric, "at": where, "difference": sample.mean, "low": low, "high": high,
+        "p": sample.p_value(fixed), "n": sample.n, "paired": sample.paired, "noise": noise, "delta": delta,
+        "more": sample.more(alpha, fixed, delta) if verdict == "undecided" else 0,
+        "baseline": float(np.mean([*a.values()])), "candidate": float(np.mean([*b.values()])),
+        "values": {"baseline": a, "candidate": b},
+    }  # fmt: skip
+
+
+def outcomes(runs, metric, at):
+    """One figure a run -> (name of the metric, place, [value]). Rows are read where all runs have arrived."""
+    kinds = ["val"]
+    if metric:
+        kinds = dict.fromkeys(["val", "hellaswag", *(row["kind"] for run in runs for row in run.metrics)])
+    elif len({run.settings.get("tokenizer_sha256") for run in runs}) > 1:
+        metric = "bits_per_byte"
+    else:
+        metric = "loss"
+    for kind in kinds:
+        curves = [run.curve(kind, metric, at) for run in runs]
+        if all(len(xs) for xs, _ in curves):
+            end = min(xs[-1] for xs, _ in curves)
+            if late := [run.name for run, (xs, _) in zip(runs, curves) if xs[0] > end]:
+                raise UsageError(f"{late[0]} has no {kind} {metric} before {at} {end:,.6g}, where another run ends")
+            return f"{kind} {metric}", f"{at} {end:,.6g}", [float(np.interp(end, xs, ys)) for xs, ys in curves]
+    values = [run.result.get(metric) for run in runs]
+    if not all(isinstance(value, int | float) for value in values):
+        fields = sorted({k for run in runs for row in run.metrics for k in row} | {k for r in runs for k in r.result})
+        raise UsageError(f"not all of these runs record {metric}; fields: {', '.join(fields)}")
+    return metric, "the end", [float(value) for value in values]
+
+
+def untimed(run):
+    """The rows of a run without what differs between two identical ones."""
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in run.metrics] or run.result
+
+
+def by_seed(runs, values):
+    """{seed: mean of its values}; a run repeated with the same seed is no new information."""
+    groups = {}
+    for run, value in zip(runs, values):
+        groups.setdefault(run.settings.get("seed"), []).append(value)
+    return {seed: float(np.mean(group)) for seed, group in groups.items()}
+
+
+@dataclass
+class Sample:
+    """Differences between candidate and baseline, reduced to what the tests need."""
+
+    mean: float
+    sd: float  # of one difference, or pooled of one run
+    n: int
+    size: float  # the variance of `mean` is sd² / size
+    df: int  # degrees of freedom of sd
+    paired: bool
+
+    @classmethod
+    def of(cls, a, b, paired):
+        """The figures of baseline and candidate, in the same order of seeds if paired."""
+        x, y = np.array(a), np.array(b)
+        if paired:
+            n, size, df, squares = len(x), len(x), len(x) - 1, np.square(y - x - (y - x).mean()).sum()
+        else:
+            n, size, df = min(len(x), len(y)), len(x) * len(y) / (len(x) + len(y)), len(x) + len(y) - 2
+            squares = np.square(x - x.mean()).sum() + np.square(y - y.mean()).sum()
+        return cls((y.mean() - x.mean()).item(), math.sqrt(squares / df) if df else 0.0, n, size, df, paired)
+
+    def interval(self, alpha, fixed=False):
+        """(low, high) for the mean difference, unbounded where the spread is not known."""
+        if self.sd == 0:
+            return -math.inf, math.inf
+        t = stats.t.ppf(1 - alpha / 2, self.df) if fixed else critical_t(self.size, self.df, alpha)
+        half = t * self.sd / math.sqrt(self.size)
+        return self.mean - half, self.mean + half
+
+    def p_value(self, fixed=False):
+        """Of the hypothesis that the mean difference is 0: valid at every look, or (fixed) at the only one."""
+        if self.sd == 0:
+            return 1.0
+        t2 = self.mean**2 * self.size / self.sd**2
+        if fixed:
+            return float(2 * stats.t.sf(math.sqrt(t2), self.df))
+        widening = 1 + self.size * PRIOR_VARIANCE
+        ratio = (self.df + t2 / widening) / (self.df + t2)
+        return float(min(1.0, math.sqrt(widening) * ratio ** ((self.df + 1) / 2)))
+
+    def more(self, alpha, fixed, delta):
+        """Seeds to add (to both sides) until this mean and spread would decide; None: more than MOST_SEEDS."""
+        if self.sd == 0:
+            return None
+        for n in range(self.n + 1, MOST_SEEDS + 1):
+            size, df = (n, n - 1) if self.paired else (n / 2, 2 * n - 2)
+            low, high = Sample(self.mean, self.sd, n, size, df, self.paired).interval(alpha, fixed)
+            if decide(low, high, delta) != "undecided":
+                return n - self.n
+        return None
+
+
+def critical_t(size, df, alpha):
+    """How many standard errors around the mean an interval reaches that holds at every sample size at once.
+
+    The t test as a mixture sequential probability ratio test: under the likelihood ratio that averages the standardized
+    mean over N(0, PRIOR_VARIANCE), with the scale's right Haar prior, sample sizes may depend on the data (Lai 1976;
+    Hendriksen, de Heide and Grünwald 2021, "Optional stopping with Bayes factors"; Wang and Ramdas 2025, "Anytime-valid
+    t-tests and confidence sequences for Gaussian means with unknown variance"). By Ville's inequality it exceeds
+    1 / alpha with probability alpha at most. Solved for t; infinite where so few runs can never decide.
+    """
+    widening = 1 + size * PRIOR_VARIANCE
+    bound = (widening / alpha**2) ** (1 / (df + 1))
+    return math.sqrt(df * (bound - 1) / (1 - bound / widening)) if bound < widening else math.inf
+
+
+def decide(low, high, delta, higher=False):
+    """An interval of the difference -> verdict."""
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == higher else "worse"
+    return "no difference" if delta is not None and -delta < low and high < delta else "undecided"
+
+
+def holm(p_values, alpha):
+    """Levels at which to judge several candidates, so that any false verdict has probability alpha (Holm 1979)."""
+    levels, rejected = [0.0] * len(p_values), 0
+    for i in sorted(range(len(p_values)), key=lambda i: p_values[i]):
+        levels[i] = alpha / (len(p_values) - rejected)
+        rejected += p_values[i] <= levels[i]
+    return levels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# items of HellaSwag
+
+
+def compare_items(baseline, candidate, field_name, alpha):
+    """McNemar's exact test on the items that both answered -> the fields of a Verdict. It is valid for one look."""
+    if len(baseline) > 1 or len(candidate) > 1:
+        raise UsageError("HellaSwag's items are compared between one baseline run and one candidate run")
+    a, b = answers(baseline[0], field_name), answers(candidate[0], field_name)
+    items = a.keys() & b.keys()
+    if not items:
+        raise UsageError(f"{baseline[0].name} and {candidate[0].name} have no items in common")
+    gained, lost = sum(b[i] and not a[i] for i in items), sum(a[i] and not b[i] for i in items)
+    n, difference = len(items), (gained - lost) / len(items)
+    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    # Agresti and Min 2005: the interval of a difference of paired proportions, half an answer added to each cell
+    total = n + 2
+    variance = (gained + lost + 1 - (gained - lost) ** 2 / total) / total**2
+    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt(variance)
+    low, high = ((gained - lost) / total + side * half for side in (-1, 1))
+    verdict = "undecided" if p > alpha else "better" if gained > lost else "worse"
+    if gained + lost == 0:
+        verdict, low, high = "no difference", 0.0, 0.0
+    return {
+        "verdict": verdict, "metric": f"hellaswag {field_name}", "at": f"{n:,} items", "difference": difference,
+        "low": low, "high": high, "p": p, "n": n, "paired": True, "noise": None, "delta": None, "more": None,
+        "baseline": sum(a[i] for i in items) / n, "candidate": sum(b[i] for i in items) / n,
+    }  # fmt: skip
+
+
+def answers(run, field_name):
+    """{item: answered rightly} of a HellaSwag run."""
+    path = next(iter(sorted(run.run_dir.glob("hellaswag.jsonl*"))), None)
+    if path is None:
+        raise UsageError(f"{run.run_dir} has no hellaswag.jsonl: its items cannot be paired")
+    rows = [row for _, row in read_jsonl(path)]
+    if any(field_name not in row for row in rows):
+        raise UsageError(f"{path} has no answers by {field_name} (acc, acc_norm, acc_char)")
+    return {row["item"]: row[field_name] == row["label"] for row in rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for people
+
+
+def describe(v):
+    """A Verdict in lines of text."""
+    lines = [f"{v.verdict}: {v.metric} at {v.at}, baseline {number(v.baseline)}"]
+    if v.difference is not None:
+        low, high = ("unbounded" if bound is None else f"{bound:+.4f}" for bound in (v.low, v.high))
+        unit = "seeds on either side, not paired" if not v.paired else "pairs of runs with the same seed"
+        lines[0] += f", candidate {number(v.candidate)}"
+        lines.append(f"difference {v.difference:+.4f}, {1 - v.alpha:.4g} interval {low} … {high}, p = {v.p:.2g}")
+        lines.append(f"{v.n:,} {'items' if v.metric.startswith('hellaswag') and v.noise is None else unit}")
+    if v.noise is not None:
+        source = "the noise" if v.delta == v.noise else "given"
+        lines.append(f"noise of the baseline over seeds {v.noise:.4f}; delta {v.delta:.4f} ({source})")
+    if v.verdict == "undecided" and v.delta is None:
+        lines.append("one seed of the baseline does not tell the noise; add seeds, or say with --delta what counts")
+    if v.verdict == "undecided" and v.noise is not None:
+        more = f"about {v.more} more" if v.more else f"more than {MOST_SEEDS:,}"
+        lines.append(f"with this mean and spread, a decision takes {more} seeds")
+    lines += [f"differs: {name} {old} -> {new}" for name, (old, new) in v.settings.items()]
+    return "\n".join([*lines, *v.notes])
+
+
+def draw_verdicts(out, verdicts, title=""):
+    """A picture of {name: Verdict}: each difference with its interval, the band of delta around 0."""
+    from matplotlib.figure import Figure
+
+    colours = {"better": "#2a7f3f", "worse": "#b03030", "no difference": "#3060a0", "undecided": "#888888"}
+    fig = Figure(figsize=(7.2, 1.4 + 0.32 * len(verdicts)), dpi=130, layout="constrained")
+    ax = fig.subplots()
+    finite = [abs(x) for v in verdicts.values() for x in (v.low, v.difference, v.high) if x is not None]
+    widest = max([*finite, 1e-9])
+    for y, v in enumerate(verdicts.values()):
+        low, high = (-2 * widest, 2 * widest) if v.low is None else (v.low, v.high)
+        ax.plot([low, high], [y, y], color=colours[v.verdict], lw=2)
+        ax.plot(widest if v.difference is None else v.difference, y, "o", ms=5, color=colours[v.verdict])
+        ax.annotate(f"{v.verdict}, n = {v.n}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    delta = next((v.delta for v in verdicts.values() if v.delta is not None), 0.0)
+    ax.axvspan(-delta, delta, color="#dddddd", zorder=0, label=f"±delta {delta:.4f}")
+    ax.axvline(0, color="#444444", lw=1)
+    metric = next(iter(verdicts.values())).metric
+    ax.set(yticks=range(len(verdicts)), yticklabels=verdicts, xlim=(-1.1 * widest - delta, 1.1 * widest + delta))
+    ax.set(xlabel=f"{metric}, candidate minus baseline")
+    ax.set_title(title, loc="left")
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    with atomic_open(out, "wb") as f:
+        fig.savefig(f, format="png")
