@@ -51,7 +51,8 @@ def generate(
     if room < 1:
         raise UsageError(f"the model reads {block_size(model.config)} tokens; ask for fewer new ones")
     ids = torch.tensor([ids[-room:] or [stop_ids[0] if stop_ids else 0]] * n, device=model.device)  # (n, T)
-    unused = list(range(len(tokenizer), model.config.vocab_size))  # rows that only pad the embedding
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size  # nested in Gemma-3's config, say
+    unused = list(range(len(tokenizer), vocab_size))  # rows that only pad the embedding
     sampling = {"temperature": temperature, "top_p": top_p} if temperature else {}
     options = GenerationConfig(
         max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=stop_ids or None,

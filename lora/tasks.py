@@ -7,13 +7,16 @@
     instruction  your own rows in Alpaca's fields, or `prompt` and `response`
     chat         `messages` (role, content) or ShareGPT `conversations` (from, value), in the model's own chat template
 
-Files may be gzipped. Every row becomes an `Example`: segments of text, each a target or masked. Segments are tokenized
-one by one, so that a prompt has the same ids in training as in generation. Two modes:
+Files may be gzipped. Every row becomes an `Example`: segments of text, each a target or masked. The whole text is
+tokenized at once, as TRL does, and a token belongs to the segment that its last character is in. Two modes:
 
     faithful   as the common course notebook does it: loss on all of the text, the prompt too, no end-of-text;
                cut only at the model's block (or at --max-length, to make long reviews affordable)
     corrected  (default) loss on the response only; end-of-text is a target, and padding is masked by position, so that
-               a pad token equal to end-of-text costs nothing; truncation shortens the prompt and keeps the response
+               a pad token equal to end-of-text costs nothing
+
+A row that is too long loses its end, so that no answer is learned without its question; where the prompt alone fills
+the limit, the row is dropped. (An IMDB review is shortened instead, and keeps its sentiment.) The report counts both.
 
 Labels follow Hugging Face: the id where the token is a target, -100 elsewhere; the model shifts them itself.
 """
@@ -23,10 +26,11 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -54,6 +58,7 @@ class Example:
     prompt: str = ""
     answer: str = ""
     chat: bool = False  # True where a chat template brings the first token, and its end of turn ends the last target
+    yields: bool = False  # True where the first segment is shortened, not the last, if the row is too long
 
 
 @dataclass
@@ -145,7 +150,8 @@ def imdb_example(row, mode):
     if label not in POSITIVE + NEGATIVE:
         raise UsageError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
     answer = SENTIMENTS[label in POSITIVE]
-    return Example(((review, True), (SENTIMENT + answer, True)), prompt=review + SENTIMENT, answer=answer)
+    segments = ((review, True), (SENTIMENT, True), (answer, True))
+    return Example(segments, prompt=review + SENTIMENT, answer=answer, yields=True)
 
 
 def instruction_example(row, mode, preamble=True):
@@ -231,31 +237,37 @@ def prompt_ids(tokenizer, text, chat=False):
 def encode(example, tokenizer, max_length, mode="corrected"):
     """Example -> ({"input_ids", "labels"}, cut): equally long lists of at most `max_length`; cut says what was lost.
 
-    cut: None, "prompt" (shortened from the left), "text" (a target text shortened at its end, so end-of-text is no
-    target there unless a response follows it) or "response" (longer than the block by itself).
+    cut: None, "cut_text" or "cut_response" (the end is gone, so it does not learn to end there), "dropped_long_prompt"
+    (it fills the limit by itself) or "dropped_no_answer", where nothing is left to learn.
     """
-    parts = [(tokenizer(text, add_special_tokens=False).input_ids, target) for text, target in example.segments]
     end = mode == "corrected" and not example.chat
     if end and tokenizer.eos_token_id is None:
         raise UsageError("this tokenizer has no end-of-text token to learn; use --mode faithful")
+    if not tokenizer.is_fast:
+        raise UsageError("this model's tokenizer does not say where its tokens come from (it is no fast tokenizer)")
+    text = "".join(text for text, _ in example.segments)
+    bounds = list(accumulate(len(text) for text, _ in example.segments))
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # A token's end decides whose it is: where one starts with a space, some tokenizers' offsets leave that out.
+    owners = [bisect_left(bounds, stop) for _, stop in tokens.offset_mapping]
     start = [] if example.chat else starting_ids(tokenizer)
-    over = len(start) + sum(len(ids) for ids, _ in parts) + end - max_length
-    cut = None
-    if over > 0:  # the first segment gives way: a prompt loses its beginning, a target text its end
-        ids, target = parts[0]
-        cut = "text" if target else "prompt"
-        if target and len(parts) == 1:  # a text that goes on beyond the cut does not end there
-            over, end = over - end, False
-        keep = max(len(ids) - over, 0)
-        parts[0] = (ids[:keep] if target else ids[len(ids) - keep :], target)
-    parts = [(start, False), *parts, ([tokenizer.eos_token_id] * end, True)]
-    input_ids = [token for ids, _ in parts for token in ids]
-    labels = [token if target else IGNORE for ids, target in parts for token in ids]
-    if len(input_ids) > max_length:
-        cut = "response"
-    if labels:
-        labels[0] = IGNORE  # nothing comes before the first token, so nothing predicts it
-    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}, cut
+    input_ids = start + tokens.input_ids
+    labels = [IGNORE] * len(start)
+    labels += [token if example.segments[owner][1] else IGNORE for token, owner in zip(tokens.input_ids, owners)]
+    if end and input_ids[-1:] != [tokenizer.eos_token_id]:
+        input_ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    labels[:1] = [IGNORE]  # nothing comes before the first token, so nothing predicts it
+    cut, over = None, len(input_ids) - max_length
+    if over > 0:
+        cut = "cut_text" if example.segments[0][1] else "cut_response"
+        stop = len(start) + owners.count(0) if example.yields else len(input_ids)
+        for column in (input_ids, labels):
+            del column[max(stop - over, len(start)) : stop]
+            del column[max_length:]
+    if all(label == IGNORE for label in labels):
+        cut = "dropped_long_prompt" if cut else "dropped_no_answer"
+    return {"input_ids": input_ids, "labels": labels}, cut
 
 
 def collate(rows, pad):
@@ -312,21 +324,20 @@ def load_task(cfg, tokenizer, block_size):
     parts = {"train": [], "held_out": []}
     for row in rows:
         parts["held_out" if is_held_out(row, cfg.held_out) else "train"].append(row)
-    cuts, kept = Counter(), {}
+    counts, kept = Counter(), {}
     for name, part in parts.items():
         kept[name] = []  # (example, ids)
         for row in part[: cfg.max_rows or None]:
             example = to_example(cfg.task, row, tokenizer, cfg.mode)
             ids, cut = encode(example, tokenizer, limit, cfg.mode)
-            empty = all(label == IGNORE for label in ids["labels"])  # an empty response
-            cuts["dropped" if empty else cut] += 1
-            kept[name] += [] if empty else [(example, ids)]
+            counts.update([cut] if cut else [])
+            kept[name] += [] if str(cut).startswith("dropped") else [(example, ids)]
         if not kept[name]:
             raise UsageError(f"{len(rows)} rows leave no target for the {name} part; give more, or another --held-out")
     (examples, train), (held_out_examples, held_out) = (map(list, zip(*part)) for part in kept.values())
     report = {
         "rows_train": len(train), "rows_held_out": len(held_out), "max_length": limit,
-        **{f"cut_{what}": n for what, n in sorted(cuts.items(), key=str) if what},
+        **dict(sorted(counts.items())),
         "tokens_train": sum(len(row["input_ids"]) for row in train),
         "target_tokens_train": sum(label != IGNORE for row in train for label in row["labels"]),
     }  # fmt: skip

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +172,8 @@ def task_metric(model, tokenizer, data, n, max_new_tokens=60):
     if not examples:
         return {}
     if data.task == "imdb":
-        right = [likelier_sentiment(model, tokenizer, e.prompt) == e.answer for e in examples]
+        limit = data.report["max_length"]
+        right = [likelier_sentiment(model, tokenizer, e, limit) == e.answer for e in examples]
         return {"sentiment_accuracy": sum(right) / len(right)}
     scores = []
     options = {"stop_ids": data.stop_ids, "max_new_tokens": max_new_tokens, "repetition_penalty": 1.0}
@@ -182,15 +183,14 @@ def task_metric(model, tokenizer, data, n, max_new_tokens=60):
     return dict(zip(("exact_match", "token_f1"), (sum(column) / len(scores) for column in zip(*scores))))
 
 
-def likelier_sentiment(model, tokenizer, prompt):
-    """The sentiment with the lower loss per token after a review and the question for it."""
-    question, *answers = (
-        tokenizer(text, add_special_tokens=False).input_ids for text in (tasks.SENTIMENT, *tasks.SENTIMENTS)
-    )
-    room = block_size(model.config) - len(question) - max(map(len, answers))
-    start = prompt_ids(tokenizer, prompt.removesuffix(tasks.SENTIMENT))[:room] + question  # shortened as `encode` does
-    rows = [{"input_ids": start + ids, "labels": [IGNORE] * len(start) + ids} for ids in answers]
-    losses = [held_out_loss(model, [row], 0) for row in rows]
+def likelier_sentiment(model, tokenizer, example, max_length):
+    """The sentiment with the lower loss per token after a review and the question for it, both as in training."""
+    losses = []
+    for answer in tasks.SENTIMENTS:
+        segments = (*((text, False) for text, _ in example.segments[:-1]), (answer, True))
+        row, _ = tasks.encode(replace(example, segments=segments), tokenizer, max_length)
+        row["labels"][-1] = IGNORE  # end-of-text follows either
+        losses.append(held_out_loss(model, [row], 0))
     return tasks.SENTIMENTS[losses.index(min(losses))]
 
 

@@ -6,7 +6,7 @@ TEXT = "the cat sat on the mat and the dog ran after the cat while the sun was w
 FAMILIES = ("gpt2", "bloom", "llama")
 
 
-def tiny_config(family, vocab_size=300, n_layer=2, width=32, block=128):
+def tiny_config(family, vocab_size=300, n_layer=2, width=32, block=256):
     """A config of the family, `width` wide, without dropout."""
     from transformers import BloomConfig, GPT2Config, LlamaConfig
 

@@ -75,18 +75,21 @@ def test_a_prompt_is_tokenized_in_training_as_when_asking(tokenizer):
 
 @pytest.mark.core
 def test_complaint_truncation_removes_the_response_llama_cookbook_215(tokenizer):
-    """The prompt gives way, from its beginning; the response and its end stay whole, and the cut is reported."""
-    row = {"prompt": "x" * 500 + " the end of the question", "response": "the film was good"}
-    encoded, cut = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
-    masked, targets = parts(encoded, tokenizer)
-    assert targets == "the film was good<|endoftext|>" and masked.endswith("question")
-    assert len(encoded["input_ids"]) == 64 and cut == "prompt"
+    """A row is cut at its end; where nothing of the response would be left, the row is dropped, and counted."""
+    row = {"prompt": "x" * 50 + " the end of the question", "response": "the film was good"}
+    example = to_example("instruction", row, tokenizer, "corrected")
+    whole, _ = encode(example, tokenizer, 400)
+    n = len(tasks.prompt_ids(tokenizer, example.prompt))
+    cut, what = encode(example, tokenizer, n + 2)
+    assert what == "cut_response" and cut == {name: column[: n + 2] for name, column in whole.items()}
+    assert parts(cut, tokenizer)[0] == row["prompt"] and sum(label != IGNORE for label in cut["labels"]) == 2
+    assert encode(example, tokenizer, n)[1] == "dropped_long_prompt"
 
 
 def test_a_response_longer_than_the_block_is_cut_and_counted(tokenizer):
     row = {"prompt": "question", "response": "y" * 500}
     encoded, cut = encode(to_example("instruction", row, tokenizer, "corrected"), tokenizer, 64)
-    assert cut == "response" and len(encoded["input_ids"]) == 64
+    assert cut == "cut_response" and len(encoded["input_ids"]) == 64
     assert tokenizer.eos_token_id not in encoded["labels"]  # it did not end here
 
 
@@ -94,13 +97,13 @@ def test_a_cut_text_does_not_learn_to_end_there(tokenizer):
     short, _ = encode(to_example("text", {"text": "the cat"}, tokenizer, "corrected"), tokenizer, 64)
     long, cut = encode(to_example("text", {"text": "z" * 500}, tokenizer, "corrected"), tokenizer, 64)
     assert short["labels"][-1] == tokenizer.eos_token_id
-    assert cut == "text" and len(long["labels"]) == 64 and tokenizer.eos_token_id not in long["labels"]
+    assert cut == "cut_text" and len(long["labels"]) == 64 and tokenizer.eos_token_id not in long["labels"]
 
 
 def test_a_long_review_keeps_its_sentiment(tokenizer):
     row = {"review": "it goes on " * 100, "sentiment": "positive"}
     encoded, cut = encode(to_example("imdb", row, tokenizer, "corrected"), tokenizer, 64)
-    assert tokenizer.decode(encoded["input_ids"]).endswith("\nSentiment: positive<|endoftext|>") and cut == "text"
+    assert tokenizer.decode(encoded["input_ids"]).endswith("\nSentiment: positive<|endoftext|>") and cut == "cut_text"
 
 
 @pytest.mark.core
@@ -231,7 +234,7 @@ def test_cuts_are_reported(tmp_path, tokenizer):
     rows += [{"prompt": f"{i}", "response": "t"} for i in range(40)]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     report = load_task("instruction", tokenizer, 128, data_file=tmp_path / "a.json", max_length=32).report
-    assert report["cut_prompt"] == 2 and report["cut_response"] == 1 and report["max_length"] == 32
+    assert report["dropped_long_prompt"] == 2 and report["cut_response"] == 1 and report["max_length"] == 32
 
 
 def test_max_length_defaults_by_mode(tmp_path, tokenizer):

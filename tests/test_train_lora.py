@@ -9,7 +9,7 @@ import torch
 from lora_models import save_tiny, tiny_model
 
 from common import UsageError
-from lora import train_lora
+from lora import tasks, train_lora
 from lora.base import check_adapter, load_adapter, load_base, target_modules
 from lora.train_lora import TrainConfig
 from runlog import comparable_metrics, read_run
@@ -250,6 +250,39 @@ def test_held_out_loss_is_per_token_whatever_the_batch(base):
         if label != IGNORE
     ]
     assert losses == pytest.approx([sum(nll) / len(nll)] * 3, abs=1e-6)
+
+
+def llama_tokenizer():
+    """Pieces of whole words with a space before the first, as SentencePiece makes them for Llama."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace()
+    text = "a film that goes on and on\nSentiment: positive\nSentiment: negative "
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("sentiment, max_length", [("positive", 400), ("negative", 32)])
+def test_the_accuracy_scores_the_tokens_that_were_trained(monkeypatch, sentiment, max_length):
+    """On a SentencePiece tokenizer, too, where a text begins with a space that is not there in the middle of one."""
+    tokenizer, asked = llama_tokenizer(), []
+    row = {"review": "a film 😀 that goes on " * 4, "sentiment": sentiment}
+    example = tasks.to_example("imdb", row, tokenizer, "corrected")
+    trained, _ = tasks.encode(example, tokenizer, max_length)
+    whole = tokenizer("".join(text for text, _ in example.segments), add_special_tokens=False).input_ids
+    whole = [*whole, tokenizer.eos_token_id]
+    assert trained["input_ids"][:8] == whole[:8] and trained["input_ids"][-3:] == whole[-3:]
+    assert len(trained["input_ids"]) == min(len(whole), max_length)
+    monkeypatch.setattr(train_lora, "held_out_loss", lambda model, rows, pad: asked.extend(rows) or len(asked))
+    train_lora.likelier_sentiment(None, tokenizer, example, max_length)
+    [scored] = [row for row in asked if row["input_ids"] == trained["input_ids"]]
+    assert tokenizer.decode([label for label in scored["labels"] if label >= 0]).strip() == sentiment
+    assert all(label in (-100, token) for label, token in zip(scored["labels"], trained["labels"]))
 
 
 @pytest.mark.core
