@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from common import UsageError, atomic_folder, cli, pick_device
 from lora.base import block_size, evaluating, load_adapter, load_base, load_tokenizer, quiet_libraries, validate
-from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_example
+from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_examples
 
 
 @dataclass
@@ -82,7 +82,7 @@ def save_merged(model, tokenizer, folder, dtype):
 def encode_prompt(tokenizer, prompt, chat=False):
     """What the model reads, and where its answer ends -> (ids, stop ids), as in training."""
     row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "."}]}
-    example = to_example("chat", row, tokenizer, "corrected") if chat else Example(((prompt, True),), prompt)
+    [example] = to_examples("chat", row, tokenizer, "corrected") if chat else [Example(((prompt, True),), prompt)]
     return prompt_ids(tokenizer, example.prompt, chat), stop_ids(tokenizer, example)
 
 

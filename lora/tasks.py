@@ -4,10 +4,10 @@
     alpaca       instructions (tatsu-lab/alpaca, or a local json/jsonl of instruction, input, output)
     pydocs       "what does this function do" -> its summary, from the docstrings of the installed packages
     text         your own .txt or .md (documents between blank lines) or .jsonl with a field `text`
-    instruction  your own rows in Alpaca's fields, or `prompt` and `response`
-    chat         `messages` (role, content) or ShareGPT `conversations` (from, value), in the model's own chat template
+    instruction  your own rows in Alpaca's fields, or `prompt` and `completion` (or `response`), as plain text
+    chat         `messages`, ShareGPT's `conversations`, or instruction rows, in the model's own chat template
 
-Files may be gzipped. Every row becomes an `Example`: segments of text, each a target or masked. The whole text is
+Files may be gzipped. A row becomes one or more `Example`s: segments of text, each a target or masked. The whole text is
 tokenized at once, as TRL does, and a token belongs to the segment that its last character is in. Two modes:
 
     faithful   as the common course notebook does it: loss on all of the text, the prompt too, no end-of-text;
@@ -16,7 +16,8 @@ tokenized at once, as TRL does, and a token belongs to the segment that its last
                a pad token equal to end-of-text costs nothing
 
 A row that is too long loses its end, so that no answer is learned without its question; where the prompt alone fills
-the limit, the row is dropped. (An IMDB review is shortened instead, and keeps its sentiment.) The report counts both.
+the limit, the row is dropped. (An IMDB review is shortened instead, and keeps its sentiment.) A row that cannot be read
+is skipped. The report counts all of these, and names the columns that were not read.
 
 Labels follow Hugging Face: the id where the token is a target, -100 elsewhere; the model shifts them itself.
 """
@@ -31,6 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -59,6 +61,18 @@ class Example:
     answer: str = ""
     chat: bool = False  # True where a chat template brings the first token, and its end of turn ends the last target
     yields: bool = False  # True where the first segment is shortened, not the last, if the row is too long
+
+
+class Row(dict):
+    """A row that remembers in `read` which of its columns were asked for by `get`."""
+
+    def __init__(self, columns):
+        super().__init__(columns)
+        self.read = set()
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        return super().get(name, default)
 
 
 @dataclass
@@ -126,11 +140,21 @@ def pydocs_rows(docstrings):
     return rows
 
 
-def field_of(row, *names):
-    """The first of the named fields that the row has, as text; UsageError lists what it has instead."""
+def field_of(row, *names, default=None):
+    """The first of the named fields that the row has, as text; UsageError lists what it has instead.
+
+    A number is text as JSON writes it; anything else would be learned as Python spells it, so it is refused.
+    """
     for name in names:
-        if row.get(name) is not None:
-            return str(row[name])
+        value = row.get(name)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if value is not None:
+            raise UsageError(f"the field {name} is no text ({type(value).__name__}); conversations are for task chat")
+    if default is not None:
+        return default
     raise UsageError(f"a row has no field {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
 
 
@@ -156,66 +180,130 @@ def imdb_example(row, mode):
 
 def instruction_example(row, mode, preamble=True):
     """A row with instruction, input and output (or the usual other names) -> Example with loss on the answer."""
-    if "instruction" in row:
-        prompt = instruction_prompt(field_of(row, "instruction"), str(row.get("input") or ""), preamble)
+    if row.get("instruction") is not None:
+        prompt = instruction_prompt(field_of(row, "instruction"), field_of(row, "input", default=""), preamble)
     else:
-        prompt = field_of(row, "prompt", "instruction", "question")
+        prompt = field_of(row, "prompt", "question")
     answer = field_of(row, "output", "response", "completion", "answer")
     segments = ((prompt + answer, True),) if mode == "faithful" else ((prompt, False), (answer, True))
     return Example(segments, prompt, answer)
 
 
-def chat_example(row, tokenizer, mode):
-    """A conversation in the model's own template: loss on each assistant turn, up to and with its end of turn.
+def chat_examples(row, tokenizer, mode):
+    """A conversation in the model's own template -> Examples with loss on each answer and its end of turn.
 
-    The template is rendered up to every turn; what an assistant turn adds is that turn's text.
+    Answers are what the template marks with {% generation %}. Without such marks an answer is what the template renders
+    beyond its prompt for it; one whose context does not continue the text so far, because the template renders earlier
+    turns otherwise once they are past (without their reasoning, say), is an Example of its own.
     """
+    template = str(tokenizer.chat_template or "")
+    if not template:
+        raise UsageError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
+    turns, given = chat_turns(row)
+    tools = row.get("tools") if "tools" in template else None
+    ends = turn_ends(tokenizer, template)
+    eos = "" if ends else tokenizer.eos_token or ""  # GLM-4's answers are ended by the next turn's header
+    doubled = "|".join(map(re.escape, ends or [eos]))
+    for turn in turns:
+        if turn["role"] == "assistant":
+            turn["content"] = re.sub(rf"(\s*({doubled}))+\s*\Z", "", turn["content"])
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
+    answers = [i for i in answers if any(turn["role"] != "system" for turn in turns[:i])]
+    if not answers:
+        raise UsageError("a chat row has no assistant turn that answers another")
+    marked, examples, done = (), [], ""
+    if mode == "corrected" and not given and re.search(r"\{%-?\s*generation\b", template):
+        marked = marked_segments(tokenizer, turns, tools)
+        if not any(target and text.rstrip().endswith(ends) for text, target in marked):  # the marks leave out the end
+            marked = ()
+    for i in answers[-1:] if marked else answers:
+        prompt = render(tokenizer, turns[:i], tools, add_generation_prompt=True)
+        after = render(tokenizer, turns[: i + 1], tools)
+        if not after.startswith(prompt):  # it opens a reasoning, say, that this answer does not have
+            other = render(tokenizer, [*turns[:i], {**turns[i], "content": "."}], tools)
+            prompt = commonprefix([prompt, after, other])  # noqa: RUF071 (characters are meant)
+        said = after[len(prompt) :] + eos
+        if examples and prompt.startswith(done):
+            examples.pop()
+        else:
+            segments, done = (), ""
+        segments += ((prompt[len(done) :], mode == "faithful"), (said, True))
+        examples.append(Example(marked or segments, prompt, turns[i]["content"], chat=True))
+        done = prompt + said
+    return examples
+
+
+def render(tokenizer, turns, tools=None, **options):
+    """A conversation in the model's chat template -> what `apply_chat_template` returns; UsageError if it refuses."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise UsageError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
-    turns = chat_turns(row)
-    segments, done, prompt, answer = [], "", "", ""
-    for i in [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]:
-        try:
-            prompt = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
-        except (ValueError, TemplateError) as e:
-            who = " and ".join(str(turn["role"]) for turn in turns[: i + 1])
-            raise UsageError(f"this model's chat template takes no conversation of {who} ({e})") from None
-        if not (prompt.startswith(done) and after.startswith(prompt)):
-            raise UsageError("this model's chat template rewrites earlier turns; split the conversations")
-        said = after[len(prompt) :]
-        spoken = said.rstrip("\n")  # a newline after the end of turn is never generated, so it is no target
-        segments += [(prompt[len(done) :], mode == "faithful"), (spoken, True), (said[len(spoken) :], False)]
-        done, answer = after, turns[i]["content"]
-    return Example(tuple(s for s in segments if s[0]), prompt, answer, chat=True)
+    try:
+        tools = json.loads(tools) if tools and isinstance(tools, str) else tools or None
+        return tokenizer.apply_chat_template(turns, tools=tools, **{"tokenize": False, **options})
+    except (ValueError, TypeError, TemplateError) as e:
+        who = " and ".join(turn["role"] for turn in turns)
+        raise UsageError(f"this model's chat template takes no conversation of {who} ({e})") from None
+
+
+def marked_segments(tokenizer, turns, tools):
+    """A conversation as ((text, is target), ...), by the template's own {% generation %} marks."""
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    tokens = render(tokenizer, turns, tools, **options, tokenizer_kwargs={"return_offsets_mapping": True})
+    text, segments, begin = render(tokenizer, turns, tools), (), 0
+    ends = [end for _, end in tokens["offset_mapping"]]
+    for target, run in groupby(zip(tokens["assistant_masks"], ends), key=lambda pair: pair[0]):
+        *_, (_, end) = run
+        segments += ((text[begin:end], bool(target)),)
+        begin = end
+    return segments
+
+
+@lru_cache(maxsize=8)
+def turn_ends(tokenizer, template):
+    """The special tokens that a tokenizer's chat template writes after an answer -> tuple of str, maybe empty."""
+    text = render(tokenizer, [{"role": role, "content": "."} for role in ("user", "assistant")])
+    ids = tokenizer(text.rpartition(".")[2], add_special_tokens=False).input_ids
+    known = tokenizer.added_tokens_decoder
+    return tuple(known[i].content for i in ids if i in known and known[i].special)
 
 
 def chat_turns(row):
-    """A chat row -> [{"role", "content"}, …], from `messages` or ShareGPT's `conversations`."""
-    roles = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-    turns = []
-    for turn in row.get("messages") or row.get("conversations") or []:
-        turn = turn if isinstance(turn, dict) else {}
-        role, content = (turn.get(name, turn.get(other)) for name, other in (("role", "from"), ("content", "value")))
-        if not (role and isinstance(role, str) and isinstance(content, str)):
+    """A row -> ([{"role", "content", ...}, ...], the number of turns that are no targets, whoever says them).
+
+    Reads `messages`, TRL's `prompt` and `completion`, ShareGPT's `conversations`, or instruction rows; with `system`
+    and, in instruction rows, `history` as LLaMA-Factory has them.
+    """
+    roles, given = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}, 0
+    turns = row.get("messages") or row.get("conversations")
+    if not turns and isinstance(row.get("prompt"), list):
+        turns, given = [*row["prompt"], *(row.get("completion") or [None])], len(row["prompt"])
+    if not turns:
+        asked, context = field_of(row, "instruction", "prompt", "question"), field_of(row, "input", default="")
+        turns = [turn for pair in row.get("history") or [] for turn in zip(("user", "assistant"), pair)]
+        turns.append(("user", f"{asked}\n{context}" if context else asked))
+        turns.append(("assistant", field_of(row, "output", "response", "completion", "answer")))
+        turns = [{"role": role, "content": text} for role, text in turns]
+    turns = [dict(turn) if isinstance(turn, dict) else {} for turn in turns]
+    for turn in turns:
+        for name, other in (("role", "from"), ("content", "value")):
+            turn[name] = turn.pop(name, None) or turn.pop(other, None) or ""
+        turn["role"] = roles.get(turn["role"], turn["role"])
+        if not (turn["role"] and isinstance(turn["content"], str) and (turn["content"] or turn.get("tool_calls"))):
             raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
-        turns.append({"role": roles.get(role, role), "content": content})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise UsageError("a chat row has no assistant turn (fields: messages, or ShareGPT's conversations)")
-    return turns
+    if turns[0]["role"] != "system" and (system := field_of(row, "system", default="")):
+        turns, given = [{"role": "system", "content": system}, *turns], given + bool(given)
+    return turns, given
 
 
-def to_example(task, row, tokenizer, mode):
-    """One row -> Example."""
+def to_examples(task, row, tokenizer, mode):
+    """One row -> list of Examples: one, but for conversations whose earlier turns a template renders otherwise."""
     if task == "imdb":
-        return imdb_example(row, mode)
+        return [imdb_example(row, mode)]
     if task == "text":
-        return Example(((field_of(row, "text", "content"), True),))
+        return [Example(((field_of(row, "text", "content"), True),))]
     if task == "chat":
-        return chat_example(row, tokenizer, mode)
-    return instruction_example(row, mode, preamble=task != "pydocs")
+        return chat_examples(row, tokenizer, mode)
+    return [instruction_example(row, mode, preamble=task != "pydocs")]
 
 
 def pad_id(tokenizer):
@@ -321,23 +409,30 @@ def load_task(cfg, tokenizer, block_size):
     """
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
     rows = load_rows(cfg.task, cfg.data_file)
-    parts = {"train": [], "held_out": []}
-    for row in rows:
-        parts["held_out" if is_held_out(row, cfg.held_out) else "train"].append(row)
-    counts, kept = Counter(), {}
-    for name, part in parts.items():
-        kept[name] = []  # (example, ids)
-        for row in part[: cfg.max_rows or None]:
-            example = to_example(cfg.task, row, tokenizer, cfg.mode)
-            ids, cut = encode(example, tokenizer, limit, cfg.mode)
-            counts.update([cut] if cut else [])
-            kept[name] += [] if str(cut).startswith("dropped") else [(example, ids)]
-        if not kept[name]:
-            raise UsageError(f"{len(rows)} rows leave no target for the {name} part; give more, or another --held-out")
+    kept, seen, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), Counter(), [], set()
+    for number, row in enumerate(map(Row, rows), 1):
+        try:
+            part = "held_out" if is_held_out(row, cfg.held_out) else "train"
+            seen[part] += 1
+            if 0 < cfg.max_rows < seen[part]:
+                continue
+            examples = to_examples(cfg.task, row, tokenizer, cfg.mode)
+            encoded = [(example, *encode(example, tokenizer, limit, cfg.mode)) for example in examples]
+        except (UsageError, UnicodeEncodeError) as e:  # the latter: half of a surrogate pair, from an escape in JSON
+            skipped.append(f"row {number}: {e}")
+            continue
+        unread |= {name for name, value in row.items() if value not in (None, "", [])} - row.read
+        counts.update(cut for *_, cut in encoded if cut)
+        kept[part] += [(example, ids) for example, ids, cut in encoded if not str(cut).startswith("dropped")]
+    for name, part in kept.items():
+        if not part:
+            why = skipped[0] if skipped else "give more, another --held-out or a longer --max-length"
+            raise UsageError(f"{len(rows)} rows leave no target for the {name} part: {why}")
     (examples, train), (held_out_examples, held_out) = (map(list, zip(*part)) for part in kept.values())
     report = {
         "rows_train": len(train), "rows_held_out": len(held_out), "max_length": limit,
-        **dict(sorted(counts.items())),
+        **dict(sorted(counts.items())), "skipped": len(skipped), "first_skipped": "".join(skipped[:1]),
+        "columns_not_used": sorted(unread),
         "tokens_train": sum(len(row["input_ids"]) for row in train),
         "target_tokens_train": sum(label != IGNORE for row in train for label in row["labels"]),
     }  # fmt: skip
@@ -345,12 +440,9 @@ def load_task(cfg, tokenizer, block_size):
 
 
 def stop_ids(tokenizer, example):
-    """End-of-text, and for chat the token that ends the template's turns: the last target."""
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if example.chat:
-        end = [text for text, target in example.segments if target][-1]
-        stops.append(tokenizer(end, add_special_tokens=False).input_ids[-1])
-    return sorted(set(stops))
+    """End-of-text, and for chat the tokens that end the template's turns."""
+    ends = turn_ends(tokenizer, str(tokenizer.chat_template)) if example.chat else ()
+    return sorted({*tokenizer.convert_tokens_to_ids(list(ends)), tokenizer.eos_token_id} - {None})
 
 
 def default_prompt(data):

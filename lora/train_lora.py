@@ -341,7 +341,8 @@ def train(cfg, model, tokenizer, data, log):
 
     def sample(step, when):
         """Log a continuation of the prompt and the task metric."""
-        ids, options = prompt_ids(tokenizer, prompt), {"max_new_tokens": cfg.max_new_tokens}
+        ids = prompt_ids(tokenizer, prompt, chat=data.task == "chat" and not cfg.prompt)  # the template has begun it
+        options = {"max_new_tokens": cfg.max_new_tokens}
         text = prompt + generate(model, tokenizer, ids, stop_ids=data.stop_ids, **options)[0]
         log.sample(step, text)
         log.print(f"--- {when}\n{text}\n---")

@@ -9,13 +9,19 @@ from lora_models import tiny_tokenizer
 
 from common import UsageError
 from lora import tasks
-from lora.tasks import IGNORE, collate, encode, to_example
+from lora.tasks import IGNORE, collate, encode
 
 
 def load_task(task, tokenizer, block_size, **settings):
     """`tasks.load_task` with the defaults of the settings that are not given."""
     defaults = {"data_file": "", "mode": "corrected", "max_length": 0, "held_out": 0.05, "max_rows": 0}
     return tasks.load_task(SimpleNamespace(task=task, **defaults | settings), tokenizer, block_size)
+
+
+def to_example(*args):
+    """The one Example of a row."""
+    [example] = tasks.to_examples(*args)
+    return example
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +144,7 @@ def test_complaint_chat_templates_and_assistant_loss_llama_factory_2154_5707(cha
         encoded, _ = encode(example, chat_tokenizer, 400)
         whole = chat_tokenizer.apply_chat_template(messages, tokenize=False)
         assert chat_tokenizer.decode(encoded["input_ids"]) == whole
-        assert parts(encoded, chat_tokenizer)[1] == "hello<|im_end|>see you<|im_end|>"
+        assert parts(encoded, chat_tokenizer)[1] == "hello<|im_end|>\nsee you<|im_end|>\n"
     end = chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in tasks.stop_ids(chat_tokenizer, example)  # LLaMA-Factory#5593, #6020: generation stops at it
 

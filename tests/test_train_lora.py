@@ -272,7 +272,7 @@ def test_the_accuracy_scores_the_tokens_that_were_trained(monkeypatch, sentiment
     """On a SentencePiece tokenizer, too, where a text begins with a space that is not there in the middle of one."""
     tokenizer, asked = llama_tokenizer(), []
     row = {"review": "a film 😀 that goes on " * 4, "sentiment": sentiment}
-    example = tasks.to_example("imdb", row, tokenizer, "corrected")
+    [example] = tasks.to_examples("imdb", row, tokenizer, "corrected")
     trained, _ = tasks.encode(example, tokenizer, max_length)
     whole = tokenizer("".join(text for text, _ in example.segments), add_special_tokens=False).input_ids
     whole = [*whole, tokenizer.eos_token_id]
