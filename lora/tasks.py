@@ -64,7 +64,7 @@ class Example:
 
 
 class Row(dict):
-    """A row that remembers in `read` which of its columns were asked for by `get`."""
+    """A row that remembers in `read` which of its columns `get` was asked for."""
 
     def __init__(self, columns):
         super().__init__(columns)
@@ -147,9 +147,7 @@ def field_of(row, *names, default=None):
     """
     for name in names:
         value = row.get(name)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
         if value is not None:
             raise UsageError(f"the field {name} is no text ({type(value).__name__}); conversations are for task chat")
@@ -192,9 +190,8 @@ def instruction_example(row, mode, preamble=True):
 def chat_examples(row, tokenizer, mode):
     """A conversation in the model's own template -> Examples with loss on each answer and its end of turn.
 
-    Answers are what the template marks with {% generation %}. Without such marks an answer is what the template renders
-    beyond its prompt for it; one whose context does not continue the text so far, because the template renders earlier
-    turns otherwise once they are past (without their reasoning, say), is an Example of its own.
+    Answers are what the template marks with {% generation %}, else what it writes beyond its prompt for each. Where it
+    writes earlier turns otherwise once they are past (without their reasoning, say), each answer is an Example.
     """
     template = str(tokenizer.chat_template or "")
     if not template:
@@ -214,16 +211,18 @@ def chat_examples(row, tokenizer, mode):
     marked, examples, done = (), [], ""
     if mode == "corrected" and not given and re.search(r"\{%-?\s*generation\b", template):
         marked = marked_segments(tokenizer, turns, tools)
-        if not any(target and text.rstrip().endswith(ends) for text, target in marked):  # the marks leave out the end
-            marked = ()
+    if not any(target and text in ends for text, target in marked):  # marks that leave out the end of turn
+        marked = ()
     for i in answers[-1:] if marked else answers:
         prompt = render(tokenizer, turns[:i], tools, add_generation_prompt=True)
         after = render(tokenizer, turns[: i + 1], tools)
         if not after.startswith(prompt):  # it opens a reasoning, say, that this answer does not have
             other = render(tokenizer, [*turns[:i], {**turns[i], "content": "."}], tools)
             prompt = commonprefix([prompt, after, other])  # noqa: RUF071 (characters are meant)
+            if turns[i - 1]["content"].strip() not in prompt:
+                raise UsageError("this model's chat template writes a question otherwise once it is answered")
         said = after[len(prompt) :] + eos
-        if examples and prompt.startswith(done):
+        if examples and prompt.startswith(done):  # one text goes on
             examples.pop()
         else:
             segments, done = (), ""
@@ -246,16 +245,12 @@ def render(tokenizer, turns, tools=None, **options):
 
 
 def marked_segments(tokenizer, turns, tools):
-    """A conversation as ((text, is target), ...), by the template's own {% generation %} marks."""
+    """A conversation as ((text of a token, is target), ...), by the template's own {% generation %} marks."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     tokens = render(tokenizer, turns, tools, **options, tokenizer_kwargs={"return_offsets_mapping": True})
-    text, segments, begin = render(tokenizer, turns, tools), (), 0
-    ends = [end for _, end in tokens["offset_mapping"]]
-    for target, run in groupby(zip(tokens["assistant_masks"], ends), key=lambda pair: pair[0]):
-        *_, (_, end) = run
-        segments += ((text[begin:end], bool(target)),)
-        begin = end
-    return segments
+    text, ends = render(tokenizer, turns, tools), [end for _, end in tokens["offset_mapping"]]
+    spans = zip([0, *ends], ends, tokens["assistant_masks"])
+    return tuple((text[begin:end], bool(target)) for begin, end, target in spans)
 
 
 @lru_cache(maxsize=8)
@@ -271,7 +266,7 @@ def chat_turns(row):
     """A row -> ([{"role", "content", ...}, ...], the number of turns that are no targets, whoever says them).
 
     Reads `messages`, TRL's `prompt` and `completion`, ShareGPT's `conversations`, or instruction rows; with `system`
-    and, in instruction rows, `history` as LLaMA-Factory has them.
+    and, in instruction rows, `history` as LLaMA-Factory has them. Tool calls are `tool_calls`, as OpenAI has them.
     """
     roles, given = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}, 0
     turns = row.get("messages") or row.get("conversations")
@@ -279,17 +274,17 @@ def chat_turns(row):
         turns, given = [*row["prompt"], *(row.get("completion") or [None])], len(row["prompt"])
     if not turns:
         asked, context = field_of(row, "instruction", "prompt", "question"), field_of(row, "input", default="")
-        turns = [turn for pair in row.get("history") or [] for turn in zip(("user", "assistant"), pair)]
-        turns.append(("user", f"{asked}\n{context}" if context else asked))
-        turns.append(("assistant", field_of(row, "output", "response", "completion", "answer")))
-        turns = [{"role": role, "content": text} for role, text in turns]
-    turns = [dict(turn) if isinstance(turn, dict) else {} for turn in turns]
+        said = [text for question, answer in row.get("history") or [] for text in (question, answer)]
+        said.append(f"{asked}\n{context}" if context else asked)
+        said.append(field_of(row, "output", "response", "completion", "answer"))
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    turns = [{k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {} for turn in turns]
     for turn in turns:
-        for name, other in (("role", "from"), ("content", "value")):
-            turn[name] = turn.pop(name, None) or turn.pop(other, None) or ""
-        turn["role"] = roles.get(turn["role"], turn["role"])
-        if not (turn["role"] and isinstance(turn["content"], str) and (turn["content"] or turn.get("tool_calls"))):
+        role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+        content = "" if content is None and turn.get("tool_calls") else content
+        if not (isinstance(role, str) and isinstance(content, str)) or role == "function_call":
             raise UsageError("a chat row's turn lacks role or content (ShareGPT: from or value), or it is not text")
+        turn |= {"role": roles.get(role, role), "content": content}
     if turns[0]["role"] != "system" and (system := field_of(row, "system", default="")):
         turns, given = [{"role": "system", "content": system}, *turns], given + bool(given)
     return turns, given
@@ -409,16 +404,15 @@ def load_task(cfg, tokenizer, block_size):
     """
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
     rows = load_rows(cfg.task, cfg.data_file)
-    kept, seen, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), Counter(), [], set()
+    kept, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), [], set()  # kept: (example, ids)
     for number, row in enumerate(map(Row, rows), 1):
         try:
             part = "held_out" if is_held_out(row, cfg.held_out) else "train"
-            seen[part] += 1
-            if 0 < cfg.max_rows < seen[part]:
+            if 0 < cfg.max_rows <= len(kept[part]):
                 continue
             examples = to_examples(cfg.task, row, tokenizer, cfg.mode)
             encoded = [(example, *encode(example, tokenizer, limit, cfg.mode)) for example in examples]
-        except (UsageError, UnicodeEncodeError) as e:  # the latter: half of a surrogate pair, from an escape in JSON
+        except (UsageError, ValueError, TypeError) as e:  # a ValueError, too, where JSON has half of a surrogate pair
             skipped.append(f"row {number}: {e}")
             continue
         unread |= {name for name, value in row.items() if value not in (None, "", [])} - row.read

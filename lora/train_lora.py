@@ -172,8 +172,7 @@ def task_metric(model, tokenizer, data, n, max_new_tokens=60):
     if not examples:
         return {}
     if data.task == "imdb":
-        limit = data.report["max_length"]
-        right = [likelier_sentiment(model, tokenizer, e, limit) == e.answer for e in examples]
+        right = [likelier_sentiment(model, tokenizer, e, data.report["max_length"]) == e.answer for e in examples]
         return {"sentiment_accuracy": sum(right) / len(right)}
     scores = []
     options = {"stop_ids": data.stop_ids, "max_new_tokens": max_new_tokens, "repetition_penalty": 1.0}

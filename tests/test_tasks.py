@@ -149,6 +149,104 @@ def test_complaint_chat_templates_and_assistant_loss_llama_factory_2154_5707(cha
     assert end in tasks.stop_ids(chat_tokenizer, example)  # LLaMA-Factory#5593, #6020: generation stops at it
 
 
+REWRITING = (  # as Qwen3 does it: the last answer has its reasoning, earlier ones have none
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.why }}</think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENING = CHATML[: CHATML.rindex("{% endif %}")] + "<think>\n{% endif %}"  # as DeepSeek's asks for reasoning
+ENDLESS = CHATML.replace("<|im_end|>", "")  # as GLM-4, where the next turn's header ends the one before
+MARKED = CHATML.replace(
+    "{{ m.content }}<|im_end|>\n",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n",
+)
+TALK = [
+    {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello<|im_end|>\n", "why": "polite"},
+    {"role": "user", "content": "bye"}, {"role": "assistant", "content": "see you", "why": "late"},
+]  # fmt: skip
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "template, learned",
+    [
+        (CHATML, ["hello<|im_end|>\nsee you<|im_end|>\n"]),  # once, though the first answer has an end of its own
+        (MARKED, ["hello<|im_end|>see you<|im_end|>"]),
+        (REWRITING, ["<think>polite</think>hello<|im_end|>\n", "<think>late</think>see you<|im_end|>\n"]),
+        (OPENING, ["hello<|im_end|>\nsee you<|im_end|>\n"]),
+        (ENDLESS, ["hello<|im_end|>\n\n<|endoftext|>", "see you\n<|endoftext|>"]),
+    ],
+    ids=["chatml", "marked", "rewriting", "opening", "endless"],
+)
+def test_each_answer_is_learned_as_the_template_writes_it_then(chat_tokenizer, template, learned):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = template
+    examples = tasks.to_examples("chat", {"messages": TALK}, tokenizer, "corrected")
+    rows = [encode(example, tokenizer, 400)[0] for example in examples]
+    assert [parts(row, tokenizer)[1] for row in rows] == learned
+    asked = tokenizer.apply_chat_template(TALK[:3], tokenize=False, add_generation_prompt=True).split("hello")[-1]
+    assert asked.removesuffix("<think>\n").endswith(examples[-1].prompt.split("hello")[-1].removesuffix("<think>\n"))
+    assert tasks.stop_ids(tokenizer, examples[0])
+
+
+@pytest.mark.parametrize(
+    "row, roles, masked",
+    [
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}, "sua", 0),
+        ({"instruction": "a", "input": 0, "output": "b", "system": "s", "history": [["c", "d"]]}, "suaua", 0),
+        ({"prompt": TALK[:3], "completion": TALK[3:], "system": "s"}, "suaua", 4),
+        ({"prompt": "a", "completion": "b", "system": ""}, "ua", 0),
+        ({"messages": [*TALK[:1], {"role": "assistant", "tool_calls": [{}], "content": None}]}, "ua", 0),
+    ],
+)
+def test_conversations_are_read_in_every_shape(row, roles, masked):
+    turns, given = tasks.chat_turns(row)
+    assert "".join(turn["role"][0] for turn in turns) == roles and given == masked
+    assert "instruction" not in row or turns[-2]["content"] == "a\n0"
+
+
+def test_tools_go_to_the_template_that_reads_them(chat_tokenizer):
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    row = {"messages": TALK, "tools": json.dumps(tools)}
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].function.name }}\n{% endif %}" + CHATML
+    assert to_example("chat", row, tokenizer, "corrected").prompt.startswith("look\n")
+    with pytest.raises(UsageError, match="takes no conversation"):
+        to_example("chat", row | {"tools": "["}, tokenizer, "corrected")
+
+
+@pytest.mark.core
+def test_a_bad_row_is_named_and_the_others_are_trained(tmp_path, tokenizer):
+    rows = [{"prompt": f"{i}", "response": "t", "why": None, "source": "web"} for i in range(40)]
+    rows[6]["response"], rows[8]["prompt"], rows[9]["prompt"] = ["a", "b"], "\ud800", {"a": 1}
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    data = load_task("instruction", tokenizer, 128, data_file=tmp_path / "a.json", held_out=0.2)
+    assert data.report["skipped"] == 3 and len(data.train) + len(data.held_out) == 37
+    assert data.report["first_skipped"].startswith("row 7: the field response is no text (list)")
+    assert data.report["columns_not_used"] == ["source"]
+    (tmp_path / "b.json").write_text(json.dumps(rows[8:10]), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"2 rows leave no target for the train part: row 1: .*surrogates"):
+        load_task("instruction", tokenizer, 128, data_file=tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("history", [5, ["ab", 3], [["a"]]])
+def test_a_row_of_the_wrong_shape_is_skipped(tmp_path, chat_tokenizer, history):
+    rows = [{"instruction": f"{i}", "output": "t"} for i in range(40)] + [{"instruction": "a", "history": history}]
+    rows += [{"messages": history}, {"messages": [history]}, {"messages": [{"role": history, "content": "a"}]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    report = load_task("chat", chat_tokenizer, 128, data_file=tmp_path / "a.json").report
+    assert report["skipped"] == 4 and report["first_skipped"].startswith("row 41: ")
+
+
+def test_zero_is_an_input_and_truth_is_no_text(tokenizer):
+    row = {"instruction": "double it", "input": 0, "output": 0.5}
+    example = to_example("instruction", row, tokenizer, "corrected")
+    assert "### Input:\n0\n" in example.prompt and example.answer == "0.5"
+    with pytest.raises(UsageError, match=r"output is no text \(bool\)"):
+        to_example("instruction", row | {"output": True}, tokenizer, "corrected")
+
+
 def test_a_base_without_chat_template_says_so(tokenizer):
     with pytest.raises(UsageError, match="no chat template"):
         to_example("chat", {"messages": [{"role": "assistant", "content": "a"}]}, tokenizer, "corrected")
