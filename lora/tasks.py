@@ -219,9 +219,9 @@ def chat_examples(row, tokenizer, mode):
         if not after.startswith(prompt):  # it opens a reasoning, say, that this answer does not have
             other = render(tokenizer, [*turns[:i], {**turns[i], "content": "."}], tools)
             prompt = commonprefix([prompt, after, other])  # noqa: RUF071 (characters are meant)
-            if turns[i - 1]["content"].strip() not in prompt:
-                raise UsageError("this model's chat template writes a question otherwise once it is answered")
         said = after[len(prompt) :] + eos
+        if not all(word in said for word in turns[i]["content"].split()[-1:]):
+            raise UsageError("this model's chat template leaves out what a turn says, if that is plain text")
         if examples and prompt.startswith(done):  # one text goes on
             examples.pop()
         else:
@@ -420,8 +420,8 @@ def load_task(cfg, tokenizer, block_size):
         kept[part] += [(example, ids) for example, ids, cut in encoded if not str(cut).startswith("dropped")]
     for name, part in kept.items():
         if not part:
-            why = skipped[0] if skipped else "give more, another --held-out or a longer --max-length"
-            raise UsageError(f"{len(rows)} rows leave no target for the {name} part: {why}")
+            why = f"{len(skipped)} skipped, the first {skipped[0]}" if skipped else "check --held-out and --max-length"
+            raise UsageError(f"{len(rows)} rows leave no target for the {name} part ({why}); give more")
     (examples, train), (held_out_examples, held_out) = (map(list, zip(*part)) for part in kept.values())
     report = {
         "rows_train": len(train), "rows_held_out": len(held_out), "max_length": limit,

@@ -40,6 +40,16 @@ def test_padded_vocabulary_is_never_generated():
         assert len(seen) == 3 + (3 + 20) and max(seen) < len(tokenizer)  # the prompt, and all of it
 
 
+def test_the_vocabulary_of_a_nested_config_is_read():
+    """A model that also reads images keeps the settings of its text model one level down."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = family_config("gemma3_text").to_dict()
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config={"num_hidden_layers": 1}))
+    assert not hasattr(model.config, "vocab_size")
+    assert len(generate.generate(model, tiny_tokenizer(), [5, 6], stop_ids=[], max_new_tokens=2)) == 1
+
+
 def test_a_continuation_keeps_the_space_that_it_begins_with(shared_data):
     """A Llama tokenizer (SentencePiece) drops the space of what comes first in a text."""
     base = shared_data / "stories260K"

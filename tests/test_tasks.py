@@ -206,6 +206,13 @@ def test_conversations_are_read_in_every_shape(row, roles, masked):
     assert "instruction" not in row or turns[-2]["content"] == "a\n0"
 
 
+def test_a_template_for_lists_of_parts_is_refused(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = CHATML.replace("m.content", "m.content[0].text")
+    with pytest.raises(UsageError, match="leaves out what a turn says"):
+        to_example("chat", {"messages": TALK}, tokenizer, "corrected")
+
+
 def test_tools_go_to_the_template_that_reads_them(chat_tokenizer):
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     row = {"messages": TALK, "tools": json.dumps(tools)}
@@ -226,7 +233,9 @@ def test_a_bad_row_is_named_and_the_others_are_trained(tmp_path, tokenizer):
     assert data.report["first_skipped"].startswith("row 7: the field response is no text (list)")
     assert data.report["columns_not_used"] == ["source"]
     (tmp_path / "b.json").write_text(json.dumps(rows[8:10]), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"2 rows leave no target for the train part: row 1: .*surrogates"):
+    with pytest.raises(
+        UsageError, match=r"2 rows leave no target for the train part .2 skipped, the first row 1: .*surrogates"
+    ):
         load_task("instruction", tokenizer, 128, data_file=tmp_path / "b.json")
 
 
