@@ -141,13 +141,10 @@ def pydocs_rows(docstrings):
 
 
 def field_of(row, *names, default=None):
-    """The first of the named fields that the row has, as text; UsageError lists what it has instead.
-
-    A number is text as JSON writes it; anything else would be learned as Python spells it, so it is refused.
-    """
+    """The first of the named fields that the row has, if it is text or a number, as text; else a UsageError."""
     for name in names:
         value = row.get(name)
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):  # JSON has another "True" than Python
             return str(value)
         if value is not None:
             raise UsageError(f"the field {name} is no text ({type(value).__name__}); conversations are for task chat")
@@ -265,8 +262,8 @@ def turn_ends(tokenizer, template):
 def chat_turns(row):
     """A row -> ([{"role", "content", ...}, ...], the number of turns that are no targets, whoever says them).
 
-    Reads `messages`, TRL's `prompt` and `completion`, ShareGPT's `conversations`, or instruction rows; with `system`
-    and, in instruction rows, `history` as LLaMA-Factory has them. Tool calls are `tool_calls`, as OpenAI has them.
+    Fields as in TRL and LLaMA-Factory: `messages` (with OpenAI's tool_calls), `prompt` and `completion`, ShareGPT's
+    `conversations`, or instruction rows, maybe with `history`; all maybe with `system`.
     """
     roles, given = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}, 0
     turns = row.get("messages") or row.get("conversations")
