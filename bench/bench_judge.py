@@ -23,7 +23,7 @@ from scipy.stats import beta
 from tqdm import tqdm
 
 from bench.harness import open_log
-from common import ROOT, UsageError, atomic_open, cli
+from common import ROOT, UsageError, atomic_open, cli, file_sha256
 from data.shards import open_split, read_meta, write_meta, write_shard
 from gpt2.experiment import Arm, ExperimentConfig, Runner
 from runlog.judge import judge
@@ -55,11 +55,13 @@ def in_another_order(data_dir, out, seed):
         shutil.copy(data_dir / "tokenizer.model", out)
         shards = []
         for split in ("val", "train"):
-            ids = np.concatenate(open_split(data_dir, split))
+            ids, path = np.concatenate(open_split(data_dir, split)), out / f"{split}.bin"
             if split == "train":  # a document begins with <|endoftext|>
-                documents = np.split(ids, np.flatnonzero(ids == meta["eot"])[1:])
-                ids = np.concatenate([documents[i] for i in np.random.default_rng(seed).permutation(len(documents))])
-            shards.append({"file": f"{split}.bin", "split": split, "tokens": write_shard(out / f"{split}.bin", ids)})
+                pieces = np.split(ids, np.flatnonzero(ids == meta["eot"])[1:])
+                ids = np.concatenate([pieces[i] for i in np.random.default_rng(seed).permutation(len(pieces))])
+            documents, size = (sum(s[k] for s in meta["shards"] if s["split"] == split) for k in ("documents", "bytes"))
+            facts = {"tokens": write_shard(path, ids), "documents": documents, "bytes": size}
+            shards.append({"file": path.name, "split": split, **facts, "sha256": file_sha256(path)})
         write_meta(out, **{**meta, "shards": shards})
     return out
 

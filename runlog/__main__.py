@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
@@ -38,15 +39,15 @@ def locate(name):
     raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
 
 
-def find_run(name):
-    """The Run of a name; SWEEP/adapters/NAME is an adapter, in a record of a sweep, too."""
-    sweep = Path(name).parent.parent
-    for folder in (sweep, ROOT / sweep):
-        if (folder / "adapters.jsonl").exists():
-            for adapter in read_run(folder).adapters():
-                if adapter.name == Path(name).name:
-                    return adapter
-    return read_run(locate(name))
+def find_named(name):
+    """[Run] of a name; of SWEEP/adapters/PATTERN the adapters whose names fit, in the record of a sweep, too."""
+    path = Path(name)
+    if path.parent.name == "adapters":
+        found = [run for run in read_run(locate(path.parent.parent)).adapters() if fnmatch(run.name, path.name)]
+        if not found:
+            raise UsageError(f"no adapter of {path.parent.parent} is called {path.name}")
+        return found
+    return [read_run(locate(name))]
 
 
 def list_runs(folder, sort):
@@ -170,7 +171,7 @@ def main():
         return list_runs(Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder, args.sort)
     if args.command == "judge":
         options = {"metric": args.metric, "at": args.at, "alpha": args.alpha, "delta": args.delta, "fixed": args.fixed}
-        sides = [[find_run(name) for name in names] for names in (args.baseline, args.candidate)]
+        sides = [[run for name in names for run in find_named(name)] for names in (args.baseline, args.candidate)]
         verdict = judge(*sides, **options)
         return print(json.dumps(verdict.as_dict(), ensure_ascii=False) if args.json else describe(verdict))
     folders = [locate(name) for name in args.run]
