@@ -10,7 +10,7 @@ export PIP_FIND_LINKS := wheels
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart check test test-all bench bench-gpu notebook notebooks lint format clean
+.PHONY: help pydocs quickstart check test test-all bench bench-gpu notebook notebooks lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,12 +22,15 @@ $(READY): requirements.txt pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# the CPU where torch cannot use the GPU that is there, as with a driver older than its CUDA
-DEVICE = $(eval DEVICE := $(shell $(VENV)/bin/python -c 'from common import has_hidden_gpu as h; print("cpu" if h() else "auto")'))$(DEVICE)
-quickstart: $(READY) ## from raw text to a fine-tuned model, in five minutes on two cores
+# the text that every machine has, as shards under a vocabulary of its own
+pydocs: $(READY)
 	python data/sources.py pydocs --part train --out data/cache/pydocs.jsonl
 	python bpe/train_bpe.py --input data/cache/pydocs.jsonl --vocab-size 4096 --out data/cache/pydocs-4096
 	python data/prepare.py pydocs --tokenizer data/cache/pydocs-4096.model --out data/corpora/pydocs --overwrite
+
+# the CPU where torch cannot use the GPU that is there, as with a driver older than its CUDA
+DEVICE = $(eval DEVICE := $(shell $(VENV)/bin/python -c 'from common import has_hidden_gpu as h; print("cpu" if h() else "auto")'))$(DEVICE)
+quickstart: pydocs ## from raw text to a fine-tuned model, in five minutes on two cores
 	python gpt2/train_gpt2.py quickstart --overwrite --device $(DEVICE)
 	python gpt2/sample.py --model runs/quickstart --prompt "Return the" --temperature 0.8 --device $(DEVICE)
 	python gpt2/export_hf.py --model runs/quickstart --out runs/quickstart/hf
@@ -56,12 +59,9 @@ bench: $(READY) ## speed of every station against baselines on this CPU; some fi
 	python bench/bench_gpt2.py peers --device cpu --size vocab-1024 --run-dir runs/bench_gpt2_peers_1024 --overwrite
 	python bench/bench_lora.py --sizes small --overwrite
 
-bench-gpu: $(READY) ## GPT-2 124M on this GPU: ablation, baselines, resume, profile; made for ten minutes on an H100
+bench-gpu: pydocs ## GPT-2 124M on this GPU: ablation, baselines, resume, profile; made for ten minutes on an H100
 	python bench/bench_gpt2.py ladder --device cuda --run-dir runs/gpu_ladder --overwrite
 	python bench/bench_gpt2.py peers --device cuda --run-dir runs/gpu_peers --overwrite
-	python data/sources.py pydocs --part train --out data/cache/pydocs.jsonl
-	python bpe/train_bpe.py --input data/cache/pydocs.jsonl --vocab-size 4096 --out data/cache/pydocs-4096
-	python data/prepare.py pydocs --tokenizer data/cache/pydocs-4096.model --out data/corpora/pydocs --overwrite
 	python bench/bench_gpt2.py resume --device cuda --run-dir runs/gpu_resume --overwrite
 	python bench/bench_gpt2.py profile --device cuda --run-dir runs/gpu_profile --overwrite
 

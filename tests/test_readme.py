@@ -55,7 +55,7 @@ def commands(text):
 COMMANDS = commands(README)
 REPORTED = commands((ROOT / "report.md").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(DEVICE)", "auto")
-QUICKSTART = re.findall(r"^\t(python .*)", MAKEFILE.split("\nquickstart:")[1].split("\n\n")[0], re.M)
+QUICKSTART = re.findall(r"^\t(python .*)", MAKEFILE.split("\npydocs:")[1].split("\n\t@echo")[0], re.M)
 RECIPES = [line.strip() for line in MAKEFILE.splitlines() if line.startswith("\tpython ") and "-m pytest" not in line]
 
 
