@@ -17,7 +17,7 @@ import sysconfig
 import urllib.request
 from pathlib import Path
 
-from common import ROOT, has_hidden_gpu
+from common import ROOT, available_cores, has_hidden_gpu
 
 INSTALL = "pip install -r requirements.txt"
 
@@ -78,8 +78,7 @@ def check_compile():
 def check_threads():
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
+    cores, threads = available_cores(), torch.get_num_threads()
     wrong = threads > cores or (threads < cores and "OMP_NUM_THREADS" in os.environ)
     return f"torch starts {threads} threads on {cores} cores", f"export OMP_NUM_THREADS={cores}" if wrong else None
 

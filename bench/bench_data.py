@@ -23,8 +23,8 @@ import tyro
 
 from bench.harness import BenchConfig, Contestant, finish, open_log, row, take_turns, timed
 from bpe.tokenizer import load_tokenizer
-from common import cli
-from data.prepare import Prepare, available_cores, prepare
+from common import available_cores, cli
+from data.prepare import Prepare, prepare
 from data.sources import documents
 
 

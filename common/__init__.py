@@ -5,9 +5,9 @@ checkpoints.py, for those who train, is imported by its own name.
 # ruff: noqa: F401
 
 from common.devices import (
+    available_cores,
     free_memory,
     half_type,
-    has_bfloat16,
     has_hidden_gpu,
     peak_memory_mb,
     pick_device,

@@ -43,21 +43,20 @@ def has_hidden_gpu():
     return bool(smi) and subprocess.run([smi, "-L"], capture_output=True, text=True).stdout.startswith("GPU")
 
 
-def has_bfloat16(device):
-    """Whether the device type multiplies bfloat16 in hardware; without it bfloat16 is slower than float32."""
+def half_type(device):
+    """The 16-bit type for matmuls on a device type, "bfloat16" or "float16", or None where float32 is faster."""
     import torch
 
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may be gone one day
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
+    in_hardware = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
+    return "bfloat16" if in_hardware else None
 
 
-def half_type(device):
-    """The 16-bit type for matmuls on a device type, "bfloat16" or "float16", or None where float32 is faster."""
-    if device == "cuda":
-        return "bfloat16" if has_bfloat16(device) else "float16"
-    return "bfloat16" if has_bfloat16(device) else None
+def available_cores():
+    """Cores that this process may use, which under a scheduler are fewer than the hardware has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def synchronize(device):

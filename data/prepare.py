@@ -42,7 +42,7 @@ import tyro
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
-from common import UsageError, atomic_open, cli, file_sha256, from_hub, read_json, write_json
+from common import UsageError, atomic_open, available_cores, cli, file_sha256, from_hub, read_json, write_json
 from data import sources
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, summary, verify, write_meta, write_shard
 from data.sources import Corpus, is_validation
@@ -196,11 +196,6 @@ def tokenize(cfg, part, parts):
             list(pool.map(work, range(part, parts * workers, parts)))
         except BrokenProcessPool:
             raise UsageError("a worker was killed, perhaps for memory; start again, with fewer --workers") from None
-
-
-def available_cores():
-    """Cores that this process may use, which under a scheduler are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_parent():

@@ -18,7 +18,7 @@ import filelock
 from tqdm import tqdm
 
 from common import ROOT, UsageError, atomic_folder, plain, write_json
-from runlog.run import draw_curves, metrics_sha256, read_metrics, read_run
+from runlog.run import draw_curves, read_metrics, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -58,14 +58,16 @@ class RunLog:
         if not self.resume:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
-        _end_with_newline(self.run_dir / "metrics.jsonl")
+        metrics = self.run_dir / "metrics.jsonl"
+        if metrics.exists():  # without what a kill left of its last line
+            os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
         self._losses = {"train": {}, "val": {}}  # {kind: {step: loss}}, for the picture
         for row in read_metrics(self.run_dir):
             self._remember_loss(row)
         settings = plain(self.config)
         write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
         write_json(self.run_dir / "env.json", environment())
-        self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8", newline="\n")
+        self._metrics = open(metrics, "a", encoding="utf-8", newline="\n")
         self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n")
         self._mirrors = [MIRRORS[name](self, settings) for name in self._mirror_names]
         self.started = time.time()
@@ -131,9 +133,9 @@ class RunLog:
         assert status in STATUSES, status
         self.finished = True
         if self.enabled:
-            seconds = round(time.time() - self.started, 3)
-            checksum = {"metrics_file_sha256": metrics_sha256(self.run_dir)}
-            self._write_result(status, {"seconds": seconds, **numbers, **checksum})
+            checksum = read_run(self.run_dir).metrics_sha256
+            facts = {"seconds": round(time.time() - self.started, 3), **numbers, "metrics_file_sha256": checksum}
+            self._write_result(status, facts)
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
@@ -155,14 +157,6 @@ def _lock(run_dir):
             raise
         print(f"warning: the file system of {run_dir} has no locks; start one process on it at a time", file=sys.stderr)
     return lock
-
-
-def _end_with_newline(path):
-    """Cut the half-written last line that a kill leaves behind."""
-    if path.exists():
-        with open(path, "rb+") as f:
-            data = f.read()
-            f.truncate(data.rfind(b"\n") + 1)
 
 
 def git(*args, seconds=10):

@@ -206,11 +206,6 @@ def comparable_metrics(run_dir):
     return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_metrics(run_dir)]
 
 
-def metrics_sha256(run_dir):
-    """Checksum over the whole lines of metrics.jsonl."""
-    return hashlib.sha256(_metrics_lines(run_dir)).hexdigest()
-
-
 def draw_curves(out, curves, reference=None, xlabel="step", ylabel="loss (nats per token)", title=""):
     """Draw curves {label: (xs, ys)} with their last values, and reference values {label: y} as dashed lines."""
     from matplotlib.figure import Figure  # no pyplot: no backend is chosen, no global state touched

@@ -14,7 +14,6 @@ from gpt2 import train_gpt2
 from lora import train_lora
 from runlog import read_run
 from runlog.__main__ import main
-from runlog.run import metrics_sha256
 from runlog.verify import Report, compare_figures
 
 TINY = [
@@ -76,8 +75,8 @@ def edit(run_dir, step, kind, change, forge=False):
             assert lines[i] != line
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     if forge:
-        result = read_run(run_dir).result
-        write_json(run_dir / "result.json", {**result, "metrics_file_sha256": metrics_sha256(run_dir)})
+        run = read_run(run_dir)
+        write_json(run_dir / "result.json", {**run.result, "metrics_file_sha256": run.metrics_sha256})
 
 
 def digit(text, place):
