@@ -1,10 +1,9 @@
-"""What would break a first run here: one line each, with its fix. Takes seconds, starts nothing, downloads nothing.
+"""Check the installation: one line per check, with the fix. Takes seconds, starts nothing, downloads nothing.
 
     python doctor.py
 
-Needs nothing but Python, so it also reports what is missing where nothing is installed yet. Exit status 1 if something
-is MISSING; a note slows a run down or leaves something out. What a preset takes of memory, hours and disk:
-`python gpt2/train_gpt2.py PRESET --plan`.
+Needs only Python, so it also works before anything is installed. Exit status 1 if something is MISSING; a note means
+slower runs or a missing option. Memory, hours and disk of a preset: `python gpt2/train_gpt2.py PRESET --plan`.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def check_packages():
 
 def installed(name):
     """Version of a package without a build's suffix ("2.13.0+cpu" -> "2.13.0"), or None."""
-    elsewhere = [path for path in sys.path if Path(path).resolve() != ROOT]  # in ROOT lies what a build left there
+    elsewhere = [path for path in sys.path if Path(path).resolve() != ROOT]  # a build leaves metadata in ROOT
     found = next(iter(importlib.metadata.distributions(name=name, path=elsewhere)), None)
     return found and found.version.split("+")[0]
 
@@ -66,7 +65,7 @@ def check_torch():
 
 
 def check_compile():
-    """What torch.compile calls: a C++ compiler and Python's headers. (Compiling something would take half a minute.)"""
+    """A C++ compiler and Python's headers for torch.compile. (Compiling something would take half a minute.)"""
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         fix = "apt install g++ (macOS: xcode-select --install; Windows: the Visual Studio build tools)"
         return "no C++ compiler: training runs eager and slower", fix
@@ -102,21 +101,21 @@ def check_hub():
     return f"{endpoint} answers", None
 
 
-# Each check returns what it saw and, where that is a problem, the fix; else None.
-BREAKS = (check_python, check_environment, check_packages, check_torch, check_disk)
-SLOWS = (check_compile, check_threads, check_hub)
+# Each check returns what it found, and the fix where that is a problem, else None.
+REQUIRED = (check_python, check_environment, check_packages, check_torch, check_disk)
+OPTIONAL = (check_compile, check_threads, check_hub)
 
 
 def main():
     """All checks, a line each; exit status 1 if something is missing."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     missing = 0
-    for check in (*BREAKS, *SLOWS):
+    for check in (*REQUIRED, *OPTIONAL):
         try:
             text, fix = check()
-        except Exception as e:  # whatever a damaged or absent installation raises
+        except Exception as e:  # a damaged or absent installation raises anything
             text, fix = f"could not be checked ({type(e).__name__}: {e})", INSTALL
-        state = "ok" if not fix else "MISSING" if check in BREAKS else "note"
+        state = "ok" if not fix else "MISSING" if check in REQUIRED else "note"
         missing += state == "MISSING"
         print(f"{state:<8} {check.__name__[6:]:<12} {text}" + (f"; fix: {fix}" if fix else ""), flush=True)
     print(f"{missing} missing" if missing else "nothing is missing")

@@ -1,8 +1,8 @@
-"""Who trains in bench/bench_gpt2.py: our step with its optimizations on or off, and other codebases' models and steps.
+"""Contestants of bench/bench_gpt2.py: our step with its optimizations on or off, and other codebases' models and steps.
 
 A baseline is a function of (size, device, …) that returns (step, model, optimizers): `step()` runs one optimizer step
-on the next batch and returns the loss as a tensor, without waiting for it. All start from the same weights, see the
-same batches and use the same learning rate, decay and clipping, so their losses agree as far as their models do.
+on the next batch and returns the loss as a tensor, without waiting for it. All start from the same weights and use
+the same batches, learning rate, decay and clipping, so their losses agree as far as their models do.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ SIZES = {
 
 
 def batches(size, device):
-    """The same batches for everybody, (idx, targets), (B, T) each: of the shards, or 8 synthetic ones in a circle."""
+    """The same batches for all, (idx, targets), (B, T) each: from the shards, or 8 synthetic ones in a cycle."""
     T, B = size.block_size, size.batch_size
     if size.data_dir:
         loader = Loader(size.data_dir, "train", T, B)
@@ -51,13 +51,13 @@ def batches(size, device):
 
 
 def first_weights(size):
-    """Our model with the weights that everybody starts from."""
+    """Our model with the initial weights that all use."""
     torch.manual_seed(0)
     return GPT(GPTConfig(**dict(zip(SHAPE, size))))
 
 
 def plain_loop(model, optimizers, source, device, dtype, loss_of):
-    """The step that all but the Trainer take; source: of batches; loss_of(idx, targets) is what they differ in."""
+    """The step of all but the Trainer. source: iterator of batches; loss_of(idx, targets): where they differ."""
 
     def step():
         """Forward, backward, clipping, update -> the loss."""
@@ -76,7 +76,7 @@ def plain_loop(model, optimizers, source, device, dtype, loss_of):
 
 @dataclass(frozen=True)
 class Options:
-    """What the ablation switches, one after another; the defaults are what gpt2/train_gpt2.py does."""
+    """Switches of the ablation; the defaults are those of gpt2/train_gpt2.py."""
 
     dtype: str = "float32"
     tf32: bool = True
@@ -88,7 +88,7 @@ class Options:
 
 
 class NaiveAttention(CausalSelfAttention):
-    """Attention as the formula has it: the (T, T) matrix of every head in memory."""
+    """Attention without fusion: every head's (T, T) matrix in memory."""
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -104,7 +104,7 @@ def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers."""
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     model = GPT(GPTConfig(**dict(zip(SHAPE, size)), pad_vocab_to=options.pad_vocab_to))
-    model.load_hf_state_dict(first_weights(size).hf_state_dict())  # which leaves the rows of padding out
+    model.load_hf_state_dict(first_weights(size).hf_state_dict())  # without the rows of padding
     model.to(device)
     if not options.flash:
         for block in model.transformer.h:
@@ -141,7 +141,7 @@ def transformers(size, device, dtype="float32", compile=False):
 
 
 def stock_trainer(model, rows, device, **settings):
-    """The Hugging Face Trainer, which takes the rows in their order; `.last` is its last loss."""
+    """The Hugging Face Trainer, which reads the rows in order; `.last` is its last loss."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     class Keeping(Trainer):
@@ -203,13 +203,13 @@ def hf_trainer(size, device, dtype="float32"):
 def model_of(folder):
     """The module with the model in a checkout of nanoGPT (model.py), or of build-nanogpt (train_gpt2.py).
 
-    build-nanogpt's trains on import, so only what stands before that is executed.
+    build-nanogpt's trains on import, so only the code before that is executed.
     """
     build = Path(folder) / "train_gpt2.py"
     path = build if build.exists() else Path(folder) / "model.py"
     text = path.read_text(encoding="utf-8").split("\nimport tiktoken")[0]
-    module = sys.modules[path.stem] = types.ModuleType(path.stem)  # dataclasses look for their module there
-    module.master_process = False  # build-nanogpt prints where it is true
+    module = sys.modules[path.stem] = types.ModuleType(path.stem)  # where dataclasses look up their module
+    module.master_process = False  # build-nanogpt prints if it is true
     exec(compile(text.replace("from hellaswag import", "# from hellaswag import"), path, "exec"), module.__dict__)
     return module
 
@@ -224,7 +224,7 @@ def karpathy(size, device, folder, dtype="float32", compile=False, lr=LR, beta2=
         vocab = ("transformer.wte.weight", "lm_head.weight")  # theirs without rows of padding
         model.load_state_dict({k: v[: size.vocab_size] if k in vocab else v for k, v in state.items()})
         model.to(device)
-        betas = () if build else ((0.9, beta2),)  # build-nanogpt sets its own
+        betas = () if build else ((0.9, beta2),)  # build-nanogpt has fixed ones
         optimizer = model.configure_optimizers(WEIGHT_DECAY, lr, *betas, device)
     fast, source = torch.compile(model) if compile else model, batches(size, device)
     return plain_loop(model, [optimizer], source, device, dtype, lambda *batch: fast(*batch)[1])
@@ -245,7 +245,7 @@ def everybody(dtypes, nanogpt, build_nanogpt):
         found[f"Trainer {hf} {dtype}"] = hf_trainer, {"dtype": dtype}
         for name, folder, ways in (("nanoGPT", nanogpt, (False, True)), ("build-nanogpt", build_nanogpt, (False,))):
             for compiled in ways if folder else ():
-                model_of(folder)  # refused now, not after minutes of compiling
+                model_of(folder)  # fail now, not after minutes of compiling
                 kwargs = {"folder": folder, "dtype": dtype, "compile": compiled}
                 found[f"{name} {'compiled' if compiled else 'eager'} {dtype}"] = karpathy, kwargs
     return found

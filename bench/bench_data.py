@@ -1,13 +1,13 @@
-"""How much of tiktoken's own speed data/prepare.py keeps.
+"""Speed of data/prepare.py relative to tiktoken alone.
 
     python bench/bench_data.py --run-dir runs/bench_data
     python bench/bench_data.py --input fineweb_edu_sample.txt --megabytes 200 --run-dir runs/bench_data
 
-tiktoken alone encodes documents that lie in memory, on all cores, and throws the ids away: with encode_ordinary_batch,
-as its users do on threads, and with encode_ordinary in processes, as build-nanogpt does. prepare reads the same
-documents from a jsonl file, starts its processes, hashes every document, writes blocks, joins them into shards and
-computes checksums. The ratio is the speed over that of the faster of tiktoken's two ways. A start costs prepare about
-two seconds whatever the corpus.
+tiktoken alone encodes documents in memory, on all cores, and discards the ids: with encode_ordinary_batch on threads,
+and with encode_ordinary in processes, as build-nanogpt does. prepare reads the same
+documents from a jsonl file, starts its processes, hashes every document, writes blocks, merges them into shards and
+computes checksums. The ratio is the speed over that of the faster of tiktoken's two methods. Starting prepare takes
+about two seconds for any corpus.
 """
 
 import json
@@ -30,9 +30,9 @@ from data.sources import documents
 
 @dataclass(kw_only=True)
 class Config(BenchConfig):
-    slow_seconds: float = 30.0  # who needs longer than this has a single turn
+    slow_seconds: float = 30.0  # a contestant slower than this has a single turn
     input: tuple[Path, ...] = ()  # local text; none: pydocs
-    megabytes: int = 100  # size of the corpus: the documents are repeated up to it
+    megabytes: int = 100  # size of the corpus: the documents are repeated to reach it
     tokenizer: str = "gpt2"  # gpt2, or a PREFIX.model
 
 
@@ -56,7 +56,7 @@ def contestant(way, tokenizer, corpus):
 
     def in_processes():
         with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
-            list(pool.map(count, [texts[:8]] * 4 * cores))  # the processes are up before the clock starts
+            list(pool.map(count, [texts[:8]] * 4 * cores))  # start the processes before measuring
             return timed(lambda: list(pool.map(count, chunks)), "tokens")()
 
     def prepare_anew():
@@ -67,7 +67,7 @@ def contestant(way, tokenizer, corpus):
 
 
 def main():
-    """Let prepare.py and tiktoken alone take turns; table and result.json."""
+    """Measure prepare.py and tiktoken in alternation; table and result.json."""
     cfg = tyro.cli(Config, description=__doc__)
     once = list(documents("files" if cfg.input else "pydocs", cfg.input))
     texts = once * -(-cfg.megabytes * 10**6 // sum(len(text.encode("utf-8")) for text in once))
@@ -83,7 +83,7 @@ def main():
         best = min(ways[:2], key=lambda way: facts[way].get("seconds", float("inf")))
         for way, f in facts.items():
             more = {"mb_per_sec": megabytes / f["seconds"]} if "seconds" in f else {}
-            more["peak_mb"] = None  # most of the memory is that of other processes
+            more["peak_mb"] = None  # most of the memory belongs to other processes
             rows.append(row("data", way, f, facts[best], f"speed of {best}", speedup=True, **more))
         finish(log, rows, "mb_per_sec", megabytes=megabytes, cores=available_cores())
 

@@ -1,7 +1,7 @@
-"""The engine of all benchmarks: contestants take turns in processes of their own; medians, rows, a table, a picture.
+"""The harness of all benchmarks: contestants alternate, each in its own process; medians, rows, a table, a picture.
 
-Turns, because a computer's speed drifts: who runs first and who last would otherwise decide. Processes, because peak
-memory, caches and torch's settings belong to a process, and because whoever runs out of memory then fails alone.
+They alternate because the speed of a computer drifts. They have processes of their own because peak memory, caches and
+torch's settings belong to a process, and because one that runs out of memory then fails alone.
 """
 
 import ctypes
@@ -37,16 +37,15 @@ class BenchConfig:
     run_dir: Path | None = None  # run directory to write: table, picture, result.json; none: runs/NAME_OF_BENCHMARK
     overwrite: bool = False  # replace a finished benchmark in the run directory
     rounds: int = 5  # turns of each contestant, in alternation; the median counts
-    slow_seconds: float = 5.0  # who needs longer than this has a single turn
-    limit_seconds: float = 600.0  # who needs longer than this for a turn is stopped
+    slow_seconds: float = 5.0  # a contestant slower than this has a single turn
+    limit_seconds: float = 600.0  # a turn that takes longer than this is stopped
 
 
 @dataclass
 class Contestant:
-    """One that is measured, in a fresh interpreter: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
+    """What is measured, in a fresh interpreter: make(*args) sets up, warms up and returns `turn`; turn() -> facts.
 
-    facts: "seconds", perhaps "peak_mb", and what else is worth a field of the row. The process starts with the first
-    turn and takes another one when told to.
+    facts: "seconds", optionally "peak_mb", and other fields of the row. The process starts with the first turn.
     """
 
     make: Callable
@@ -55,7 +54,7 @@ class Contestant:
     pool: ProcessPoolExecutor | None = field(default=None, init=False)
 
     def turn(self, limit_seconds):
-        """Take one turn -> facts, or {"failed": why}; the first one sets up before."""
+        """Take one turn -> facts, or {"failed": why}; the first turn also sets up."""
         try:
             if self.pool is None:
                 self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -71,7 +70,7 @@ class Contestant:
             return {"failed": f"{type(e).__name__}: {e}".splitlines()[0], "traceback": traceback.format_exc()}
 
     def close(self):
-        """End the process, and give back what it holds; the next turn has another one."""
+        """End the process and free its memory; the next turn starts another one."""
         if self.pool:
             self.pool.shutdown()
         self.pool = None
@@ -87,22 +86,22 @@ def _turn(make, args):
 
 
 def take_turns(contestants, cfg, log, name, *, keep=False):
-    """Let everyone take cfg.rounds turns, in alternation -> {label: facts}; each turn is a row of metrics.jsonl.
+    """Give each contestant cfg.rounds turns, in alternation -> {label: facts}; each turn is a row of metrics.jsonl.
 
     contestants: {label: Contestant}. Numbers are medians over the turns, with their count "turns" and the "spread" of
-    the seconds, (max - min) / median; other facts are those of the first turn. Whoever fails or needs longer than
-    cfg.limit_seconds has {"failed": why} instead. UsageError if that is everyone.
-    keep: processes live on between turns; without it each turn has a fresh one.
+    the seconds, (max - min) / median; other facts are those of the first turn. A contestant that fails or takes longer
+    than cfg.limit_seconds has {"failed": why} instead. UsageError if all fail.
+    keep: keep processes alive between turns; otherwise each turn has a fresh one.
     """
     turns, labels = {label: [] for label in contestants}, list(contestants)
     try:
         for k in range(cfg.rounds):
-            order = labels[k % len(labels) :] + labels[: k % len(labels)]  # another one begins every round
+            order = labels[k % len(labels) :] + labels[: k % len(labels)]  # rotate who begins
             for label in tqdm(order, desc=f"{name}, round {k + 1}", leave=False, disable=None):
                 if turns[label] and medians(turns[label]).get("seconds", float("inf")) > cfg.slow_seconds:
                     continue
                 facts = contestants[label].turn(cfg.limit_seconds)
-                if keep and "failed" in facts:  # perhaps for want of the memory that the others hold: once more, alone
+                if keep and "failed" in facts:  # the others may hold the memory that it needs: retry alone
                     for contestant in contestants.values():
                         contestant.close()
                     facts = contestants[label].turn(cfg.limit_seconds)
@@ -133,9 +132,9 @@ def medians(turns):
 
 @contextmanager
 def measured(device="cpu"):
-    """Measure a block -> a dict that gets "seconds", and "peak_mb", what it took beyond what was held before.
+    """Measure a block -> a dict that gets "seconds" and "peak_mb", the peak memory beyond what was held before.
 
-    Only Linux can reset the peak of resident memory; elsewhere that since the start of the process counts.
+    Only Linux can reset the peak of resident memory; elsewhere it is the peak since the process started.
     """
     synchronize(device)
     if device == "cuda":
@@ -144,7 +143,7 @@ def measured(device="cpu"):
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         with suppress(OSError, AttributeError):  # /proc is read-only, or the C library has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or it would hide what comes
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, or the peak would not show its reuse
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     facts, before, started = {}, peak_memory_mb(device), time.perf_counter()
     yield facts
@@ -154,7 +153,7 @@ def measured(device="cpu"):
 
 
 def timed(work, key, device="cpu"):
-    """A `turn` that measures work(); what it returns is the fact `key`."""
+    """A `turn` that measures work(); its return value becomes the fact `key`."""
 
     def turn():
         with measured(device) as facts:
@@ -174,7 +173,7 @@ def open_log(cfg, name, **options):
 
 
 def row(name, who, facts, other, ratio_to, *, speedup=False, **more):
-    """A row of result.json. ratio: the seconds over those of the facts `other`; speedup: the other way round."""
+    """A row of result.json. ratio: the seconds over those of the facts `other`; speedup: its inverse."""
     ratio = facts["seconds"] / other["seconds"] if "seconds" in facts and "seconds" in other else None
     ratio = 1 / ratio if ratio and speedup else ratio
     figures = {k: v for k, v in facts.items() if not isinstance(v, list | dict)}
@@ -182,7 +181,7 @@ def row(name, who, facts, other, ratio_to, *, speedup=False, **more):
 
 
 def finish(log, rows, key, **more):
-    """The rows as a table, as bars of their figure `key`, and in result.json."""
+    """Write the rows as a table, as a bar chart of the figure `key`, and to result.json."""
     labels = [f"{r['name']}: {r.get('lever') or r.get('kernel') or r['who']}" for r in rows]
     frame = pandas.DataFrame(rows, index=labels)
     table = frame.reindex(columns=COLUMNS.split()).dropna(axis="columns", how="all")

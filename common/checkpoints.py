@@ -1,7 +1,7 @@
-"""Checkpoints that a crash cannot spoil: written aside, fsynced, renamed, with a sha256; the newest valid one counts.
+"""Atomic checkpoints: a temporary file, fsynced and renamed, with a sha256 beside it; the newest valid one is used.
 
-What a checkpoint holds is the caller's: plain tensors and containers, so that `torch.load(…, weights_only=True)` reads
-it. Importing this module does not import torch.
+The caller chooses the contents: plain tensors and containers, which `torch.load(…, weights_only=True)` reads. Importing
+this module does not import torch.
 """
 
 import re
@@ -14,26 +14,26 @@ NAME = re.compile(r"step_(\d+)\.pt")
 
 
 def save_checkpoint(folder, step, state, keep=2):
-    """Write folder/step_000500.pt and its sha256, then drop all earlier ones but the newest `keep` (0: none) -> path.
+    """Write folder/step_000500.pt and its sha256, then delete old ones so that `keep` remain (0: keep all) -> path.
 
-    An error while writing (a full disk, say) leaves the earlier checkpoints as they were.
+    An error while writing (a full disk, say) leaves the earlier checkpoints unchanged.
     """
     import torch
 
     path = Path(folder) / f"step_{step:06d}.pt"
-    for part in path.parent.glob(".step_*.part"):  # gigabytes that a kill in the middle of a save has left
+    for part in path.parent.glob(".step_*.part"):  # left by a process killed during a save
         part.unlink(missing_ok=True)
     try:
         with atomic_open(path, "wb") as f:
             torch.save(state, f)
             f.flush()
-            # The sha256 comes first: a checkpoint without one does not count, one without a checkpoint does no harm.
+            # The sha256 comes first: a checkpoint without one is invalid, a sha256 without a checkpoint is harmless.
             with atomic_open(sha256_path(path)) as sums:
                 sums.write(f"{file_sha256(f.name)}  {path.name}\n")
-    except (OSError, RuntimeError) as e:  # torch's writer covers a full disk with a RuntimeError of its own
+    except (OSError, RuntimeError) as e:  # torch's writer hides a full disk behind a RuntimeError
         why = str(e.__context__ if isinstance(e.__context__, OSError) else e).splitlines()[0]
         raise UsageError(f"{path} could not be written ({why}); earlier ones are kept: free disk and resume") from None
-    # A later one is damaged, or training would have resumed from it: it does not count among those kept.
+    # A later one is damaged, or training would have resumed from it: it is not among those kept.
     earlier = [p for p in sorted_checkpoints(folder) if step_of(p) < step]
     for old in earlier[: max(0, len(earlier) + 1 - keep)] if keep else []:
         old.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def sha256_path(path):
 
 
 def problem(path):
-    """Why this checkpoint cannot be trusted, in a few words, or None."""
+    """Why a checkpoint is invalid, in a few words, or None."""
     try:
         expected = sha256_path(Path(path)).read_text(encoding="utf-8").split()[0]
     except (OSError, IndexError, UnicodeDecodeError):

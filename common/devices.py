@@ -1,4 +1,4 @@
-"""The device that a script runs on: which one, what it multiplies fast, how much memory it took."""
+"""Device selection, 16-bit support, cores and memory."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from common.usage import UsageError
 
 
 def pick_device(name="auto"):
-    """auto | cuda | mps | cpu -> torch.device (this process's GPU under torchrun); refused where not available.
+    """auto | cuda | mps | cpu -> torch.device (this process's GPU under torchrun); UsageError where not available.
 
-    auto refuses, too, where it would train on the CPU although there is an NVIDIA GPU: a torch whose CUDA is newer than
-    the driver sees none, and eight ranks on one CPU look like a slow cluster.
+    auto also refuses to fall back to the CPU where there is an NVIDIA GPU that torch does not see, as when its CUDA is
+    newer than the driver: eight ranks on one CPU look like a slow cluster.
     """
     import torch
 
@@ -32,14 +32,14 @@ def pick_device(name="auto"):
 
 
 def has_hidden_gpu():
-    """Whether this machine has an NVIDIA GPU that torch does not see, and CUDA_VISIBLE_DEVICES does not hide it."""
+    """Whether there is an NVIDIA GPU that torch does not see although CUDA_VISIBLE_DEVICES does not hide it."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return False
     if os.path.exists("/dev/nvidia0"):
         return True
-    smi = shutil.which("nvidia-smi")  # the only sign under WSL
+    smi = shutil.which("nvidia-smi")  # under WSL there is no /dev/nvidia0
     return bool(smi) and subprocess.run([smi, "-L"], capture_output=True, text=True).stdout.startswith("GPU")
 
 
@@ -49,7 +49,7 @@ def half_type(device):
 
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may be gone one day
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private functions, which may be removed
     in_hardware = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
     return "bfloat16" if in_hardware else None
 
@@ -60,15 +60,15 @@ def available_cores():
 
 
 def synchronize(device):
-    """Wait until a device type has finished what it was given."""
-    if device != "cpu":  # which has nothing to wait for, and shall not import torch
+    """Wait for all queued work on a device type."""
+    if device != "cpu":  # synchronous, and must not import torch
         import torch
 
         getattr(torch, device).synchronize()
 
 
 def peak_memory_mb(device="cpu"):
-    """The most memory in MB that this process has taken: on "cuda" of the GPU, else resident; None on Windows."""
+    """Peak memory of this process in MB: the GPU's on "cuda", else resident; None on Windows."""
     if device == "cuda":
         import torch
 
@@ -85,11 +85,11 @@ def peak_memory_mb(device="cpu"):
 
 
 def free_memory(device):
-    """Bytes that a process may still take on a torch.device: of the GPU, else of this machine."""
+    """Free memory in bytes on a torch.device: the GPU's, else the system's."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # which imports what only Unix has
+    import psutil
 
     return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, text that is UTF-8, JSON that other languages read."""
+"""Atomic file writing, UTF-8 text, standard JSON and checksums."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def atomic_open(path, mode="w"):
     """Open a temporary neighbour of `path` for writing and rename it into place, fsynced, when the block succeeds.
 
-    A reader sees the old file or the whole new one; a failing block leaves no trace. Text is UTF-8 with "\\n".
+    A reader sees the old file or the complete new one; a failing block leaves nothing behind. Text is UTF-8 with "\\n".
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,11 +41,11 @@ def atomic_open(path, mode="w"):
 def atomic_folder(path):
     """A temporary neighbour of the folder `path` to write into, renamed into its place when the block succeeds.
 
-    Replaces what was at `path`; a failing block leaves that as it was, and no trace of itself.
+    Replaces `path`; a failing block leaves the old folder unchanged and nothing else behind.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # one may be left of a killed process of the same number
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process with the same pid
     part.mkdir(parents=True)
     try:
         yield part
@@ -76,7 +76,7 @@ def open_text(path, newline=None):
 
 
 def write_json(path, value):
-    """Write `value` atomically as indented JSON. Non-finite floats become null: other languages refuse NaN."""
+    """Write `value` atomically as indented JSON. Non-finite floats become null: JSON has no NaN."""
     with atomic_open(path) as f:
         json.dump(plain(value), f, indent=2, ensure_ascii=False, allow_nan=False)
         f.write("\n")
@@ -130,14 +130,14 @@ def file_sha256(path):
 
 
 def plain(value):
-    """dataclasses, paths, numpy scalars, tuples -> what JSON knows; NaN and infinities -> None."""
+    """dataclasses, paths, numpy scalars, tuples -> JSON types; NaN and infinities -> None."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, Path):  # records read alike on every machine: paths inside the repository are relative
+    if isinstance(value, Path):  # paths inside the repository are relative, so that records are portable
         return (value.relative_to(ROOT) if value.is_relative_to(ROOT) else value).as_posix()
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy and torch scalars
         value = value.item()
@@ -147,9 +147,9 @@ def plain(value):
 
 
 def portable(value):
-    """A path inside the repository, as text relative to its root, so that records read alike on every machine.
+    """A path inside the repository, as text relative to its root, so that records are portable.
 
-    Any other value is handed back as it is.
+    Any other value is returned unchanged.
     """
     root = f"{ROOT}{os.sep}"
     return Path(value[len(root) :]).as_posix() if isinstance(value, str) and value.startswith(root) else value

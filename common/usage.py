@@ -1,4 +1,4 @@
-"""Usage errors in one line, for every script, and downloads that fail in one line."""
+"""One-line error messages for usage errors and failed downloads."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ class UsageError(ValueError):
 def cli(main):
     """Run `main()` as a script: a usage error becomes one line on stderr and exit status 2, never a traceback.
 
-    Bugs keep their traceback; only UsageError and the operating system's own refusals (no such file, no permission,
+    Bugs keep their traceback; only UsageError and the operating system's errors (no such file, no permission,
     disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -22,7 +22,7 @@ def cli(main):
         main()
     except UsageError as e:
         sys.exit(_complain(str(e)))
-    except BrokenPipeError:  # `… | head` closed our stdout: nobody is left to tell
+    except BrokenPipeError:  # `… | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
@@ -42,7 +42,7 @@ def _complain(message):
 
 @contextmanager
 def from_hub(what, instead):
-    """Around a download: whatever the hub's library raises (offline, moved, gated: many classes) becomes one line.
+    """Around a download: every exception of the hub's library (offline, moved, gated) becomes a UsageError.
 
     instead: what to do without the hub.
     """

@@ -4,7 +4,7 @@
     python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu            # 10B tokens
     python data/prepare.py fineweb-edu --input sample.parquet --tokenizer gpt2 --out data/corpora/sample
 
-On n machines over a shared file system, each runs `--shard i/n` with i from 0; then one joins the parts:
+On n machines over a shared file system, each runs `--shard i/n` with i from 0; then one merges the parts:
 
     python data/prepare.py fineweb-edu --tokenizer gpt2 --out data/corpora/fineweb-edu --shard 0/4
     python data/prepare.py merge data/corpora/fineweb-edu
@@ -14,10 +14,10 @@ Ready-made GPT-2 shards of llm.c and modded-nanogpt, downloaded, or already on d
     python data/prepare.py download fineweb-edu --shards 10 --out data/corpora/fineweb-edu-1B
     python data/prepare.py adopt data/corpora/fineweb10B --tokenizer gpt2
 
-Documents are taken in blocks of about 2M characters. Each of n processes reads them all, turns every n-th block into
-ids and puts them, whole or not at all, into DIR/blocks/; when all are there they are joined in order and cut into
-shards. So a killed run resumes at the block where it stopped, and the number of processes, machines and interruptions
-leaves no mark on the bytes. Until the join is done the blocks take as much disk again as the shards.
+Documents are grouped into blocks of about 2M characters. Each of n processes reads all of them, tokenizes every n-th
+block and writes it atomically to DIR/blocks/; when all are there they are merged in order and split into shards. So a
+killed run resumes at the block where it stopped, and the bytes do not depend on the number of processes, machines and
+interruptions. Until the merge is done the blocks take as much disk space as the shards.
 """
 
 import os
@@ -71,7 +71,7 @@ class Prepare(Corpus):
 
 
 def prepare(cfg):
-    """Everything that this machine has to do; on one machine that includes the join."""
+    """Tokenize this machine's part; on a single machine, merge as well."""
     part, parts = check(cfg)
     name, tokenizer = load(cfg.tokenizer)
     plan = {  # what decides the bytes of the result
@@ -86,7 +86,7 @@ def prepare(cfg):
         raise UsageError(f"{cfg.source} gave no document")
     with locked(cfg.out, f"part_{part}_of_{parts}"):
         tokenizer.save(cfg.out / "tokenizer")
-        write_json(cfg.out / "blocks/plan.json", plan)  # for the other machines and the join
+        write_json(cfg.out / "blocks/plan.json", plan)  # for the other machines and the merge
         tokenize(cfg, part, parts)
     if cfg.source == "fineweb-edu" and not cfg.input:
         fetch_hellaswag()
@@ -98,7 +98,7 @@ def prepare(cfg):
 
 def fetch_hellaswag():
     """The items that gpt2/train_gpt2.py scores on FineWeb-Edu, into the hub's cache: nodes may have no network."""
-    with suppress(UsageError):  # training does without them
+    with suppress(UsageError):  # training works without them
         sources.download("hellaswag", subset="")
 
 
@@ -153,7 +153,7 @@ def is_finished(out, plan, overwrite):
 
 @contextmanager
 def locked(out, what):
-    """Keep a second process off the same part; the operating system drops the lock of one that died."""
+    """Lock a part against a second process; the operating system drops the lock of a process that died."""
     (out / "blocks").mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / "blocks" / f"{what}.lock", timeout=0):
@@ -167,7 +167,7 @@ def block_path(out, index):
 
 
 def blocks(texts, block_chars):
-    """Group documents into lists of at least `block_chars` characters, the same whoever reads them."""
+    """Group documents into lists of at least `block_chars` characters, the same in every process."""
     block, size = [], 0
     for text in texts:
         block.append(text)
@@ -180,10 +180,10 @@ def blocks(texts, block_chars):
 
 
 def tokenize(cfg, part, parts):
-    """Write this part's blocks, on several processes: each takes a part of the part.
+    """Write this part's blocks, on several processes: each takes every n-th of its blocks.
 
-    Processes and not threads, since those would wait for Python's lock. Each reads all of the text, which is many times
-    as fast as tokenizing it.
+    Processes, because threads would wait for the GIL. Each reads all of the text, which is many times as fast as
+    tokenizing it.
     """
     workers = min(cfg.workers or available_cores(), 1 + cfg.text_bytes() // (4 * cfg.block_chars))  # 1 for a few blocks
     work = partial(write_blocks, cfg, parts * workers)
@@ -199,12 +199,12 @@ def tokenize(cfg, part, parts):
 
 
 def _end_with_parent():
-    """A worker whose parent was killed would wait for work for ever."""
+    """End a worker whose parent was killed; it would wait for work forever."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def write_blocks(cfg, parts, part):
-    """Write the blocks of one part that are not there yet, and, once all are passed, how many there are."""
+    """Write the blocks of one part that are not there yet, and then the number of all blocks."""
     tokenizer = Tokenizer.load(cfg.out / "tokenizer.model")
     bar = tqdm(total=cfg.text_bytes(), unit="B", unit_scale=True, desc="tokenizing", disable=True if part else None)
     for index, block in enumerate(blocks(cfg.documents(), cfg.block_chars)):
@@ -231,12 +231,12 @@ def encode(texts, tokenizer, val_share):
 
 
 def merge(out: tyro.conf.Positional[Path]):
-    """Join the blocks in OUT, whoever wrote them with --shard i/n, into shards and their manifest."""
+    """Merge the blocks in OUT, written with --shard i/n, into shards and their manifest."""
     if not (out / "blocks/plan.json").exists():
-        raise UsageError(f"{out} has no parts to join: no blocks/plan.json")
+        raise UsageError(f"{out} has no parts to merge: no blocks/plan.json")
     plan, tokenizer = read_json(out / "blocks/plan.json"), Tokenizer.load(out / "tokenizer.model")
     with locked(out, "merge"):
-        for path in out.glob(".*.part"):  # half a file, where an earlier join was killed
+        for path in out.glob(".*.part"):  # left by a merge that was killed
             path.unlink()
         counts, paths = count_tokens(out), []
         for split, index, start, stop in layout(counts, plan["source"]):
@@ -248,7 +248,7 @@ def merge(out: tyro.conf.Positional[Path]):
 
 
 def count_tokens(out):
-    """Check that every block is there and reads -> (blocks, 2) token counts, in the order of SPLITS."""
+    """Check that every block is there and readable -> (blocks, 2) token counts, in the order of SPLITS."""
     end = out / "blocks" / "end.json"
     total = read_json(end)["blocks"] if end.exists() else 0
     missing = [i for i in range(total) if not block_path(out, i).exists()]
@@ -282,7 +282,7 @@ def layout(counts, source):
 
 
 def cut_stream(out, counts, stream, start, stop):
-    """Tokens start…stop of the blocks' joined arrays of one split, block by block."""
+    """Tokens start…stop of the concatenated blocks of one split, block by block."""
     ends = np.cumsum(counts[:, SPLITS.index(stream)])
     for index in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
         begin = int(ends[index - 1]) if index else 0
@@ -309,7 +309,7 @@ def write_manifest(out, source, tokenizer_name, tokenizer, paths):
     print(f"{summary(shards)}\n{out}: ready")
 
 
-# --- shards of other projects
+# --- ready-made shards
 
 
 def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.conf.Suppress[str] = ""):
@@ -329,9 +329,9 @@ def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.co
 
 
 def refuse_another_corpus(out, source):
-    """A folder holds the shards of one corpus: those of two in one manifest would be trained on as if they were one."""
+    """A folder holds the shards of one corpus: those of two in one manifest would be trained on as one."""
     if (out / "blocks").exists():
-        raise UsageError(f"{out} is being prepared from a source; name another folder, or join that one with merge")
+        raise UsageError(f"{out} is being prepared from a source; name another folder, or finish that one with merge")
     if (out / "meta.json").exists() and (there := read_meta(out)["source"]) != source:
         raise UsageError(f"{out} already holds a corpus from another source ({there['source']}); name another folder")
 
@@ -344,7 +344,7 @@ def download(
 ):
     """Download a validation shard and SHARDS training shards of GPT-2 tokens (100M, 200 MB each), and adopt them.
 
-    Files that are whole are not downloaded again. INPUT is a folder that has them, instead of the hub.
+    Complete files are not downloaded again. INPUT is a folder that has them, instead of the hub.
     """
     repo, prefix, available = READY_MADE[corpus]
     if not 1 <= shards <= available:
@@ -367,7 +367,7 @@ def download(
 
 
 def main():
-    """merge, adopt and download by their names; else the name is a source."""
+    """The commands merge, adopt and download; any other first argument is a source."""
     commands = {"merge": merge, "adopt": adopt, "download": download}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in commands:

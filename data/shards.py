@@ -2,7 +2,7 @@
 
 A shard is llm.c's and modded-nanogpt's file: 256 little-endian int32 (magic 20240520, version 1, token count, zeros),
 then the ids as little-endian uint16. Theirs train here (`data/prepare.py adopt`), ours train there. A folder of shards
-carries a manifest, `meta.json`, and the tokenizer that made them, `tokenizer.model`:
+also has a manifest, `meta.json`, and the tokenizer that made them, `tokenizer.model`:
 
     {"format": "bytes-to-lora/shards", "version": 1, "name": "pydocs",
      "source": {...}, "tokenizer": {"name", "sha256"}, "vocab_size": 4353, "eot": 4352,
@@ -13,7 +13,7 @@ carries a manifest, `meta.json`, and the tokenizer that made them, `tokenizer.mo
 every document starts with the end-of-text token, and a shard may end in the middle of one. "unigram_counts" says how
 often each id occurs in the first 100M training tokens: vocab_size numbers in one line of text.
 
-    python data/shards.py verify data/corpora/pydocs     # reads every byte; a start of the trainer reads headers only
+    python data/shards.py verify data/corpora/pydocs     # reads every byte; the trainer reads headers only
 """
 
 from pathlib import Path
@@ -29,14 +29,14 @@ HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 1 << 16  # ids are uint16
 FORMAT, FORMAT_VERSION = "bytes-to-lora/shards", 1
 SPLITS = ("train", "val")
-UNIGRAM_TOKENS = 100_000_000  # frequencies are taken over so many tokens
+UNIGRAM_TOKENS = 100_000_000  # count ids in the first so many tokens
 
 
 # --- one shard
 
 
 def write_shard(path, ids):
-    """Write token ids (tokens,) to `path`, whole or not at all. ids: an array, or an iterable of arrays to be joined.
+    """Write token ids (tokens,) atomically to `path`. ids: an array, or an iterable of arrays to concatenate.
 
     Returns the number of tokens. UsageError where an id does not fit into uint16.
     """
@@ -57,7 +57,7 @@ def write_shard(path, ids):
 
 
 def read_shard(path):
-    """Map a shard into memory -> (tokens,) uint16. Checks header and size; UsageError says what is wrong."""
+    """Map a shard into memory -> (tokens,) uint16. Checks header and size; UsageError if they are wrong."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is missing; prepare the corpus again")
@@ -81,7 +81,7 @@ def map_shard(path, tokens):
 
 
 def count_ids(ids):
-    """How often each id occurs in a shard (tokens,) -> (65536,) int64, in pieces, so that memory stays flat."""
+    """How often each id occurs in a shard (tokens,) -> (65536,) int64, in pieces, for constant memory."""
     counts = np.zeros(MAX_VOCAB, dtype=np.int64)
     for at in range(0, len(ids), 1 << 22):
         counts += np.bincount(ids[at : at + (1 << 22)], minlength=MAX_VOCAB)
@@ -92,7 +92,7 @@ def count_ids(ids):
 
 
 def write_meta(data_dir, **fields):
-    """Write the manifest (its fields: see the top); it comes last, so a folder with a meta.json is a whole one."""
+    """Write the manifest (its fields: see the top). It is written last: a folder with a meta.json is complete."""
     meta = {"format": FORMAT, "version": FORMAT_VERSION, **fields}
     write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": _count_unigrams(data_dir, meta)})
 
@@ -115,7 +115,7 @@ def read_meta(data_dir):
 def check_folder(data_dir):
     """Check headers and sizes of all shards against the manifest, and that it knows every shard -> the manifest.
 
-    Reads a kilobyte a shard: this is what a start of the trainer pays.
+    Reads one kilobyte per shard; the trainer does this at every start.
     """
     data_dir = Path(data_dir)
     meta = read_meta(data_dir)

@@ -1,6 +1,6 @@
-"""Documents: one generator per corpus, and a command line that writes them for whoever wants text.
+"""Corpora: a generator of documents for each, and a command line that writes them to a file.
 
-    python data/sources.py pydocs --part train --out data/corpora/pydocs_train.jsonl   # what a tokenizer may see
+    python data/sources.py pydocs --part train --out data/corpora/pydocs_train.jsonl   # for a tokenizer
     python data/sources.py files --input book.txt notes.md --out mine.jsonl
     python data/sources.py fineweb-edu --max-bytes 1000000 --out sample.jsonl          # streamed, not downloaded
     python data/sources.py shakespeare --out tinyshakespeare.txt                       # as published: sha256 86c4e6aa…
@@ -12,12 +12,12 @@ tinystories  TinyStories, from the hub or local files
 fineweb-edu  FineWeb-Edu from the hub, `--subset sample-10BT` (or another, or default: all of it), or local files
 files        any UTF-8 text files
 jsonl        lines {"text": ...}
-hellaswag    not documents but the 10,042 validation items, an object a line, from the hub
+hellaswag    the 10,042 validation items, one object per line, from the hub
 
 Local files are parquet, jsonl or text (gzipped too), or folders of them. Text is cut at blank lines into documents of
 about 4 kB; a line `<|endoftext|>`, as TinyStories' files have it, ends a document and then blank lines do not.
 
-A validation part is held out by document hash, so that it never changes and no copy of a document is on both sides;
+A validation part is held out by document hash, so that it never changes and no document is in both splits;
 fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `--part train` leaves that part out.
 """
 
@@ -45,7 +45,7 @@ from tqdm import tqdm
 from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl, read_texts, valid
 
 CACHE = ROOT / "data" / "cache"
-DOCUMENT_CHARS = 4000  # a text file is cut at the first blank line after this many, at the first line end after twice
+DOCUMENT_CHARS = 4000  # a text file is split at the first blank line after this many, at a line end after twice as many
 SEPARATOR = "<|endoftext|>"
 SourceName = Literal["pydocs", "shakespeare", "tinystories", "fineweb-edu", "files", "jsonl"]
 # Held-out share of the documents by hash; None: the first tokens of the corpus.
@@ -61,13 +61,13 @@ HUB = {  # (dataset, revision, patterns of its parquet files in the order in whi
 
 @dataclass
 class Corpus:
-    """Which documents, as flags. The files are located once, when first needed, and the hub's are downloaded."""
+    """A corpus, as flags. Its files are located once, when first needed, and downloaded if they are the hub's."""
 
     source: tyro.conf.Positional[SourceName]
     input: tuple[Path, ...] = ()  # local files or folders (parquet, jsonl, text; gzipped too) instead of the hub's
     subset: str = "sample-10BT"  # of fineweb-edu: sample-10BT, sample-100BT, a crawl (CC-MAIN-2024-10), default: all
     text_field: str = "text"  # column or key that holds the text
-    val_share: float | None = None  # share of the documents held out by hash; the default is the source's own
+    val_share: float | None = None  # share of the documents held out by hash; None: the source's default
 
     def __post_init__(self):
         if self.val_share is None:
@@ -85,7 +85,7 @@ class Corpus:
         return download(self.source, self.subset)
 
     def documents(self):
-        """Iterate over the documents (str), always in the same order, in memory that does not grow.
+        """Iterate over the documents (str), always in the same order and in constant memory.
 
         UsageError where a file is not UTF-8, not JSON or without the field that holds the text.
         """
@@ -106,7 +106,7 @@ class Corpus:
         return read_text(path)
 
     def describe(self):
-        """What pins the corpus down, for the record: the files' checksums, or the hub's revision."""
+        """What identifies the corpus, for the record: the files' checksums, or the hub's revision."""
         files, hub = self.located
         rows = [{"file": path.name, "bytes": path.stat().st_size} for path in files]
         if not hub:
@@ -114,7 +114,7 @@ class Corpus:
         return {"source": self.source, **hub, "text_field": self.text_field, "files": rows}
 
     def text_bytes(self):
-        """About how much text the files hold, without reading them: compression is guessed."""
+        """An estimate of the bytes of text, from the sizes of the files and typical compression."""
         return sum(path.stat().st_size * {".parquet": 2, ".gz": 3}.get(path.suffix, 1) for path in self.located[0])
 
 
@@ -173,7 +173,7 @@ def _lines(path):
 
 
 def read_text(path):
-    """Documents of a text file: what stands between separator lines where there are any, else pieces of about 4 kB."""
+    """Documents of a text file: the text between separator lines, or without any, pieces of about 4 kB."""
     if not any(line.strip() == SEPARATOR for line in islice(_lines(path), 10_000)):
         yield from cut(_lines(path))
         return
@@ -183,7 +183,7 @@ def read_text(path):
 
 
 def cut(lines):
-    """Join lines into documents, cut at the first blank line after about 4 kB, and never let one grow past 8 kB."""
+    """Join lines into documents, split at the first blank line after about 4 kB, or else at 8 kB."""
     document, size = [], 0
     for line in lines:
         document.append(line)
@@ -213,7 +213,7 @@ def read_parquet(path, text_field=None):
 # --- pydocs: the documentation that is installed everywhere
 
 PACKAGES = ("numpy", "torch")
-# Tests, and what is not written for readers of documentation.
+# Tests and internal modules.
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "_vendor", "site-packages", "dist-packages", "__pycache__"}
 LEFT_OUT |= {"lib2to3", "idlelib", "_internal", "ntpath.py"}
 NAMED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -261,9 +261,9 @@ def pydocs_rows():
     if not path.exists():
         unique = {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
+            warnings.simplefilter("ignore")  # about invalid escapes in the source
             for row in _collect():
-                unique.setdefault(row["doc"], row)  # aliases and inherited texts
+                unique.setdefault(row["doc"], row)  # without aliases and inherited docstrings
         with atomic_open(path) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in unique.values())
     return path
@@ -277,16 +277,16 @@ def _collect():
         yield {"module": "topics", "name": name, "kind": "topic", "signature": "", "doc": topics[name].strip()}
     roots = {"": Path(sysconfig.get_paths()["stdlib"])}
     for name in PACKAGES:
-        if spec := importlib.util.find_spec(name):  # a top-level package is found without being imported
+        if spec := importlib.util.find_spec(name):  # does not import a top-level package
             roots[name] = Path(spec.origin).parent
     for package, root in roots.items():
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
         for name in tqdm(names, desc=f"reading {package or 'the standard library'}", unit="file", disable=None):
             parts = [package, *name.removesuffix(".py").split("/")]
-            internal = package == "torch" and any(map(_private, parts))  # numpy keeps its public face in _core
+            internal = package == "torch" and any(map(_private, parts))  # numpy's public functions are in _core
             if LEFT_OUT.isdisjoint(name.split("/")) and not internal:
                 module = ".".join(p for p in parts if p and p != "__init__").replace("posixpath", "os.path")
-                with suppress(SyntaxError, ValueError, OSError):  # what does not parse is left out
+                with suppress(SyntaxError, ValueError, OSError):  # skip what does not parse
                     yield from _node_rows(ast.parse((root / name).read_bytes()), "module", module, module)
 
 
@@ -295,7 +295,7 @@ def _private(name):
 
 
 def _node_rows(node, kind, name, module):
-    """Rows of a module, class or function, and of what is public in it."""
+    """Rows of a module, class or function and its public members."""
     doc = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
     if doc and valid(doc) == doc:  # a docstring may spell a lone surrogate, which UTF-8 cannot hold
         yield {"module": module, "name": name, "kind": kind, "signature": _signature(node), "doc": doc}
@@ -319,7 +319,7 @@ class Config(Corpus):
 
     source: tyro.conf.Positional[Literal[SourceName, "hellaswag"]]
     out: Path  # the .jsonl file to write; a .txt gets plain text, with a blank line between documents
-    part: Literal["all", "train", "val"] = "all"  # train leaves out what data/prepare.py holds out for validation
+    part: Literal["all", "train", "val"] = "all"  # train excludes what data/prepare.py holds out for validation
     max_bytes: int | None = None  # stop before the text exceeds this many UTF-8 bytes
 
 
@@ -339,7 +339,7 @@ def select(cfg):
 
 
 def main():
-    """Write a source's documents, and print what they are."""
+    """Write a source's documents and print their count, size and sha256."""
     cfg = tyro.cli(Config)
     count = size = 0
     with atomic_open(cfg.out) as f, tqdm(total=cfg.max_bytes, unit="B", unit_scale=True, disable=None) as bar:

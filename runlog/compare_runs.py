@@ -1,6 +1,6 @@
-"""Runs compared: which settings differ, the curves on one axis, and where they end.
+"""Compare runs: settings that differ, curves on one axis, final values.
 
-Runs that differ by the seed alone make a group, whose final values are reported by mean and standard deviation.
+Runs that differ only in the seed form a group, whose final values are reported as mean and standard deviation.
 """
 
 import numpy as np
@@ -9,14 +9,14 @@ import pandas as pd
 from common import UsageError
 from runlog.run import AXES, draw_curves
 
-# Settings that say where a run lies and how it was started, not what it did.
-ASIDE = {"run_dir", "out", "overwrite", "plan", "plan_tok_per_sec", "stop_after_minutes", "allow_config_change"}
-ASIDE |= {"tensorboard", "wandb", "verbose", "show_batch"}
-PLACES = 8  # on the axis, at which the table of curves is read
+# Settings that do not change what a run computes.
+IGNORED = {"run_dir", "out", "overwrite", "plan", "plan_tok_per_sec", "stop_after_minutes", "allow_config_change"}
+IGNORED |= {"tensorboard", "wandb", "verbose", "show_batch"}
+CURVE_POINTS = 8  # columns of the table of curves
 
 
 def compare(runs, x="step", kind=None, y="loss", out=None):
-    """Print the tables, and draw the picture if the runs have curves."""
+    """Print the tables, and draw the curves if there are any."""
     if len(runs) < 2:
         raise UsageError("name at least two runs to compare")
     facts = differences(runs)
@@ -38,8 +38,8 @@ def compare(runs, x="step", kind=None, y="loss", out=None):
 
 
 def differences(runs):
-    """What is not the same in all runs: settings, code, hardware -> table with a row for each run."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in ASIDE)
+    """Settings, code and hardware that differ -> DataFrame with a row for each run."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in IGNORED)
     facts = {name: [run.settings.get(name) for run in runs] for name in names}
     facts |= {name: [run.config.get(name) for run in runs] for name in ("kind", "git_commit", "git_dirty")}
     facts |= {name: [run.env.get(name) for run in runs] for name in ("torch", "cpu", "gpus", "threads", "world_size")}
@@ -53,10 +53,10 @@ def _short(value):
 
 
 def group(runs):
-    """Runs -> [[Run]]: those that differ by the seed alone together, in the order of their first members."""
+    """Runs -> [[Run]]: grouped where only the seed differs, in the order of first members."""
     groups = {}
     for run in runs:
-        same = {k: v for k, v in run.settings.items() if k not in ASIDE | {"seed"}}
+        same = {k: v for k, v in run.settings.items() if k not in IGNORED | {"seed"}}
         groups.setdefault((run.kind, repr(sorted(same.items()))), []).append(run)
     return list(groups.values())
 
@@ -85,16 +85,16 @@ def spread(values):
 
 
 def curve_table(curves, title):
-    """Each curve (xs, ys) at a few places of the longest, on straight lines between its points."""
+    """Each curve (xs, ys) at a few points of the longest one, linearly interpolated."""
     grid = np.array(max((xs for xs, _ in curves.values()), key=lambda xs: xs[-1]))
-    places = grid[np.unique(np.linspace(0, len(grid) - 1, PLACES).round().astype(int))]
+    places = grid[np.unique(np.linspace(0, len(grid) - 1, CURVE_POINTS).round().astype(int))]
     rows = {label: np.interp(places, *curve, left=np.nan, right=np.nan) for label, curve in curves.items()}
     columns = [number(float(place)).removesuffix(".0000") for place in places]
     return table(pd.DataFrame(rows, index=columns).T.rename_axis(title))
 
 
 def final_table(runs, kind, y):
-    """Where each group, named after its first run, ended, and how far from the first; speeds are medians of rows."""
+    """Final values of each group, named after its first run, and the difference to the first; median speeds."""
     rows, first = [], None
     for members in group(runs):
         curves = [run.curve(kind, y)[1] for run in members]

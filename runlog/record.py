@@ -1,4 +1,4 @@
-"""Writing a run directory and its mirrors in TensorBoard and Weights & Biases; exporting it as a compact record."""
+"""Write a run directory, mirror it to TensorBoard and Weights & Biases, and export it as a compact record."""
 
 import errno
 import importlib.util
@@ -34,7 +34,7 @@ class RunLog:
     config: a dataclass or dict of every setting.
     resume: keep the rows of an earlier start and append to them; otherwise they are replaced.
     enabled: False on every rank but one; then all methods do nothing.
-    tensorboard, wandb: mirror every number there, too, as KIND/FIELD; UsageError where the package is missing.
+    tensorboard, wandb: also log every number there, as KIND/FIELD; UsageError where the package is missing.
 
     Leaving the block with an exception records status "failed" and the reason. The directory is locked while the block
     runs (the operating system drops the lock of a process that died); a second writer gets a UsageError.
@@ -59,7 +59,7 @@ class RunLog:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
         metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists():  # without what a kill left of its last line
+        if metrics.exists():  # without an incomplete last line
             os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
         self._losses = {"train": {}, "val": {}}  # {kind: {step: loss}}, for the picture
         for row in read_metrics(self.run_dir):
@@ -80,19 +80,19 @@ class RunLog:
         try:
             if exc is not None and not self.finished:
                 status = "preempted" if exc_type is KeyboardInterrupt else "failed"
-                if status == "failed" and exc_type is not UsageError:  # stderr is gone with the terminal
+                if status == "failed" and exc_type is not UsageError:  # for runs without a terminal
                     self._log.write("".join(traceback.format_exception(exc)).replace(f"{ROOT}{os.sep}", ""))
                 self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
             for file in (*self._mirrors, self._metrics, self._log):
                 file.close()
-        except OSError:  # on a full disk this fails for the same reason, and the first error is the better one
+        except OSError:  # a full disk: the first error is the better one
             if exc is None:
                 raise
         finally:
             self._lock.release()
 
     def metric(self, step, kind, **fields):
-        """Append one row; on disk when the call returns, so that a kill loses at most the row being written."""
+        """Append one row and flush it, so that a kill loses at most the row being written."""
         if self.enabled:
             row = plain({"step": step, "kind": kind, **fields, "time": round(time.time(), 3)})
             self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -106,7 +106,7 @@ class RunLog:
             self._losses[row["kind"]][row["step"]] = row["loss"]
 
     def print(self, text=""):
-        """Show a line on the terminal (above a progress bar, if there is one) and keep it in log.txt."""
+        """Show a line on the terminal (above a progress bar, if any) and append it to log.txt."""
         if self.enabled:
             tqdm.write(str(text), file=sys.stdout)
             sys.stdout.flush()
@@ -114,7 +114,7 @@ class RunLog:
             self._log.flush()
 
     def sample(self, step, text):
-        """Keep a generated text in samples.txt."""
+        """Append a generated text to samples.txt."""
         if self.enabled:
             with open(self.run_dir / "samples.txt", "a", encoding="utf-8", newline="\n") as f:
                 f.write(f"--- step {step}\n{text}\n")
@@ -122,7 +122,7 @@ class RunLog:
     def plot(self, reference=None, submit=lambda work, *args, **kwargs: work(*args, **kwargs)):
         """Refresh loss.png from the rows kept in memory. reference: {label: loss}, drawn as dashed lines.
 
-        submit: an executor's, to draw on its thread what is known now.
+        submit: an executor's `submit`, to draw on its thread.
         """
         if self.enabled:
             curves = {kind: tuple(zip(*sorted(losses.items()))) for kind, losses in self._losses.items() if losses}
@@ -142,9 +142,9 @@ class RunLog:
 
 
 def _lock(run_dir):
-    """Take the operating system's lock of a run directory; UsageError if another process, here or elsewhere, has it.
+    """Take the operating system's lock of a run directory; UsageError if another process, on any host, has it.
 
-    It is dropped when its holder dies; the file that stays behind means nothing.
+    The lock is dropped when its holder dies; the file that remains has no meaning.
     """
     lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
     try:
@@ -160,7 +160,7 @@ def _lock(run_dir):
 
 
 def git(*args, seconds=10):
-    """What git says in the repository within so many seconds, or None."""
+    """Output of a git command in the repository, or None if it fails or takes longer."""
     try:
         done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
@@ -169,7 +169,7 @@ def git(*args, seconds=10):
 
 
 def provenance():
-    """{argv, git_commit, git_dirty}: which code was run, and how. Untracked files do not make a tree dirty."""
+    """{argv, git_commit, git_dirty}: the command and the code. Untracked files do not count as changes."""
     changes = git("status", "--porcelain", "--untracked-files=no")
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
@@ -178,7 +178,7 @@ def provenance():
 
 
 def environment():
-    """Versions and hardware as far as they bear on results: GPU, threads, world size, nodes and job id."""
+    """Versions and hardware that affect results: GPU, threads, world size, nodes and job id."""
     env = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -190,7 +190,7 @@ def environment():
     }
     imported = {name: sys.modules[name] for name in ("numpy", "torch", "transformers", "peft") if name in sys.modules}
     env |= {name: module.__version__ for name, module in imported.items()}
-    if torch := imported.get("torch"):  # a run that does not use torch does not pay for importing it
+    if torch := imported.get("torch"):  # not imported just for this
         env |= {"threads": torch.get_num_threads(), "cuda": torch.version.cuda}
         env["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return env
@@ -203,7 +203,7 @@ def _cpu_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mirrors of metrics.jsonl: what other tools show of a run
+# mirrors of metrics.jsonl in other tools
 
 
 class TensorBoard:
@@ -215,7 +215,7 @@ class TensorBoard:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, step, numbers):
-        if self.writer is None:  # steps after the resumed one are computed again: their old points are not shown
+        if self.writer is None:  # resumed: hide the points of steps that are computed again
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.folder), purge_step=step)
@@ -242,10 +242,10 @@ class Wandb:
                 project=os.environ.get("WANDB_PROJECT", "bytes-to-lora"), group=log.kind, name=log.run_dir.name,
                 id=id_file.read_text(encoding="utf-8"), resume="allow", dir=str(log.run_dir), config=settings,
             )  # fmt: skip
-        except Exception as e:  # no network, no key: wandb has an exception for each
+        except Exception as e:  # no network, no key, …: each has its own class
             why = f"{type(e).__name__}: {e}".splitlines()[0]
             raise UsageError(f"wandb did not start ({why}); set WANDB_MODE=offline, or leave out --wandb") from e
-        # Steps may come again after a kill, which wandb's own counter refuses: the step is a field like others.
+        # Steps may repeat after a kill, which wandb's own counter refuses: the step is an ordinary field.
         self.run.define_metric("*", step_metric="step")
 
     def add(self, step, numbers):
@@ -293,7 +293,7 @@ def export_record(run_dir, out):
 
 
 def _adapter_row(adapter, sweep):
-    """An adapter's line in adapters.jsonl, with the checksums of its inputs, which the sweep keeps once for all."""
+    """An adapter's line in adapters.jsonl, with the checksums of its inputs, which the sweep stores once."""
     config = {**adapter.config, "settings": {"inputs": sweep.settings.get("inputs"), **adapter.settings}}
     rows = [json.loads(line) for line in adapter.read_text("metrics.jsonl").split("\n")[:-1]]
     return {"name": adapter.name, "config": config, "env": adapter.env, "result": adapter.result, "metrics": rows}

@@ -1,7 +1,7 @@
-"""Does a run's record agree with what its code, data and weights give?
+"""Verify a run: does its record agree with what its code, data and weights compute?
 
-Every kind of run is checked against its checksums and against the figures that its record states twice. What a kind can
-compute again is its station's `replay_run(run, report, *, steps, whole, data)`, imported here only when it is needed.
+Every run is checked for its checksums and for figures that its files state twice. What can be computed again is up to
+`replay_run(run, report, *, steps, whole, data)` of the package that made the run, imported here only when needed.
 """
 
 import importlib
@@ -13,16 +13,16 @@ from common import ROOT, UsageError, plain
 from runlog.record import environment, git
 
 REPLAYS = {"gpt2": "gpt2.replay", "hellaswag": "gpt2.replay", "bpe": "bpe.train_bpe", "lora": "lora.train_lora"}
-PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that decides what is learned
+PACKAGES = ("bpe", "data", "gpt2", "lora")  # code that affects what is learned
 
 
 @dataclass
 class Report:
-    """What was found, line by line, printed as it comes."""
+    """Results of the checks, printed as they come."""
 
-    failed: int = 0  # checks that show the record to be wrong
-    unproved: int = 0  # what could neither be shown nor refuted
-    reasons: list = field(default_factory=list)  # why a replay here may give other bits
+    failed: int = 0  # checks that contradict the record
+    unproved: int = 0  # checks that could not be made
+    reasons: list = field(default_factory=list)  # why a replay here may differ in the last bits
 
     def ok(self, text):
         print(f"ok        {text}", flush=True)
@@ -37,10 +37,10 @@ class Report:
 
 
 def verify(run, steps=5, whole=False, data=None):
-    """Check a Run and print what is found -> whether nothing failed.
+    """Check a Run and print the results -> whether nothing failed.
 
     steps: optimizer steps to replay from the start and from each kept checkpoint. whole: replay all of them.
-    data: where the corpus, text or rows lie now, if not where the record says.
+    data: path of the corpus, text or rows, if not as recorded.
     """
     report = Report()
     print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}")
@@ -56,7 +56,7 @@ def verify(run, steps=5, whole=False, data=None):
     elif run.kind == "lora_sweep":
         check_adapters(run, report, steps, whole, data)
     else:
-        report.open(f"a run of kind {run.kind} measures: there is nothing to compute again with the same outcome")
+        report.open(f"a run of kind {run.kind} is a measurement, which cannot be repeated exactly")
     if report.failed:
         print(f"          {report.failed} of the checks failed: this record is not what the run computed")
     else:
@@ -66,14 +66,14 @@ def verify(run, steps=5, whole=False, data=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what holds for every kind
+# checks for every kind
 
 
 def check_metrics(run, report):
-    """The rows of metrics.jsonl against the checksum that the run left in result.json."""
+    """The rows of metrics.jsonl against the checksum in result.json."""
     recorded = run.result.get("metrics_file_sha256")
     if recorded is None:
-        report.open("no checksum of metrics.jsonl is recorded: a changed digit is found only where it is replayed")
+        report.open("no checksum of metrics.jsonl is recorded: a changed digit is found only if it is replayed")
     elif recorded == run.metrics_sha256:
         report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl match the checksum in result.json")
     else:
@@ -81,7 +81,7 @@ def check_metrics(run, report):
 
 
 def check_result(run, report):
-    """Figures of result.json against the rows that they were taken from."""
+    """Figures of result.json against the rows."""
     last = run.rows("val")[-1] if run.rows("val") else {}
     expected = {"val_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
     if run.settings.get("total_batch_size") and run.result.get("step") is not None:
@@ -108,7 +108,7 @@ def check_adapters(run, report, steps, whole, data):
 
 
 def code_reasons(run):
-    """Why the code here may not be the code of the run -> list of texts; empty if it is the same."""
+    """Differences between the code here and that of the run -> list of texts."""
     commit = run.config.get("git_commit") or "?"
     if run.config.get("git_dirty") is not False:
         return ["the run's code was not committed" if run.config.get("git_dirty") else "the run's code is not known"]
@@ -119,7 +119,7 @@ def code_reasons(run):
 
 
 def hardware_reasons(run):
-    """What of hardware and libraries is not as it was -> list of texts."""
+    """Differences in hardware and libraries -> list of texts."""
     if run.env.get("torch"):
         importlib.import_module("torch")  # `environment` reports it once it is imported
     here = environment()
@@ -131,11 +131,11 @@ def hardware_reasons(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# for the stations
+# for replay_run
 
 
 def locate_input(recorded, replacement=None):
-    """A path of a record -> where it lies here: as it stands, or from the repository's root; UsageError if nowhere."""
+    """A recorded path -> its path here, relative to the working directory or the repository; UsageError if missing."""
     if replacement is not None:
         if not Path(replacement).exists():
             raise UsageError(f"{replacement} does not exist")
@@ -143,7 +143,7 @@ def locate_input(recorded, replacement=None):
     for path in (Path(recorded), ROOT / recorded):
         if path.exists():
             return path
-    raise UsageError(f"{recorded} is not here, so nothing was computed again (say with --data where it lies now)")
+    raise UsageError(f"{recorded} does not exist here, so nothing was computed again (give its path with --data)")
 
 
 def compare_figures(report, what, recorded, again, tolerance):

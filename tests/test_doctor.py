@@ -16,7 +16,7 @@ def test_a_run_has_a_line_for_each_check(in_process, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = in_process(doctor.main)
     lines = out.splitlines()
-    assert err == "" and len(lines) == len(doctor.BREAKS + doctor.SLOWS) + 1
+    assert err == "" and len(lines) == len(doctor.REQUIRED + doctor.OPTIONAL) + 1
     assert all(line.split()[0] in ("ok", "note", "MISSING") for line in lines[:-1])
     missing = [line for line in lines if line.startswith("MISSING")]
     assert code == bool(missing) and all("; fix: " in line for line in missing)

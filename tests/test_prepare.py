@@ -176,7 +176,7 @@ def test_processes_and_block_size_leave_no_mark(undisturbed, corpus, script, tmp
 @pytest.mark.parametrize("source", ["jsonl", "fineweb-edu"])
 def test_two_machines_parts_merge_into_the_same_bytes(undisturbed, corpus, script, assert_refuses, tmp_path, source):
     out = tmp_path / "mine"
-    assert_refuses("data/prepare.py", "merge", out, says="no parts to join")
+    assert_refuses("data/prepare.py", "merge", out, says="no parts to merge")
     assert "part 1/2 is done" in script(*command(source, corpus, out, "--shard", "1/2", "--workers", 1)).stdout
     assert_refuses("data/prepare.py", "merge", out, says="run the parts --shard i/n again")
     script(*command(source, corpus, out, "--shard", "0/2", "--workers", 2))

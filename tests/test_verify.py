@@ -155,7 +155,7 @@ def test_other_shards_are_found_and_moved_ones_are_named_by_hand(run_dir, verify
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     config["settings"]["data_dir"] = "data/corpora/elsewhere"
     write_json(run_dir / "config.json", config)
-    assert "data/corpora/elsewhere is not here" in verify(run_dir)
+    assert "data/corpora/elsewhere does not exist" in verify(run_dir)
     assert "to the last bit" in verify(run_dir, "--data", moved, "--steps", "1")
     config["settings"]["shards_sha256"] = "0" * 64
     write_json(run_dir / "config.json", config)
