@@ -19,25 +19,21 @@ def cli(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
-        main()
+        return main()
     except UsageError as e:
-        sys.exit(_complain(str(e)))
+        message = str(e)
     except BrokenPipeError:  # `… | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
         if e.filename is None and e.strerror is None:
             raise
-        where = f"{e.filename}: " if e.filename else ""
-        sys.exit(_complain(f"{where}{e.strerror or e}"))
+        message = f"{e.filename}: " * bool(e.filename) + (e.strerror or str(e))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _complain(message):
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 @contextmanager

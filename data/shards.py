@@ -94,7 +94,8 @@ def count_ids(ids):
 def write_meta(data_dir, **fields):
     """Write the manifest (its fields: see the top). It is written last: a folder with a meta.json is complete."""
     meta = {"format": FORMAT, "version": FORMAT_VERSION, **fields}
-    write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": _count_unigrams(data_dir, meta)})
+    counts = " ".join(map(str, unigram_counts(data_dir, meta)))  # one line; an indented list would be 50,000
+    write_json(Path(data_dir) / "meta.json", {**meta, "unigram_counts": counts})
 
 
 def read_meta(data_dir):
@@ -142,21 +143,19 @@ def open_split(data_dir, split, meta=None):
 
 
 def unigram_counts(data_dir, meta):
-    """How often each id occurs in the first 100M tokens of the train split -> (vocab_size,) int64, from the manifest.
+    """How often each id occurs in the first 100M tokens of the train split -> (vocab_size,) int64.
 
-    A manifest of an earlier version lacks them: there they are counted.
+    Read from the manifest; counted where it is new, or from an earlier version that lacks them.
     """
-    return np.array((meta.get("unigram_counts") or _count_unigrams(data_dir, meta)).split(), dtype=np.int64)
-
-
-def _count_unigrams(data_dir, meta):
+    if "unigram_counts" in meta:
+        return np.array(meta["unigram_counts"].split(), dtype=np.int64)
     counts, left = np.zeros(MAX_VOCAB, dtype=np.int64), UNIGRAM_TOKENS
     for shard in meta["shards"]:
         if shard["split"] == "train" and left:
             ids = map_shard(Path(data_dir) / shard["file"], shard["tokens"])[:left]
             counts += count_ids(ids)
             left -= len(ids)
-    return " ".join(map(str, counts[: meta["vocab_size"]].tolist()))  # one line; an indented list would be 50,000
+    return counts[: meta["vocab_size"]]
 
 
 def verify(data_dir: tyro.conf.Positional[Path]):
