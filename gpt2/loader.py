@@ -56,13 +56,13 @@ class Loader:
         rows = range(self.rows_per_step) if rows is None else rows
         return _stack([self.sequence(self.order(step * self.rows_per_step + row)) for row in rows])
 
-    def in_order(self, first, count, stride=1, n=None):
-        """`count` sequences first, first + stride, … as they stand in the shards; targets are -1 from sequence n on.
+    def in_order(self, first, count, n=None):
+        """`count` sequences from `first` on as they stand in the shards; targets are -1 from sequence n on.
 
         The fixed rows fill the last batch of an evaluation, so that every batch has one shape.
         """
         n = self.n_sequences if n is None else n
-        picks = [first + k * stride for k in range(count)]
+        picks = range(first, first + count)
         idx, targets = _stack([self.sequence(min(i, n - 1)) for i in picks])
         targets[[i >= n for i in picks]] = -1
         return idx, targets
@@ -73,9 +73,9 @@ def _stack(sequences):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def micro_batch_rows(micro_step, rank, world_size, micro_batch_size):
-    """The rows of a step's batch that `rank` computes in `micro_step`: disjoint over both, and together all of them."""
-    start = (micro_step * world_size + rank) * micro_batch_size
+def micro_batch_rows(micro_step, rank, grad_accum_steps, micro_batch_size):
+    """The rows of a step's batch that `rank` computes in `micro_step`: each rank has one block of consecutive rows."""
+    start = (rank * grad_accum_steps + micro_step) * micro_batch_size
     return range(start, start + micro_batch_size)
 
 
@@ -84,7 +84,7 @@ def micro_batches(loader, ranks, micro_batch_size, grad_accum_steps, step):
 
     def read(i):
         step, micro_step = divmod(i, grad_accum_steps)
-        rows = micro_batch_rows(micro_step, ranks.rank, ranks.world_size, micro_batch_size)
+        rows = micro_batch_rows(micro_step, ranks.rank, grad_accum_steps, micro_batch_size)
         tensors = loader.batch(step, rows)  # (micro_batch_size, T) each
         return [t.pin_memory() for t in tensors] if ranks.device.type == "cuda" else tensors
 

@@ -184,8 +184,9 @@ def changed_settings(then, now):
 def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
     """Loss over the first val_tokens of the val split -> {"loss", "bits_per_byte", "tokens"}, or None if stopped.
 
-    Sequence i goes to rank i mod world_size, so the loss depends neither on the number of processes nor on the
-    micro-batch. token_bytes: (vocab_size,) UTF-8 bytes of each id. stop: asked between batches. Collective.
+    Batches of micro_batch_size sequences go to the ranks in turn, and their float32 losses are added in float64: the
+    result does not depend on the number of processes. token_bytes: (vocab_size,) UTF-8 bytes of each id. stop: asked
+    between batches. Collective.
     """
     n = min(loader.n_sequences, max(1, cfg.val_tokens // cfg.block_size))
     per_batch = cfg.micro_batch_size * ranks.world_size
@@ -195,7 +196,7 @@ def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
     for first in range(0, n, per_batch):
         if stop.here():
             break
-        idx, targets = loader.in_order(first + ranks.rank, cfg.micro_batch_size, ranks.world_size, n)  # (B, T) each
+        idx, targets = loader.in_order(first + ranks.rank * cfg.micro_batch_size, cfg.micro_batch_size, n)  # (B, T)
         known = targets[targets >= 0]
         tokens, text_bytes = tokens + known.numel(), text_bytes + int(token_bytes[known].sum())
         with autocast(ranks.device, cfg.dtype):

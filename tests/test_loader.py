@@ -68,7 +68,7 @@ def test_rows_are_disjoint_across_ranks_and_independent_of_the_micro_batch(count
     seen = []
     for micro_step in range(accum):
         for rank in range(world_size):
-            seen += rows(loader.batch(3, micro_batch_rows(micro_step, rank, world_size, micro_batch_size)))
+            seen += rows(loader.batch(3, micro_batch_rows(micro_step, rank, accum, micro_batch_size)))
     assert len(set(seen)) == 8 and set(seen) == set(rows(loader.batch(3)))
     assert len({row[0] < 150 for row in seen}) == 2
 
@@ -87,8 +87,8 @@ def test_micro_batches_are_the_loaders_rows_from_any_step_on(counting, start):
 def test_rows_in_order_fill_the_last_batch_with_masked_targets(counting):
     loader = Loader(counting, "val", T)
     assert loader.n_sequences == 6
-    idx, targets = loader.in_order(first=1, count=4, stride=2)
-    assert idx[:, 0].tolist() == [8, 24, 40, 40]  # sequences 1, 3, 5 and no 7
+    idx, targets = loader.in_order(first=3, count=4)
+    assert idx[:, 0].tolist() == [24, 32, 40, 40]  # sequences 3, 4, 5 and no 6
     assert torch.equal(targets[:3], idx[:3] + 1) and (targets[3] == -1).all()
 
 

@@ -624,3 +624,25 @@ def test_float16_that_overflows_at_every_scale_has_diverged(train, tmp_path, mon
     train(tmp_path / "run", "--dtype", "float16", "--max-steps", "40")
     result = read_run(tmp_path / "run").result
     assert result["status"] == "diverged" and "of step 16 is not finite, however small" in result["reason"]
+
+
+@pytest.mark.core
+def test_the_validation_loss_is_the_same_for_every_number_of_processes(corpus):
+    """To the last bit, also where the last batch is not full: 23 sequences in batches of 4."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=385, n_layer=1, n_head=2, n_embd=16))
+    cfg = TrainConfig(val_tokens=23 * 32, block_size=32, micro_batch_size=4, dtype="float32")
+    loader, stop = train_gpt2.Loader(corpus, "val", 32), SimpleNamespace(here=lambda: None, why=None)
+
+    def evaluate(rank, world_size, exchange):
+        ranks = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sum=exchange)
+        return train_gpt2.evaluate_loss(model, loader, cfg, ranks, torch.ones(385), stop)
+
+    found = []
+    for world_size in (1, 2, 3):
+        shares = []
+        for rank in range(world_size):
+            evaluate(rank, world_size, lambda values, shares=shares: shares.append(values) or values)
+        sums = [sum(map(float, column)) for column in zip(*shares)]
+        found.append(evaluate(0, world_size, lambda values, sums=sums: sums))
+    assert found[0] == found[1] == found[2] and found[0]["tokens"] == 23 * 32
