@@ -100,6 +100,41 @@ def _interface_to(host):
     return next((name for name, found in interfaces if address in [a.address for a in found]), None)
 
 
+class TreeSum:
+    """Sums the tensors of a step's micro-batches in one binary tree, whatever the number of ranks that computed them.
+
+    Floating-point sums depend on their order. Here micro-batches 2i and 2i + 1 are added first, then the pairs, and so
+    on: each rank sums the subtree of its block of micro-batches, and ranks exchange sums with partners at distance 1,
+    2, 4, … (recursive doubling; Thakur et al. 2005). a + b rounds as b + a does, so every rank ends with the same bits.
+    The numbers of micro-batches and ranks are powers of two. At most log2(micro-batches of a rank) + 1 sums are kept.
+    """
+
+    def __init__(self, ranks):
+        self.ranks, self.sums, self.added = ranks, [], 0
+
+    def add(self, tensors):
+        """One micro-batch's tensors, in the order of the micro-batches. They are kept, and changed."""
+        self.added += 1
+        carries = (self.added & -self.added).bit_length() - 1  # as in a binary counter: trailing zeros
+        for _ in range(carries):
+            torch._foreach_add_(tensors, self.sums.pop())
+        self.sums.append(tensors)
+
+    def total(self):
+        """The sums over all micro-batches and ranks; the next step's tree begins. Collective."""
+        (tensors,) = self.sums
+        self.sums, self.added, distance = [], 0, 1
+        while distance < self.ranks.world_size:
+            partner, theirs = self.ranks.rank ^ distance, [torch.empty_like(t) for t in tensors]
+            sends = [dist.P2POp(dist.isend, t, partner) for t in tensors]
+            receives = [dist.P2POp(dist.irecv, t, partner) for t in theirs]
+            for work in dist.batch_isend_irecv(sends + receives):
+                work.wait()
+            torch._foreach_add_(tensors, theirs)
+            distance *= 2
+        return tensors
+
+
 class Stop:
     """Why training should end before its last step, agreed between the ranks.
 

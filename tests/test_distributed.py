@@ -3,11 +3,15 @@
 import os
 import socket
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
-from gpt2.distributed import Ranks, Stop, _interface_to
+from gpt2.distributed import Ranks, Stop, TreeSum, _interface_to
 
 
 def test_gloo_gets_the_interface_that_leads_to_the_master():
@@ -33,3 +37,34 @@ def test_restarts_keep_the_clock_of_the_first_attempt(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     starts = {Ranks("cpu").started for _ in range(2)}
     assert starts == {psutil.Process(os.getppid()).create_time()} and max(starts) < alone
+
+
+def sum_in_a_tree(rank, world_size, store, leaves, out):
+    """TreeSum of a rank's block of leaves, twice, on one of `world_size` gloo ranks; every rank saves its sums."""
+    if world_size > 1:
+        shared = dist.FileStore(store, world_size)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    tree, n = TreeSum(SimpleNamespace(rank=rank, world_size=world_size)), len(leaves) // world_size
+    for _ in range(2):
+        for leaf in leaves[rank * n :][:n]:
+            tree.add([leaf[0].clone(), leaf.clone()])
+            assert len(tree.sums) <= n.bit_length()
+        torch.save(tree.total(), f"{out}-{rank}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.core
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
+def test_a_tree_sum_has_the_same_bits_on_1_2_and_4_ranks(tmp_path):
+    leaves = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    a, b, c, d, e, f, g, h = leaves
+    expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    assert not torch.equal(expected, a + b + c + d + e + f + g + h)  # an order of its own
+    sum_in_a_tree(0, 1, None, leaves, tmp_path / "1")
+    for world_size in (2, 4):
+        args = (world_size, str(tmp_path / f"store{world_size}"), leaves, tmp_path / str(world_size))
+        torch.multiprocessing.start_processes(sum_in_a_tree, args, nprocs=world_size, start_method="fork")
+    for world_size, rank in [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]:
+        first, whole = torch.load(tmp_path / f"{world_size}-{rank}.pt")
+        assert torch.equal(whole, expected) and first == expected[0]
