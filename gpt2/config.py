@@ -55,7 +55,7 @@ class TrainConfig:
     n_head: int = 12  # attention heads a block
     n_embd: int = 768  # width of the residual stream
     block_size: int = 1024  # context length T, in tokens
-    dropout: float = 0.0  # dropout probability; above 0 the result depends on the processes and the micro-batch
+    dropout: float = 0.0  # dropout probability; above 0 the masks depend on the processes (not with --exact-reduction)
 
     # --- batch and schedule
     total_batch_size: int = 524288  # tokens an optimizer step, over all processes and micro-batches
@@ -90,6 +90,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matmuls; auto: 16 bits in hardware
     compile: bool = True  # torch.compile the model; eager, with a message, where no compiler is found
+    exact_reduction: bool = False  # the same bits on 1, 2, 4, … processes with as many threads (GPUs: --deterministic)
     deterministic: bool = False  # deterministic kernels: with --compile, too, a resumed run ends bit-identical
     cpu_memory_settings: bool = False  # Linux CPUs: restart with malloc settings that keep buffers (fewer page faults)
 
@@ -106,6 +107,8 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.total_batch_size % (T := self.block_size):
             raise UsageError(f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {T}")
+        if self.exact_reduction and not self.micro_batch_size:
+            raise UsageError("--exact-reduction needs a --micro-batch-size, which otherwise depends on the free memory")
 
     @property
     def shape(self):
@@ -119,6 +122,12 @@ class TrainConfig:
             raise UsageError(
                 f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} on "
                 f"{world_size} process(es); leave out --micro-batch-size, or make a step a multiple of both"
+            )
+        if self.exact_reduction and (sequences // self.micro_batch_size).bit_count() != 1:
+            sizes = [str(sequences >> k) for k in range(sequences.bit_length()) if sequences % (1 << k) == 0]
+            raise UsageError(
+                f"--exact-reduction needs 1, 2, 4, … micro-batches a step: with {sequences} sequences, "
+                f"--micro-batch-size {' or '.join(sizes)}"
             )
         return sequences // (self.micro_batch_size * world_size)
 

@@ -34,7 +34,7 @@ def make_optimizers(model, cfg):
     optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if hidden:
         group = {"params": hidden, "max_lr": cfg.muon_lr}
-        optimizers.append(Muon([group], lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, share_out=not cfg.exact_reduction))
     return optimizers
 
 
@@ -52,11 +52,14 @@ class Muon(torch.optim.Optimizer):
     For matrices only. The step is scaled to the RMS of AdamW's (Liu et al. 2025, Muon is Scalable), so that one weight
     decay suits both. It computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, with two differences:
     matrices of one shape are orthogonalised together in one batched product, and on a CPU in float32, since few CPUs
-    multiply bfloat16 natively and the others take ten times as long. Ranks share out the matrices.
+    multiply bfloat16 natively and the others take ten times as long.
+
+    share_out: each rank computes some of the matrices. How a batched product rounds may depend on how many it has.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, share_out=True):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.orthogonalise = orthogonalise_on_all_ranks if share_out else orthogonalise
 
     @torch.no_grad()
     def step(self):
@@ -74,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     update.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov's look ahead
-                update = orthogonalise_on_all_ranks(torch.stack(update))  # (n, out, in)
+                update = self.orthogonalise(torch.stack(update))  # (n, out, in)
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, u in zip(params, update):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

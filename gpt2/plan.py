@@ -143,6 +143,8 @@ def print_plan(cfg):
     cards = {gb: fitting_micro_batch(cfg, model, world_size, gb * 1e9, "cuda") for gb in (16, 24, 40, 80)}
     cfg = replace(cfg, micro_batch_size=cfg.micro_batch_size or best or 1)
     fixed, per_sequence = memory_estimate(model, cfg.dtype, device.type)
+    if cfg.exact_reduction:  # sums of gradients that wait for the rest of their tree, or are exchanged
+        fixed += 4 * sum(p.numel() for p in model.parameters()) * cfg.grad_accum_steps(world_size).bit_length()
     tokens = cfg.max_steps * cfg.total_batch_size
     checkpoint = 12 * sum(p.numel() for p in model.parameters())
     lines = {

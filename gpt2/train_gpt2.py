@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,8 @@ from common import UsageError, cli, free_memory, peak_memory_mb, portable
 from common.checkpoints import newest_checkpoint, sorted_checkpoints
 from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
-from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig
-from gpt2.distributed import Ranks, Stop, autocast, pick_dtype
+from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
+from gpt2.distributed import Ranks, Stop, TreeSum, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers, set_lr
@@ -121,6 +121,7 @@ def all_settings(cfg, meta):
     sums = "".join(shard["sha256"] for shard in meta["shards"])
     return {
         **{k: portable(v) for k, v in asdict(cfg).items()},
+        **({"OMP_NUM_THREADS": torch.get_num_threads()} if cfg.exact_reduction else {}),
         "tokenizer_sha256": meta["tokenizer"]["sha256"],
         "shards_sha256": hashlib.sha256(sums.encode()).hexdigest(),
         "flops_per_token": meta_model(cfg, meta).flops_per_token(),
@@ -128,8 +129,15 @@ def all_settings(cfg, meta):
 
 
 def learned_settings(settings):
-    """The settings that decide what is learned: a resumed run may not change them."""
-    return {k: v for k, v in settings.items() if k not in FREE_ON_RESUME and k != "flops_per_token"}
+    """The settings that decide what is learned: a resumed run may not change them.
+
+    A setting that is newer than the run's record had its default; with --exact-reduction all the bits are to stay.
+    """
+    free = {*FREE_ON_RESUME, "flops_per_token"}
+    if settings.get("exact_reduction"):
+        free -= {"micro_batch_size", "compile", "deterministic"}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    return {k: v for k, v in {**defaults, **settings}.items() if k not in free}
 
 
 def find_start(cfg, settings, ranks):
@@ -173,7 +181,8 @@ def find_start(cfg, settings, ranks):
 
 def changed_settings(then, now):
     """What differs in the settings that decide what is learned, in words."""
-    return [f"{k} {then.get(k)!r} -> {v!r}" for k, v in learned_settings(now).items() if then.get(k) != v]
+    then, now = learned_settings(then), learned_settings(now)
+    return [f"{k} {then[k]!r} -> {v!r}" for k, v in now.items() if k in then and then[k] != v]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +259,8 @@ class Trainer:
         self.raw_model = build_model(cfg, meta).to(self.device)
         torch.manual_seed(cfg.seed + ranks.rank)  # dropout: every rank has other rows, and other masks
         self.model = self.step_model = compiled(self.raw_model, cfg, ranks, self.say)
-        if ranks.world_size > 1:
+        self.tree = TreeSum(ranks) if cfg.exact_reduction else None
+        if ranks.world_size > 1 and not self.tree:
             gpu = [self.device.index] if self.device.type == "cuda" else None
             self.step_model = DistributedDataParallel(self.model, gpu, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.raw_model, cfg)
@@ -309,6 +319,7 @@ class Trainer:
         last_step = 0 if cfg.eval_only else cfg.max_steps if until is None else until
         start_step, started_at = self.step, time.perf_counter()
         batches = micro_batches(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps, self.step)
+        params = list(self.raw_model.parameters())
         self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
@@ -332,16 +343,28 @@ class Trainer:
                 self.clock = time.perf_counter()
             self.model.train()
             loss_sum = torch.zeros((), device=self.device)
+            parts = self.grad_accum_steps * (ranks.world_size if self.tree else 1)  # DDP takes the mean over the ranks
             for micro_step in range(self.grad_accum_steps):
                 idx, targets = next(batches)  # (micro_batch_size, T) each
                 # Gradients travel between processes once a step: in the backward pass of the last micro-batch.
-                last = micro_step == self.grad_accum_steps - 1
-                with contextlib.nullcontext() if last or ranks.world_size == 1 else self.step_model.no_sync():
+                sync = micro_step == self.grad_accum_steps - 1 or self.step_model is self.model
+                if self.tree:  # dropout masks are those of the micro-batch, whoever computes it
+                    seeds = [cfg.seed, self.step, ranks.rank * self.grad_accum_steps + micro_step]
+                    torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+                with contextlib.nullcontext() if sync else self.step_model.no_sync():
                     with autocast(self.device, cfg.dtype):
                         _, loss = self.step_model(idx, targets, return_logits=False)
-                    loss = loss / self.grad_accum_steps
+                    loss = loss / parts
                     self.scaler.scale(loss).backward()
-                loss_sum += loss.detach()
+                if self.tree:
+                    self.tree.add([loss.detach(), *(p.grad for p in params)])
+                    self.raw_model.zero_grad()  # the tree has the gradients
+                else:
+                    loss_sum += loss.detach()
+            if self.tree:
+                loss_sum, *grads = self.tree.total()
+                for p, grad in zip(params, grads):
+                    p.grad = grad
             lr = set_lr(self.optimizers, self.step, cfg)
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)

@@ -1,6 +1,7 @@
 """Real training processes are killed, stopped and restarted; what they end with is identical to an undisturbed run."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -88,18 +89,20 @@ def undisturbed(corpus, run_dir, *flags, nproc=1):
 def kill_and_resume(corpus, run_dir, kills, seed, *flags, nproc=1):
     """Kill -9 so many times, each a random moment further into the run, then let the last start end -> its output.
 
+    nproc: processes of every start, or of one start after another.
     The moments follow the steps that the run has recorded, not a clock, so that every kill falls inside training on a
     computer of any speed: within it, a pause of a random length decides what the process is doing when it dies.
     """
     random_moment = random.Random(seed)
-    for i in range(kills):
-        process = start(command(corpus, run_dir, *flags, nproc=nproc))
+    *killed, last = nproc if isinstance(nproc, tuple) else (nproc,) * (kills + 1)
+    for i, n in enumerate(killed):
+        process = start(command(corpus, run_dir, *flags, nproc=n))
         target = int(MAX_STEPS * (i + random_moment.uniform(0.2, 0.8)) / kills)
         wait_for(lambda target=target: last_step(run_dir) >= target, process, f"step {target}")
         time.sleep(random_moment.uniform(0, 0.1))
         kill(process)
         assert last_step(run_dir) < MAX_STEPS - 1
-    return finish(start(command(corpus, run_dir, *flags, nproc=nproc)))
+    return finish(start(command(corpus, run_dir, *flags, nproc=last)))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,27 @@ def test_two_trainers_on_one_run_directory_are_not_let_in_and_ranks_outlive_no_t
     assert "preempted: torchrun is gone" in out
     result = read_run(run_dir).result
     assert result["status"] == "preempted" and checkpoint.load_newest(run_dir / "ckpt")["step"] == result["step"]
+
+
+EXACT = ["--exact-reduction", "--micro-batch-size", "2"]  # 8 micro-batches a step
+
+
+def sha256_of_weights(run_dir):
+    model = checkpoint.load_newest(run_dir / "ckpt")["model"]
+    return hashlib.sha256(b"".join(model[name].numpy().tobytes() for name in sorted(model))).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_exact_reduction_on_1_2_and_4_processes_killed_and_resumed_on_others(corpus, tmp_path, dtype, optimizer):
+    flags = [*EXACT, "--dtype", dtype, "--optimizer", optimizer]
+    runs = [undisturbed(corpus, tmp_path / str(n), *flags, nproc=n) for n in (1, 2, 4)]
+    for starts in [(1, 2), (2, 4), (4, 1), (2, 1, 4)]:
+        runs.append(tmp_path / "-".join(map(str, starts)))
+        kill_and_resume(corpus, runs[-1], len(starts) - 1, 0, *flags, nproc=starts)
+    assert len({sha256_of_weights(run_dir) for run_dir in runs}) == 1
+    assert all(comparable_metrics(run_dir) == comparable_metrics(runs[0]) for run_dir in runs)
 
 
 @pytest.mark.slow

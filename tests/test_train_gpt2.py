@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_the_result_does_not_depend_on_processes_or_micro_batches(
     ours, theirs = comparable_metrics(reference[0]), comparable_metrics(tmp_path / "run")
     assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
+
+
+def test_exact_reduction_gives_the_same_bits_on_another_number_of_processes(corpus, train, tmp_path):
+    """The masks of --dropout and Muon's update included; resumed on one process as well."""
+    flags = ["--exact-reduction", "--micro-batch-size", "2", "--dropout", "0.1", "--optimizer", "muon"]
+    train(tmp_path / "alone", *flags)
+    torchrun(tmp_path / "run", corpus, *flags, before=["--standalone"])
+    assert identical(tmp_path / "alone", tmp_path / "run")
+    for name in ("result.json", "ckpt/step_000020.pt"):
+        (tmp_path / "run" / name).unlink()
+    assert "resumed at step 15" in train(tmp_path / "run", *flags)
+    assert identical(tmp_path / "alone", tmp_path / "run")
 
 
 def test_a_finished_run_is_left_alone(reference, train):
@@ -395,6 +408,43 @@ def test_steps_divide_into_micro_batches_or_the_message_says_what_does():
         cfg.grad_accum_steps(2)
     with pytest.raises(UsageError, match="on 5 process"):
         cfg.grad_accum_steps(5)
+
+
+@pytest.mark.core
+def test_exact_reduction_says_which_micro_batches_it_can_sum():
+    cfg = TrainConfig(total_batch_size=24 * 1024, micro_batch_size=6, exact_reduction=True)
+    assert [cfg.grad_accum_steps(n) for n in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UsageError, match="on 3 process"):
+        cfg.grad_accum_steps(3)
+    with pytest.raises(UsageError, match="with 24 sequences, --micro-batch-size 24 or 12 or 6 or 3"):
+        replace(cfg, micro_batch_size=4).grad_accum_steps(1)
+    with pytest.raises(UsageError, match="needs a --micro-batch-size"):
+        replace(cfg, micro_batch_size=0)
+
+
+def test_exact_reduction_is_not_resumed_with_what_would_change_the_bits(train, assert_usage_error, tmp_path):
+    train(tmp_path / "run", "--exact-reduction", "--micro-batch-size", "4")
+    wrong = ["--exact-reduction", "--micro-batch-size", "8"]
+    assert_usage_error(tmp_path / "run", *wrong, says="micro_batch_size 4 -> 8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert_usage_error(tmp_path / "run", *wrong, says=f"OMP_NUM_THREADS {threads} -> {threads + 1}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_setting_that_an_older_record_lacks_had_its_default(reference, train, assert_usage_error, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
+    del config["settings"]["exact_reduction"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "is finished" in train(tmp_path / "run")
+    assert_usage_error(tmp_path / "run", "--exact-reduction", says="exact_reduction False -> True")
+    now = read_run(reference[0]).settings
+    then = {k: v for k, v in train_gpt2.learned_settings(now).items() if k != "exact_reduction"}  # as checkpoints have
+    assert train_gpt2.changed_settings(then, now) == []
+    assert train_gpt2.changed_settings(then, {**now, "seed": 2}) == ["seed 1337 -> 2"]
 
 
 def test_a_plan_starts_nothing_and_times_what_will_run(train, tmp_path, monkeypatch):
