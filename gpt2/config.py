@@ -62,7 +62,9 @@ class TrainConfig:
     micro_batch_size: int = 0  # sequences a forward pass, accumulated to total_batch_size; 0: what fits the memory
     max_steps: int = 19073  # optimizer steps; 19,073 of 524,288 tokens are one epoch over 10B tokens
     warmup_steps: int = 715  # steps of linear warmup (375M tokens, as in the GPT-3 paper)
-    max_lr: float = 6e-4  # peak learning rate of AdamW; the cosine ends at a tenth of it
+    max_lr: float = 6e-4  # peak learning rate of AdamW
+    lr_decay: Literal["cosine", "linear", "wsd"] = "cosine"  # cosine: to a tenth; linear: to 0; wsd: late, linear to 0
+    cooldown_share: float = 0.2  # share of the steps after the warm-up in which the rate of wsd falls
 
     # --- optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw: GPT-2's recipe; muon: Muon for hidden matrices, else AdamW
@@ -107,6 +109,8 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.total_batch_size % (T := self.block_size):
             raise UsageError(f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {T}")
+        if not 0 < self.cooldown_share <= 1:
+            raise UsageError(f"--cooldown-share must be above 0 and at most 1, got {self.cooldown_share}")
         if self.exact_reduction and not self.micro_batch_size:
             raise UsageError("--exact-reduction needs a --micro-batch-size, which otherwise depends on the free memory")
 
@@ -114,6 +118,11 @@ class TrainConfig:
     def shape(self):
         """The settings that are fields of GPTConfig, as a dict."""
         return {k: getattr(self, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+
+    @property
+    def cooldown(self):
+        """The share of the steps after the warm-up in which the learning rate falls to 0; None: a cosine instead."""
+        return {"cosine": None, "linear": 1.0, "wsd": self.cooldown_share}[self.lr_decay]
 
     def grad_accum_steps(self, world_size):
         """Micro-batches that each of `world_size` processes computes for one step."""

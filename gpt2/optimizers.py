@@ -8,11 +8,17 @@ import torch.distributed as dist
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak
 
 
-def lr_at(step, max_lr, warmup_steps, max_steps):
-    """Learning rate of a step: linear warmup, then a cosine to a tenth of the peak. A function of the step alone."""
+def lr_at(step, max_lr, warmup_steps, max_steps, cooldown=None):
+    """Learning rate of a step: linear warmup, then a cosine to a tenth of the peak. A function of the step alone.
+
+    cooldown: in its place the rate stays, and falls to 0 in this share of the steps after the warmup (WSD, Hu et al.
+    2024), 1.0 being a linear decay.
+    """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    if cooldown:
+        return max_lr * min(1.0, (1 - progress) / cooldown)
     return max_lr * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -42,7 +48,7 @@ def set_lr(optimizers, step, cfg):
     """Set every group's learning rate for this step -> AdamW's, for the log."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, group["max_lr"], cfg.warmup_steps, cfg.max_steps)
+            group["lr"] = lr_at(step, group["max_lr"], cfg.warmup_steps, cfg.max_steps, cfg.cooldown)
     return optimizers[0].param_groups[0]["lr"]
 
 

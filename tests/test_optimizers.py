@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from common import UsageError
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.optimizers import Muon, lr_at, make_optimizers, orthogonalise, set_lr
@@ -25,6 +26,28 @@ def test_warmup_is_linear_and_the_cosine_ends_at_a_tenth():
     assert all(a > b for a, b in pairwise(lr[10:]))
     assert lr[60] == pytest.approx(0.55) and lr[110] == pytest.approx(0.1)
     assert lr_at(0, 1.0, 0, 10) == 1.0 and lr_at(500, 1.0, 10, 110) == pytest.approx(0.1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("decay, share", [("linear", 1.0), ("wsd", 0.25)])
+def test_linear_and_late_decay_are_those_of_transformers(decay, share):
+    from transformers import get_wsd_schedule
+
+    cfg = TrainConfig(lr_decay=decay, cooldown_share=0.25, max_lr=1.0, warmup_steps=10, max_steps=110)
+    ours, theirs = make_optimizers(tiny(), cfg), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_wsd_schedule(theirs, 10, int(100 * share), num_training_steps=110, decay_type="linear")
+    for step in range(111):
+        if step >= 10:  # in the warm-up theirs begins at 0
+            assert set_lr(ours, step, cfg) == pytest.approx(theirs.param_groups[0]["lr"])
+        theirs.step()
+        schedule.step()
+    assert set_lr(ours, 9, cfg) == 1.0 and set_lr(ours, 110, cfg) == 0.0
+
+
+def test_a_cooldown_is_a_share():
+    for share in (0.0, 1.5):
+        with pytest.raises(UsageError, match="--cooldown-share must be above 0"):
+            TrainConfig(cooldown_share=share)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
