@@ -1,8 +1,8 @@
 """Checkpoints of a GPT-2 run, and the one place that finds the model behind a name.
 
 A checkpoint holds plain tensors and plain containers, so that `torch.load(…, weights_only=True)` reads it anywhere and
-without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, learned, skipped}. How it is
-written and verified: common/checkpoints.py.
+without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, learned, skipped, average}.
+How it is written and verified: common/checkpoints.py.
 """
 
 import os

@@ -70,6 +70,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw: GPT-2's recipe; muon: Muon for hidden matrices, else AdamW
     muon_lr: float = 0.01  # peak learning rate of Muon, scaled to AdamW's RMS; same schedule
     weight_decay: float = 0.1  # decoupled weight decay, on parameters of two or more dimensions only
+    cautious_decay: bool = False  # weight decay only where the update, too, makes a weight smaller
+    average_last: int = 0  # steps at the end whose weights are averaged into the final ones; 0: the last step's alone
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     skip_nonfinite: int = 0  # skip at most this many steps with a non-finite loss or gradient (reads every loss)
     seed: int = 1337  # seed of the initial weights and of the order of the data
@@ -119,11 +121,6 @@ class TrainConfig:
         """The settings that are fields of GPTConfig, as a dict."""
         return {k: getattr(self, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
 
-    @property
-    def cooldown(self):
-        """The share of the steps after the warm-up in which the learning rate falls to 0; None: a cosine instead."""
-        return {"cosine": None, "linear": 1.0, "wsd": self.cooldown_share}[self.lr_decay]
-
     def grad_accum_steps(self, world_size):
         """Micro-batches that each of `world_size` processes computes for one step."""
         sequences = self.total_batch_size // self.block_size
@@ -132,12 +129,8 @@ class TrainConfig:
                 f"a step of {sequences} sequences does not divide into micro-batches of {self.micro_batch_size} on "
                 f"{world_size} process(es); leave out --micro-batch-size, or make a step a multiple of both"
             )
-        if self.exact_reduction and (sequences // self.micro_batch_size).bit_count() != 1:
-            sizes = [str(sequences >> k) for k in range(sequences.bit_length()) if sequences % (1 << k) == 0]
-            raise UsageError(
-                f"--exact-reduction needs 1, 2, 4, … micro-batches a step: with {sequences} sequences, "
-                f"--micro-batch-size {' or '.join(sizes)}"
-            )
+        if self.exact_reduction and (n := sequences // self.micro_batch_size).bit_count() != 1:
+            raise UsageError(f"--exact-reduction needs 1, 2, 4, … micro-batches a step, not {n}: --micro-batch-size")
         return sequences // (self.micro_batch_size * world_size)
 
 

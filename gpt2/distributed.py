@@ -103,10 +103,9 @@ def _interface_to(host):
 class TreeSum:
     """Sums the tensors of a step's micro-batches in one binary tree, whatever the number of ranks that computed them.
 
-    Floating-point sums depend on their order. Here micro-batches 2i and 2i + 1 are added first, then the pairs, and so
-    on: each rank sums the subtree of its block of micro-batches, and ranks exchange sums with partners at distance 1,
-    2, 4, … (recursive doubling; Thakur et al. 2005). a + b rounds as b + a does, so every rank ends with the same bits.
-    The numbers of micro-batches and ranks are powers of two. At most log2(micro-batches of a rank) + 1 sums are kept.
+    Micro-batches 2i and 2i + 1 are added first, then the pairs, and so on: a rank sums the subtree of its block, and
+    ranks exchange sums with partners at distance 1, 2, 4, … (recursive doubling; Thakur et al. 2005). a + b rounds as
+    b + a does. Both numbers are powers of two; at most log2(micro-batches of a rank) + 1 sums are kept.
     """
 
     def __init__(self, ranks):

@@ -11,8 +11,7 @@ MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak
 def lr_at(step, max_lr, warmup_steps, max_steps, cooldown=None):
     """Learning rate of a step: linear warmup, then a cosine to a tenth of the peak. A function of the step alone.
 
-    cooldown: in its place the rate stays, and falls to 0 in this share of the steps after the warmup (WSD, Hu et al.
-    2024), 1.0 being a linear decay.
+    cooldown: falls to 0 instead in this last share of the steps after the warmup (WSD, Hu et al. 2024); 1.0: linear.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -41,14 +40,40 @@ def make_optimizers(model, cfg):
     if hidden:
         group = {"params": hidden, "max_lr": cfg.muon_lr}
         optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, share_out=not cfg.exact_reduction))
+    for optimizer in optimizers if cfg.cautious_decay else ():
+        decay_cautiously(optimizer)
     return optimizers
+
+
+def decay_cautiously(optimizer):
+    """Let an optimizer's weight decay act only where its update u, too, makes a weight smaller.
+
+    p - lr * (u + decay * p where u * p >= 0): Cautious Weight Decay (Chen et al. 2025). A step copies the weights.
+    """
+    before = {}
+    for group in optimizer.param_groups:
+        group["cautious_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+
+    def remember(optimizer, *_):
+        before.update((p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def decay(optimizer, *_):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                old = before.pop(p)
+                p.sub_(old * ((old - p) * old >= 0), alpha=group["lr"] * group["cautious_decay"])
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(decay)
 
 
 def set_lr(optimizers, step, cfg):
     """Set every group's learning rate for this step -> AdamW's, for the log."""
+    cooldown = {"cosine": None, "linear": 1.0, "wsd": cfg.cooldown_share}[cfg.lr_decay]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, group["max_lr"], cfg.warmup_steps, cfg.max_steps, cfg.cooldown)
+            group["lr"] = lr_at(step, group["max_lr"], cfg.warmup_steps, cfg.max_steps, cooldown)
     return optimizers[0].param_groups[0]["lr"]
 
 
@@ -59,8 +84,7 @@ class Muon(torch.optim.Optimizer):
     decay suits both. It computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, with two differences:
     matrices of one shape are orthogonalised together in one batched product, and on a CPU in float32, since few CPUs
     multiply bfloat16 natively and the others take ten times as long.
-
-    share_out: each rank computes some of the matrices. How a batched product rounds may depend on how many it has.
+    share_out: a rank computes some of the matrices; but how a batched product rounds may depend on how many it has.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, share_out=True):

@@ -65,7 +65,7 @@ def advice(device):
 # the plan
 
 
-def memory_estimate(model, dtype, device_type):
+def memory_estimate(model, cfg, device_type):
     """(bytes that do not depend on the micro-batch, bytes a sequence of it) of a training step, an upper bound.
 
     Weights, gradients (which accumulate, or are DDP's buckets) and AdamW's two moments are float32: 16 bytes a
@@ -73,16 +73,17 @@ def memory_estimate(model, dtype, device_type):
     attention matrix, which flash attention never holds) and autocast a copy of the weights; in float32 64 bytes.
     Logits exist a chunk at a time, with their exponentials in float32, beside the gradient of wte.
     """
-    c, narrow = model.config, dtype != "float32"
+    c, narrow = model.config, cfg.dtype != "float32"
     params, channels = sum(p.numel() for p in model.parameters()), c.block_size * c.n_embd
     logits = CHUNK_LOGITS[device_type] * (6 if narrow else 4) + 4 * c.padded_vocab_size * c.n_embd
     blocks = 36 * c.n_layer + 14 if narrow else 64 * c.n_layer + 12
-    return (18 if narrow else 16) * params + logits, blocks * channels
+    copies = cfg.cautious_decay + (cfg.average_last > 0)  # of the weights
+    return (4 * copies + (18 if narrow else 16)) * params + logits, blocks * channels
 
 
 def fitting_micro_batch(cfg, model, world_size, memory, device_type):
     """The most sequences, up to 64, that divide a process's share of a step and fit into 9/10 of `memory`; 0: none."""
-    fixed, per_sequence = memory_estimate(model, cfg.dtype, device_type)
+    fixed, per_sequence = memory_estimate(model, cfg, device_type)
     share, fits = cfg.total_batch_size // cfg.block_size // world_size, (0.9 * memory - fixed) // per_sequence
     return max((b for b in range(1, int(min(fits, share, 64)) + 1) if share % b == 0), default=0)
 
@@ -142,7 +143,7 @@ def print_plan(cfg):
     best = fitting_micro_batch(cfg, model, world_size, free, device.type)
     cards = {gb: fitting_micro_batch(cfg, model, world_size, gb * 1e9, "cuda") for gb in (16, 24, 40, 80)}
     cfg = replace(cfg, micro_batch_size=cfg.micro_batch_size or best or 1)
-    fixed, per_sequence = memory_estimate(model, cfg.dtype, device.type)
+    fixed, per_sequence = memory_estimate(model, cfg, device.type)
     if cfg.exact_reduction:  # sums of gradients that wait for the rest of their tree, or are exchanged
         fixed += 4 * sum(p.numel() for p in model.parameters()) * cfg.grad_accum_steps(world_size).bit_length()
     tokens = cfg.max_steps * cfg.total_batch_size

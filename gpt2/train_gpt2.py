@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import tyro
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
@@ -129,14 +130,11 @@ def all_settings(cfg, meta):
 
 
 def learned_settings(settings):
-    """The settings that decide what is learned: a resumed run may not change them.
-
-    A setting that is newer than the run's record had its default; with --exact-reduction all the bits are to stay.
-    """
+    """The settings that decide what is learned, or with --exact-reduction every bit: a resume may not change them."""
     free = {*FREE_ON_RESUME, "flops_per_token"}
     if settings.get("exact_reduction"):
         free -= {"micro_batch_size", "compile", "deterministic"}
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}  # of settings newer than the record
     return {k: v for k, v in {**defaults, **settings}.items() if k not in free}
 
 
@@ -264,6 +262,7 @@ class Trainer:
             gpu = [self.device.index] if self.device.type == "cuda" else None
             self.step_model = DistributedDataParallel(self.model, gpu, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.raw_model, cfg)
+        self.average = AveragedModel(self.raw_model) if cfg.average_last else None
         # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.peak = peak_flops(self.device, cfg.dtype)  # of one process's device, or None
@@ -297,6 +296,8 @@ class Trainer:
             # Not the settings, which may differ today on purpose.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
         self.scaler.load_state_dict(state["scaler"])
+        if self.average and state.get("average"):
+            self.average.load_state_dict(state["average"])
         self.step, self.saved_at, self.skipped = state["step"], state["step"], state["skipped"]
         if self.ranks.rank < len(state["rng"]):  # more processes than before: the new ones keep their fresh state
             checkpoint.set_rng_state(state["rng"][self.ranks.rank], self.device)
@@ -310,6 +311,7 @@ class Trainer:
             state = {"scaler": self.scaler.state_dict(), "skipped": self.skipped, "rng": rng, "learned": self.learned}
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             state |= checkpoint.model_state(self.raw_model)
+            state["average"] = self.average and self.average.state_dict()
             self.writer.save(self.log.ckpt_dir, self.step, state, self.cfg.keep_checkpoints)
         self.saved_at = self.step
 
@@ -356,11 +358,10 @@ class Trainer:
                         _, loss = self.step_model(idx, targets, return_logits=False)
                     loss = loss / parts
                     self.scaler.scale(loss).backward()
+                loss_sum += loss.detach()
                 if self.tree:
                     self.tree.add([loss.detach(), *(p.grad for p in params)])
                     self.raw_model.zero_grad()  # the tree has the gradients
-                else:
-                    loss_sum += loss.detach()
             if self.tree:
                 loss_sum, *grads = self.tree.total()
                 for p, grad in zip(params, grads):
@@ -377,6 +378,10 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             self.pending.append((self.step, loss_sum, norm, lr))
             self.step += 1
+            if self.step > cfg.max_steps - cfg.average_last:
+                self.average.update_parameters(self.raw_model)
+                if self.step == cfg.max_steps:  # validated, sampled and saved is the average (Izmailov et al. 2018)
+                    self.raw_model.load_state_dict(self.average.module.state_dict())
             bar.update()
             if self.step == start_step + 1:
                 gc.collect()

@@ -71,6 +71,29 @@ def test_each_group_follows_the_schedule_from_its_own_peak():
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(5e-3)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cautious_decay_takes_away_where_the_update_does(optimizer):
+    """The update is that of a twin without decay, as it follows from the gradients alone."""
+    cfg = TrainConfig(optimizer=optimizer, cautious_decay=True, weight_decay=0.5, max_lr=0.01, warmup_steps=0)
+    models = tiny(), tiny()
+    ours, twins = make_optimizers(models[0], cfg), make_optimizers(models[1], replace(cfg, weight_decay=0.0))
+    ours[0].load_state_dict(ours[0].state_dict())  # as a resume does, which replaces the groups
+    expected = [p.detach().double() for p in models[0].parameters()]
+    for _ in range(4):
+        old = [p.detach().double() for p in models[1].parameters()]
+        for p, q in zip(*(model.parameters() for model in models)):
+            p.grad = q.grad = torch.randn_like(p)
+        for o in (*ours, *twins):
+            o.step()
+        for i, (q, before) in enumerate(zip(models[1].parameters(), old)):
+            x, update = expected[i], before - q.detach().double()
+            expected[i] = x - update - 0.01 * 0.5 * (q.dim() > 1) * (update * x >= 0) * x
+    for p, x, q in zip(models[0].parameters(), expected, models[1].parameters()):
+        torch.testing.assert_close(p.detach().double(), x, rtol=0, atol=1e-6)
+        assert p.dim() == 1 or (p - q).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)

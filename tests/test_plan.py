@@ -48,7 +48,7 @@ def counted(cfg, rows):
 
 
 def estimated(cfg, rows):
-    fixed, per_sequence = memory_estimate(shapes_alone(cfg), cfg.dtype, "cuda")
+    fixed, per_sequence = memory_estimate(shapes_alone(cfg), cfg, "cuda")
     return fixed + rows * per_sequence
 
 

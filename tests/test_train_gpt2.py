@@ -416,7 +416,7 @@ def test_exact_reduction_says_which_micro_batches_it_can_sum():
     assert [cfg.grad_accum_steps(n) for n in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UsageError, match="on 3 process"):
         cfg.grad_accum_steps(3)
-    with pytest.raises(UsageError, match="with 24 sequences, --micro-batch-size 24 or 12 or 6 or 3"):
+    with pytest.raises(UsageError, match="1, 2, 4, … micro-batches a step, not 6"):
         replace(cfg, micro_batch_size=4).grad_accum_steps(1)
     with pytest.raises(UsageError, match="needs a --micro-batch-size"):
         replace(cfg, micro_batch_size=0)
@@ -455,6 +455,23 @@ def test_a_plan_starts_nothing_and_times_what_will_run(train, tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: calls.append(f) or f)
     assert "float32, compiled" in train(tmp_path / "run", "--plan", "--compile")
     assert any(isinstance(f, GPT) for f in calls) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.core
+def test_the_last_weights_are_averaged_and_a_resumed_run_ends_the_same(train, tmp_path):
+    train(tmp_path / "plain", "--checkpoint-every", "1", "--keep-checkpoints", "9")
+    last = [checkpoint.load(path)["model"] for path in sorted((tmp_path / "plain/ckpt").glob("*.pt"))[-7:]]
+    train(tmp_path / "run", "--average-last", "7")
+    for name, averaged in weights(tmp_path / "run").items():
+        mean = torch.stack([model[name].double() for model in last]).mean(0)
+        torch.testing.assert_close(averaged.double(), mean, rtol=0, atol=1e-6)
+    plain, ours = (read_run(tmp_path / name).curve("val")[1] for name in ("plain", "run"))
+    assert ours[:2] == plain[:2] and ours[2] != plain[2]
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    for name in ("result.json", "ckpt/step_000020.pt"):
+        (tmp_path / "resumed" / name).unlink()
+    assert "resumed at step 15" in train(tmp_path / "resumed", "--average-last", "7")
+    assert identical(tmp_path / "run", tmp_path / "resumed")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_and_names_the_step(train, tmp_path):
