@@ -26,18 +26,24 @@ import torch
 import tyro
 from torch.utils.benchmark import Timer
 
-from bench.baselines import SIZES, Options, Size, everybody, first_weights, karpathy, ours
+from bench.baselines import SIZES, TRAIN_CONFIG, Options, Size, everybody, first_weights, karpathy, ours
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns, timed
 from common import ROOT, cli, free_memory, half_type, pick_device
 from data.shards import read_meta
 from gpt2.config import PRESETS
 from gpt2.hellaswag import Encoded, evaluate, load_hf, load_items
 from gpt2.loader import Loader
-from gpt2.optimizers import lr_at
+from gpt2.optimizers import set_lr
 from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, peak_flops
 from runlog import comparable_metrics
 
 VAL_TOKENS = 65536  # of the race's validations
+RECIPES = {  # rows of the ladder, and with --recipes of the race, where Muon is everybody's
+    "Muon": {"optimizer": "muon"},
+    "cautious decay": {"cautious_decay": True},
+    "linear decay": {"lr_decay": "linear"},
+    "late decay": {"lr_decay": "wsd"},
+}
 GB_PER_SEQUENCE = 3.0  # of gpt2-124M's hungriest contestant: float32, attention matrices and logits in memory
 
 
@@ -53,6 +59,7 @@ class Config(BenchConfig):
     build_nanogpt: str = ""  # peers: checkout of karpathy/build-nanogpt; empty: left out
     data_dir: Path = ROOT / "data/corpora/pydocs"  # race, resume: token shards
     race_steps: int = 300  # race: optimizer steps of each; --limit-seconds stops who needs longer
+    recipes: bool = False  # race: also our options of the optimizers and of the learning rate
     model: str = "gpt2"  # hellaswag: Hugging Face causal LM, a folder or a name on the hub
     input: str = ""  # hellaswag: items, jsonl, gzipped or not; empty: from the hub
     items: int = 100  # hellaswag: the first so many of a fixed permutation; 0: all 10,042
@@ -145,6 +152,9 @@ def ladder(cfg, log):
     for name, change, kept in changes:
         entries[name] = ours, {"options": replace(options, **change)}
         options = replace(options, **change) if kept else options
+    for name in ("Muon", "cautious decay"):  # the others take no time
+        entries[name] = ours, {"options": options, "cfg": replace(TRAIN_CONFIG, **RECIPES[name])}
+        changes.append((name, {}, False))
     facts, rows, before = measure(cfg, log, size, entries), [], None
     for name, _, kept in changes:
         more = {"lever": name, "kept": kept, "before": before, "dtype": entries[name][1]["options"].dtype}
@@ -193,7 +203,10 @@ def race(cfg, log):
     """
     muon = PRESETS["quickstart"]
     presets = (replace(muon, optimizer="adamw", max_lr=3e-3), muon)
-    runs = {f"ours {c.optimizer}": (ours, {"options": Options(compile=False), "cfg": c}) for c in presets}
+    recipes = {f"ours {c.optimizer}": c for c in presets}
+    if cfg.recipes:
+        recipes |= {f"ours muon, {name}": replace(muon, **r) for name, r in RECIPES.items() if name != "Muon"}
+    runs = {who: (ours, {"options": Options(compile=False), "cfg": c}) for who, c in recipes.items()}
     for lr in (1e-3, 3e-3) if cfg.nanogpt else ():  # the better one counts; beta2 as in its config for Shakespeare
         runs[f"nanoGPT lr {lr:g}"] = karpathy, {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
     vocab_size = -(-read_meta(cfg.data_dir)["vocab_size"] // 64) * 64
@@ -211,8 +224,10 @@ def racing(size, device, max_steps, make, kwargs):
     """A baseline with the quickstart's schedule -> its `turn`; the time of a dozen validations counts."""
     step, model, optimizers = make(size, device, **kwargs)
     loader, B = Loader(size.data_dir, "val", size.block_size), size.batch_size
-    n, warmup = min(loader.n_sequences, VAL_TOKENS // size.block_size), PRESETS["quickstart"].warmup_steps
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    n, cfg = min(loader.n_sequences, VAL_TOKENS // size.block_size), kwargs.get("cfg", PRESETS["quickstart"])
+    cfg = replace(cfg, warmup_steps=min(cfg.warmup_steps, max_steps // 4), max_steps=max_steps)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group.setdefault("max_lr", group["lr"])
 
     @torch.no_grad()
     def validate():
@@ -226,8 +241,7 @@ def racing(size, device, max_steps, make, kwargs):
             if i % max(1, max_steps // 12) == 0 or i == max_steps:
                 loss = validate()
                 curve.append((i, time.perf_counter() - started, loss))
-            for group in groups:
-                group["lr"] = lr_at(i, group.setdefault("max_lr", group["lr"]), min(warmup, max_steps // 4), max_steps)
+            set_lr(optimizers, i, cfg)
             step()
         return {"seconds": curve[-1][1], "curve": curve}
 
@@ -242,6 +256,7 @@ def race_rows(facts):
         steps, seconds, losses = map(np.array, zip(*curve))
         reached = np.interp(-worst, -np.minimum.accumulate(losses), seconds)  # linear between validations
         facts[who] |= {"steps": int(steps[-1]), "val_loss": losses[-1], "seconds_to_loss": reached, "loss": worst}
+        facts[who]["steps_to_loss"] = np.interp(-worst, -np.minimum.accumulate(losses), steps)
         facts[who]["val_loss_at_first_end"] = np.interp(first, seconds, losses)
     theirs = [facts[who]["seconds_to_loss"] for who in curves if who.startswith("nanoGPT")]
     rows = [row("race", who, f, {}, f"nanoGPT's seconds to a loss of {worst:.3f}") for who, f in facts.items()]
