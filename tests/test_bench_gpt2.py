@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from lora_models import save_tiny
 
 from bench import bench_gpt2, harness
@@ -267,6 +268,23 @@ def test_naive_scoring_agrees_on_real_items(bench, shared_data):
 def test_a_killed_run_ends_the_same(bench, corpus):
     (row,) = bench("resume", "--no-compile", "--data-dir", corpus).result["rows"]
     assert row["resumed"] and row["metrics_equal"] and row["weights_equal"]
+
+
+@pytest.mark.parametrize("gigabytes, rows", [(80, 16), (40, 8), (4, 1)])
+def test_the_batch_of_a_gpu_is_what_its_memory_holds(monkeypatch, gigabytes, rows):
+    monkeypatch.setattr(bench_gpt2, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some card")
+    monkeypatch.setattr(bench_gpt2, "half_type", lambda device: "bfloat16")
+    monkeypatch.setattr(bench_gpt2, "free_memory", lambda device: gigabytes * 2**30)
+    cfg = bench_gpt2.Config(mode="ladder", device="cuda")
+    assert cfg.size == "gpt2-124M" and cfg.shape.batch_size == rows
+    assert bench_gpt2.Config(mode="ladder", device="cuda", batch_size=32).shape.batch_size == 32
+
+
+def test_the_figures_of_a_gpu_are_taken_on_one():
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nbench-gpu:")[1].split("\n\n")[0]
+    commands = [line for line in rules.splitlines() if "bench_gpt2.py" in line]
+    assert len(commands) == 4 and all("--device cuda" in command for command in commands)
 
 
 def test_usage_errors_are_one_line(in_process, tmp_path):

@@ -1,6 +1,9 @@
 """Checkpoints survive what happens to files: truncation, altered bytes, a full disk, a kill while writing."""
 
 import signal
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,31 @@ def test_what_is_saved_is_loaded(tmp_path):
     state = checkpoint.load_newest(tmp_path)
     assert state["step"] == 500 and GPTConfig(**state["model_config"]) == model.config
     assert all(torch.equal(state["model"][k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.core
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    save, training, done = checkpoint.save, threading.Event(), []
+
+    def slow(*args):
+        assert training.wait(30)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer, weight = checkpoint.Writer(done.append), torch.zeros(3)
+    writer.save(tmp_path, 1, {"weight": weight}, 2)
+    weight += 1  # the next step
+    assert not done
+    training.set()
+    writer.wait()
+    assert torch.equal(checkpoint.load_newest(tmp_path)["weight"], torch.zeros(3)) and len(done) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists what a process has mapped as Linux does")
+def test_tensors_are_mapped_from_the_file_so_that_ranks_share_them(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"weight": torch.zeros(3)})
+    state = checkpoint.read(path)
+    assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8") and not state["weight"].any()
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "no sum"])

@@ -22,6 +22,20 @@ def test_gloo_gets_the_interface_that_leads_to_the_master():
     assert _interface_to("no.such.host.invalid") is None
 
 
+def test_every_group_of_ranks_has_the_interface_and_the_same_timeout(monkeypatch):
+    """gloo's own timeout is 30 minutes; a rank that is gone would be noticed that late."""
+    timeouts, variables = [], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *args, timeout=None, **kwargs: timeouts.append(timeout))
+    Ranks("cpu")
+    assert timeouts == [timedelta(minutes=10)] * 2
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == _interface_to("127.0.0.1")
+
+
 @pytest.mark.core
 def test_the_time_limit_counts_from_the_first_attempt(tmp_path, signal_handlers):
     """A restart by torchrun --max-restarts must not run past the limit of its job."""

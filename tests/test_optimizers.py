@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common import UsageError
+from gpt2 import optimizers as optimizers_module
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.optimizers import Muon, lr_at, make_optimizers, orthogonalise, set_lr
@@ -123,7 +124,9 @@ def test_muon_follows_torchs_own():
 
 
 def muon_steps(rank, world_size, store, out):
-    """Three steps of Muon on one of `world_size` gloo ranks; rank 0 saves the weights."""
+    """Three steps of Muon on one of `world_size` gloo ranks; rank 0 saves the weights, and its number of matrices."""
+    computed, compute = [], orthogonalise
+    optimizers_module.orthogonalise = lambda x: computed.append(len(x)) or compute(x)
     if world_size > 1:
         shared = torch.distributed.FileStore(store, world_size)
         timeout = timedelta(seconds=60)
@@ -139,6 +142,8 @@ def muon_steps(rank, world_size, store, out):
             optimizer.zero_grad()
     if rank == 0:
         torch.save(model.state_dict(), out)
+        out.with_suffix(".txt").write_text(str(sum(computed)), encoding="utf-8")
+    optimizers_module.orthogonalise = compute
     if world_size > 1:
         torch.distributed.destroy_process_group()
 
@@ -154,3 +159,5 @@ def test_muon_sharded_over_ranks_gives_the_weights_of_one_rank(tmp_path):
         sharded = torch.load(tmp_path / f"{world_size}.pt")
         for name, weight in alone.items():
             torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-6)
+    counts = [int((tmp_path / f"{n}.txt").read_text(encoding="utf-8")) for n in (1, 2, 3)]
+    assert counts == [3 * 8, 3 * 4, 3 * 4]  # of a step 2 of each of 4 shapes, or a share of 1

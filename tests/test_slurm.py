@@ -29,6 +29,7 @@ echo "${END_TIME:-N/A}"
 # saves on SIGTERM. As the real one does, srun answers a SIGTERM of its own by killing its task with SIGKILL.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$SLURM_SUBMIT_DIR/srun.txt"
+echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >"$SLURM_SUBMIT_DIR/timeout.txt"
 task() {
   end() {
     if [[ -n $STATUS ]]; then printf '{\\n  "status": "%s",\\n  "x": 2\\n}\\n' "$STATUS" >"$RUN_DIR/result.json"; fi
@@ -135,6 +136,8 @@ def test_the_command_is_one_that_torchrun_and_the_trainer_understand(job, tmp_pa
     job(*arguments, status="success", SLURM_JOB_END_TIME=end).communicate(timeout=60)
     command = (tmp_path / "srun.txt").read_text(encoding="utf-8").splitlines()
     assert "--cpus-per-task=32" in command[: command.index(".venv/bin/torchrun")]
+    assert (tmp_path / "timeout.txt").read_text(encoding="utf-8") == "240\n"  # seconds for the ranks to save
+    assert "\n#SBATCH --mem=0\n" in (ROOT / "slurm/train.sbatch").read_text(encoding="utf-8")  # all of the node's
     at = command.index("gpt2/train_gpt2.py")
     launcher, flags = command[command.index(".venv/bin/torchrun") + 1 : at], command[at + 1 :]
     from torch.distributed.run import get_args_parser

@@ -583,6 +583,25 @@ def test_if_compiling_fails_on_one_rank_all_go_eager(monkeypatch):
     assert len(said) == 1 and "(rank 1: no compiler)" in said[0]
 
 
+def test_gradients_live_in_the_buckets_that_are_exchanged(in_process, corpus, tmp_path, monkeypatch):
+    """A copy of each gradient beside its bucket would be 4 bytes a parameter more."""
+    seen = {}
+
+    def refuse(model, devices, **options):
+        seen.update(options)
+        raise UsageError("seen")
+
+    def two(device):
+        ranks = distributed.Ranks(device)
+        ranks.world_size, ranks.gather = 2, lambda value: [value] * 2
+        return ranks
+
+    monkeypatch.setattr(train_gpt2, "DistributedDataParallel", refuse)
+    monkeypatch.setattr(train_gpt2, "Ranks", two)
+    flags = [*TINY, "--data-dir", corpus, "--run-dir", tmp_path / "run", "--micro-batch-size", "4"]
+    assert "seen" in in_process(main, *flags)[2] and seen == {"gradient_as_bucket_view": True}
+
+
 def test_the_cache_of_compiled_code_is_this_nodes_own():
     """A repository on NFS would be shared by all nodes' ranks."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
