@@ -15,6 +15,8 @@ import torch
 
 from common import cli, file_sha256
 
+pytest.register_assert_rewrite("gpt2_runs")  # before it is imported
+
 if (
     not torch.cuda.is_available()
 ):  # scripts under --device auto then take the CPU, even beside a GPU that torch cannot use
