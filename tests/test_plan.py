@@ -47,8 +47,8 @@ def counted(cfg, rows):
     return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
-def estimated(cfg, rows):
-    fixed, per_sequence = memory_estimate(shapes_alone(cfg), cfg, "cuda")
+def estimated(cfg, rows, device="cuda"):
+    fixed, per_sequence = memory_estimate(shapes_alone(cfg), cfg, device)
     return fixed + rows * per_sequence
 
 
@@ -62,6 +62,12 @@ def test_the_estimate_is_what_fake_tensors_take(chunks_of_a_gpu, dtype, n_embd, 
     """Accumulated gradients, autocast's copies of the weights and the chunks of logits included."""
     cfg = TrainConfig(n_embd=n_embd, n_layer=n_layer, n_head=16, dtype=dtype)
     assert counted(cfg, rows) == pytest.approx(estimated(cfg, rows), rel=0.1)
+
+
+def test_the_estimate_counts_what_a_parameter_takes():
+    """Weights, accumulated gradients, moments, autocast's copy: with one short sequence nearly all of the memory."""
+    cfg = TrainConfig(n_embd=1280, n_layer=8, n_head=16, block_size=256, total_batch_size=256, dtype="bfloat16")
+    assert counted(cfg, 1) == pytest.approx(estimated(cfg, 1, "cpu"), rel=0.1)
 
 
 @pytest.mark.slow
