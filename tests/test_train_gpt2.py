@@ -20,7 +20,7 @@ from conftest import ROOT
 from gpt2_runs import TINY, identical, torchrun, weights
 
 from common import UsageError
-from gpt2 import checkpoint, distributed, train_gpt2
+from gpt2 import checkpoint, distributed, plan, train_gpt2
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main
@@ -195,6 +195,9 @@ def test_a_plan_starts_nothing_and_times_what_will_run(train, tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: calls.append(f) or f)
     assert "float32, compiled" in train(tmp_path / "run", "--plan", "--compile")
     assert any(isinstance(f, GPT) for f in calls) and not (tmp_path / "run").exists()
+    monkeypatch.setattr(plan, "measure_speed", lambda *args: 1000.0)
+    shown = train(tmp_path / "run", "--plan", "--val-tokens", "36000000")  # three times, at a third of a step's cost
+    assert " 10.0 h with evaluations, at 1,000 tokens/s" in shown
 
 
 @pytest.mark.core
