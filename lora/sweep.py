@@ -1,4 +1,4 @@
-"""A grid of LoRA configurations -> one run each, all adapters of a group trained at once.
+"""A grid of LoRA configurations, or a search -> one run each, all adapters of a group trained at once.
 
     python lora/sweep.py lora/sweeps/quickstart.json               four adapters on `make quickstart`'s model, a minute
     python lora/sweep.py lora/sweeps/imdb.json --base smollm2 --data-file imdb_review_3000.csv.gz --seeds 0 1 2
@@ -6,12 +6,16 @@
     python lora/sweep.py GRID.json --shard 3/16                    fourth of sixteen jobs on a shared folder
 
 A grid file names the task and holds `settings` (fields of train_lora's TrainConfig, the same for all), `grid` (lists,
-all combinations), `configs` (single ones) and `seeds`. In a group (`--engine concurrent`) adapters share the base's
-forward and backward pass. One that diverges (a loss that is not finite, or whose smoothed value exceeds
-`--divergence-factor` times its best) is stopped, its best weights kept, and its place given to the next configuration;
-so are those that `--patience` or `--halving` stops. Configurations beyond the engine (DoRA, initialisations that change
-the base, bias "all") train one after another with the Trainer. Killed at any moment and started again with the same
-command, a sweep resumes from its last checkpoint and ends as if undisturbed.
+all combinations), `configs` (single ones) and `seeds`. With `trials`, a number, it is a search: `grid` may hold ranges
+(search.py), and so many of its points are trained, drawn at random, or with `"search": "tpe"` proposed by Optuna, in
+rounds of `--adapters-at-once` (0: eight), from the held-out losses of the rounds before.
+
+In a group (`--engine concurrent`) adapters share the base's forward and backward pass. One that diverges (a loss that
+is not finite, or whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights kept,
+and its place given to the next configuration; so are those that `--patience` or `--halving` stops. Configurations
+beyond the engine (DoRA, initialisations that change the base, bias "all") train one after another with the Trainer.
+Killed at any moment and started again with the same command, a sweep resumes from its last checkpoint and gives the
+same results as if undisturbed.
 
 Leaves in the run directory: adapters/NAME/ (a run directory each: metrics, samples, result, ckpt/adapter in PEFT's
 format), table.md (held-out losses with confidence intervals over seeds, and what each hyper-parameter does with all
@@ -26,6 +30,7 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +41,7 @@ from common import UsageError, cli, read_json
 from lora.base import quiet_libraries, validate
 from lora.concurrent_trainer import VARIABLE, Group
 from lora.multi_lora import unsupported
+from lora.search import SEARCHES, check_space, next_points
 from lora.sweep_report import summarize
 from lora.train_lora import NO_EFFECT, TrainConfig, check, fingerprint, run_state
 from lora.train_lora import run as train_with_trainer
@@ -44,12 +50,13 @@ from runlog import RunLog, read_run
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
+ROUND = 8  # trials of a round of TPE, where --adapters-at-once does not say
 DECISIVE = ("engine", "adapters_at_once", "divergence_factor", "halving", "rungs", "sample_tokens")
 
 
 @dataclass
 class SweepConfig:
-    grid: tyro.conf.Positional[str]  # JSON file: task, settings, grid, configs, seeds
+    grid: tyro.conf.Positional[str]  # JSON file: task, settings, grid, configs, seeds, trials, search
     run_dir: str = ""  # where the records and adapters go; empty: runs/lora-NAME, as the grid file is called
     base: str = ""  # hub name or Hugging Face folder; empty: as the file says
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
@@ -69,18 +76,27 @@ class SweepConfig:
     overwrite: bool = False  # replace a sweep with other settings instead of refusing
 
 
+@dataclass
+class Grid:
+    """A grid file with the flags over it."""
+
+    shared: dict  # settings of all configurations
+    seeds: list  # each point is trained with each
+    points: list  # what a configuration sets besides, {setting: value}; of a search those proposed so far
+    search: dict  # {"kind": one of SEARCHES, "space": lists and ranges, "trials": points it will have}; else empty
+
+
 def read_grid(cfg):
-    """The grid file with the flags over it -> [TrainConfig], one an adapter, its run_dir named after what it varies."""
+    """The grid file with the flags over it -> Grid."""
     grid = read_json(cfg.grid, object_pairs_hook=unique_keys)
-    known = {*INPUTS, "settings", "grid", "configs", "seeds", "about"}
+    known = {*INPUTS, "settings", "grid", "configs", "seeds", "search", "trials", "about"}
     if not isinstance(grid, dict) or set(grid) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
     axes, single, seeds = grid.get("grid", {}), grid.get("configs", []), list(cfg.seeds) or grid.get("seeds", [0])
+    search, trials = grid.get("search", "random" if "trials" in grid else ""), grid.get("trials", 0)
+    lists = axes.items() if isinstance(axes, dict) and not search else ()
     kinds = {"settings": (dict, grid.get("settings", {})), "grid": (dict, axes), "configs": (list, single)}
-    kinds |= {
-        name: (list, values or None)
-        for name, values in {"seeds": seeds, **(axes if isinstance(axes, dict) else {})}.items()
-    }
+    kinds |= {name: (list, values or None) for name, values in [("seeds", seeds), *lists]}
     for name, (kind, value) in kinds.items():
         if not isinstance(value, kind):
             raise UsageError(f"{cfg.grid}: {name} should be {'an object' if kind is dict else 'a list of values'}")
@@ -93,19 +109,39 @@ def read_grid(cfg):
     if wrong := (set(shared) - SETTINGS) | (set(assignments(cfg.set)) & set(axes)):
         raise UsageError(f"{', '.join(sorted(wrong))}: an unknown setting, or one with --set that the grid varies")
     check(TrainConfig(run_dir="", **shared))
+    if wrong := set().union(axes, *single) - (SETTINGS - INPUTS):
+        raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(wrong))} of a configuration")
+    if search:
+        if search not in SEARCHES or type(trials) is not int or trials < 1 or not axes or single:
+            raise UsageError(f"{cfg.grid}: a search ({' or '.join(SEARCHES)}) needs grid and trials, and no configs")
+        check_space(axes, trials, lambda point: check(TrainConfig(run_dir="", **shared | point)))
+        return Grid(shared, seeds, [], {"kind": search, "space": axes, "trials": trials})
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())] if axes else []
+    return Grid(shared, seeds, points + single or [{}], {})
+
+
+def make_configs(cfg, grid):
+    """[TrainConfig] of a Grid, one an adapter, its run_dir named after its number and what it varies."""
     configs = []
-    for point, seed in itertools.product(points + single or [{}], seeds):
-        values = shared | {"seed": seed} | point
-        if wrong := (set(values) - SETTINGS) | (set(point) & INPUTS):
-            raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(wrong))} of a configuration")
-        varied = point | ({"seed": seed} if len(seeds) > 1 else {})
+    for point, seed in itertools.product(grid.points, grid.seeds):
+        varied = point | ({"seed": seed} if len(grid.seeds) > 1 else {})
         name = [f"{len(configs):03d}"] + [f"{SHORT.get(k, k)}{v}".replace("/", "-") for k, v in varied.items()]
-        configs.append(TrainConfig(run_dir=str(Path(cfg.run_dir) / "adapters" / "_".join(name)), **values))
+        folder = Path(cfg.run_dir) / "adapters" / "_".join(name)
+        configs.append(TrainConfig(run_dir=str(folder), **grid.shared | {"seed": seed} | point))
         check(configs[-1])
     if len({repr(replace(one, run_dir="")) for one in configs}) < len(configs):
         raise UsageError(f"{cfg.grid} lists the same configuration twice")
     return configs
+
+
+def add_round(cfg, grid):
+    """Give a search its next points: all of a random one; of TPE a round, from the results of those before."""
+    results = [read_run(one.run_dir).result["held_out_loss"] for one in make_configs(cfg, grid)]
+    losses = [math.inf if loss is None else loss for loss in results]
+    n, kind, size = len(grid.seeds), grid.search["kind"], grid.search["trials"] - len(grid.points)
+    means = [sum(losses[at : at + n]) / n for at in range(0, len(losses), n)]  # over the seeds of a point
+    size = min(size, cfg.adapters_at_once or ROUND) if kind == "tpe" else size
+    grid.points += next_points(kind, grid.search["space"], grid.points, means, size)
 
 
 def unique_keys(pairs):
@@ -165,37 +201,40 @@ def take_place(cfg):
     return int(match[1]) * world + rank, int(match[2]) * world
 
 
-def agree(cfg, configs, n):
+def agree(cfg, grid, folder, configs, n):
     """The cut into groups that all workers of the sweep, now and later, work on -> groups.
 
-    The first one writes it into config.json, beside the settings; a sweep with other settings is refused.
+    The first one writes it into the folder's config.json, beside the settings; a sweep with other settings is refused.
     """
-    folder = Path(cfg.run_dir)
     wanted = {
         "configs": [{k: v for k, v in asdict(c).items() if k not in (*NO_EFFECT, "device")} for c in configs],
         "settings": {name: getattr(cfg, name) for name in DECISIVE},
         "inputs": fingerprint(configs[0]),
     }
+    if grid.search:
+        wanted["search"] = grid.search
+    if grid.search.get("kind") == "tpe":
+        wanted["inputs"]["optuna"] = version("optuna")
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
         if run_state(folder, wanted, cfg.overwrite) == "new":
-            for lock in (folder / "groups").glob("*.lock") if cfg.overwrite else ():
+            for lock in folder.rglob("groups/*.lock") if cfg.overwrite else ():
                 try:
                     with filelock.FileLock(lock, timeout=0):
                         pass
                 except filelock.Timeout:
                     message = f"{folder} is being trained by another process; stop it before --overwrite"
                     raise UsageError(message) from None
-            for old in ("adapters", "groups") if cfg.overwrite else ():
+            for old in ("adapters", "groups", "rounds") if cfg.overwrite else ():
                 shutil.rmtree(folder / old, ignore_errors=True)
             with RunLog(folder, "lora_sweep", {**wanted, "groups": make_groups(configs, cfg.engine, n)}):
                 pass
         return read_run(folder).settings["groups"]
 
 
-def work_through(cfg, configs, groups, index, n):
+def work_through(cfg, folder, configs, groups, index, n):
     """Take groups that nobody works on, this worker's own first, until all are done or taken -> those not done."""
-    folders = [Path(cfg.run_dir) / "groups" / f"{g:03d}" for g in range(len(groups))]
+    folders = [folder / "groups" / f"{g:03d}" for g in range(len(groups))]
     for g in sorted(range(len(groups)), key=lambda g: (g % n != index, g)):
         folders[g].mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folders[g].with_suffix(".lock"))
@@ -227,12 +266,21 @@ def train_group(cfg, group, configs, folder):
 def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
     check_flags(cfg)
-    configs = read_grid(cfg)
+    grid = read_grid(cfg)
     index, n = take_place(cfg)
-    groups = agree(cfg, configs, n)
-    if left := work_through(cfg, configs, groups, index, n):
-        return print(f"{len(left)} of {len(groups)} groups are still being trained elsewhere")
-    folder = Path(cfg.run_dir)
+    folder, configs, trials = Path(cfg.run_dir), [], grid.search.get("trials", 0)
+    while not configs or len(grid.points) < trials:  # once, but for TPE's rounds
+        where, done = folder / "rounds" / f"{len(grid.points):03d}" if configs else folder, len(configs)
+        if grid.search:
+            add_round(cfg, grid)
+        configs = make_configs(cfg, grid)
+        groups = agree(cfg, grid, where, configs[done:], n)
+        while left := work_through(cfg, where, configs[done:], groups, index, n):
+            print(f"{len(left)} of {len(groups)} groups are still being trained elsewhere")
+            if len(grid.points) >= trials:
+                return
+            with filelock.FileLock(left[0].with_suffix(".lock")):  # the next round needs its results
+                pass
     with filelock.FileLock(folder / "sweep.lock"):
         if is_done(folder):
             return print(f"{folder} is already done: {(folder / 'table.md').as_posix()}")

@@ -14,6 +14,7 @@ from lora import sweep
 from lora.base import load_adapter, load_base
 from lora.concurrent_trainer import Slot
 from lora.multi_lora import unsupported
+from lora.search import next_points
 from lora.sweep import SweepConfig, run_sweep
 from lora.train_lora import TrainConfig, held_out_loss, load
 from runlog import comparable_metrics, read_run
@@ -40,6 +41,10 @@ def write_grid(path, settings=None, **parts):
 def config(grid, base, rows, run_dir, **changes):
     values = {"device": "cpu", "sample_tokens": 4, "adapters_at_once": 3} | changes
     return SweepConfig(grid=str(grid), base=str(base), data_file=str(rows), run_dir=str(run_dir), **values)
+
+
+def read_configs(cfg):
+    return sweep.make_configs(cfg, sweep.read_grid(cfg))
 
 
 def adapters(run_dir):
@@ -154,6 +159,30 @@ def test_killed_three_times_a_sweep_ends_as_if_undisturbed(finished, base, rows,
         assert not (tmp_path / "run/table.md").exists()
     run_sweep(cfg)
     assert_same_sweep(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["tpe", pytest.param("random", marks=pytest.mark.slow)])
+def test_a_killed_search_gives_the_same_results(base, rows, tmp_path, kind):
+    """TPE has rounds of three: the kills are in the first, between the first two, and in the second."""
+    if kind == "tpe":
+        pytest.importorskip("optuna", reason="the package optuna is not installed")
+    space = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "r": {"low": 1, "high": 4}, "lora_alpha": [1, 8]}
+    settings = {"max_steps": 4, "eval_every": 2, "metric_rows": 0}
+    grid = write_grid(tmp_path / "grid.json", settings, grid=space, trials=7, search=kind)
+    run_sweep(config(grid, base, rows, tmp_path / "whole"))
+    cfg = config(grid, base, rows, tmp_path / "run")
+    for moment in ("step 2", "finish 3", "save 5"):
+        kill(cfg, moment)
+    run_sweep(cfg)
+    assert_same_sweep(tmp_path / "whole", tmp_path / "run")
+    runs = [read_run(folder) for folder in adapters(tmp_path / "run").values()]
+    points = [{name: run.settings[name] for name in space} for run in runs]
+    losses = [run.result["held_out_loss"] for run in runs]
+    size = 3 if kind == "tpe" else 7
+    for at in range(0, 7, size):
+        proposed = next_points(kind, space, points[:at], losses[:at], min(size, 7 - at))
+        assert points[at : at + size] == proposed
+    assert len(list((tmp_path / "run/rounds").glob("*"))) == (2 if kind == "tpe" else 0)
 
 
 @pytest.mark.slow
@@ -323,14 +352,14 @@ def test_divergence_is_a_smoothed_loss_above_its_best(tmp_path):
 def test_flags_go_over_the_file(base, rows, tmp_path):
     grid = write_grid(tmp_path / "grid.json", configs=[{"r": 2}, {"r": 4}], seeds=[7])
     changes = {"seeds": (0, 1), "set": ("max_length=24", "mode=faithful", "weight_decay=1"), "max_steps": 3}
-    configs = sweep.read_grid(config(grid, base, rows, "run", **changes))
+    configs = read_configs(config(grid, base, rows, "run", **changes))
     assert [(c.r, c.seed) for c in configs] == [(2, 0), (2, 1), (4, 0), (4, 1)]
     assert {(c.max_length, c.mode, c.weight_decay, c.max_steps, c.batch_size) for c in configs} == {
         (24, "faithful", 1, 3, 2)
     }
     for wrong, says in [("max_length", "should be int"), ("lr=long", "should be float"), ("rows=3", "unknown setting")]:
         with pytest.raises(UsageError, match=says):
-            sweep.read_grid(config(grid, base, rows, "run", set=(wrong,)))
+            read_configs(config(grid, base, rows, "run", set=(wrong,)))
 
 
 @pytest.mark.parametrize(
@@ -347,6 +376,19 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
         ({"seeds": []}, "seeds should be a list"),
         ({"grid": {"lr": [math.nan]}}, "--lr nan"),
         ({"settings": {"lr": []}, "configs": [{"lr": 1.0}]}, "--lr should be float"),
+        ({"grid": {"lr": {"low": 1e-4, "high": 1e-2}}}, "lr should be a list of values"),  # a range without trials
+        ({"grid": {"lr": {"low": 1e-4}}, "trials": 3}, "lr should be a list of values or a range"),
+        ({"grid": {"lr": {"low": 1e-2, "high": 1e-4}}, "trials": 3}, "low should be a number below high"),
+        ({"grid": {"lr": {"low": 0, "high": 1, "log": True}}, "trials": 3}, "above zero"),
+        ({"grid": {"r": {"low": 1.5, "high": 3}}, "trials": 3}, "--r should be int, not 1.5"),
+        ({"grid": {"lora_dropout": {"low": 0, "high": 1}}, "trials": 3}, "--lora-dropout 1"),
+        ({"grid": {"r": {"low": 1, "high": 3}, "lr": [1e-3]}, "trials": 4}, "found 3 different points"),
+        ({"grid": {"r": [1, 1]}, "trials": 2}, "found 1 different points"),
+        ({"grid": {"target_modules": {"low": "a", "high": "b"}}, "trials": 2}, "low should be a number"),
+        ({"grid": {"r": [1]}, "trials": "9"}, "a search"),
+        ({"grid": {"r": [1]}, "search": "tpe"}, "a search"),
+        ({"grid": {"r": [1]}, "search": "grid", "trials": 1}, "a search"),
+        ({"grid": {"r": [1]}, "configs": [{"r": 2}], "trials": 1}, "a search"),
     ],
 )
 def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
@@ -405,6 +447,6 @@ def test_usage_errors_are_one_line(assert_refuses, base, rows, tmp_path):
 @pytest.mark.parametrize("name, number", [("imdb", 10), ("alpaca", 6), ("blowup", 5), ("quickstart", 4)])
 def test_the_grids_that_come_with_the_repository(base, rows, name, number):
     path = Path(sweep.__file__).parent / "sweeps" / f"{name}.json"
-    configs = sweep.read_grid(config(path, base, rows, "run"))
+    configs = read_configs(config(path, base, rows, "run"))
     assert len(configs) == number and not any(map(unsupported, configs))
     assert len(sweep.make_groups(configs, "auto", 1)) == 1
