@@ -88,7 +88,7 @@ def contrasts_table(frame, names):
     for name in names:
         others = [other for other in names if other != name]
         for values, same in means.groupby(others or "task"):
-            spread = same["loss"].max() - same["loss"].min()
+            spread = same["loss"].max() - best if (best := same["loss"].min()) < math.inf else 0.0
             if len(same) > 1:
                 rows.append({
                     "order": -spread, "what differs": name,

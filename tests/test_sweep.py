@@ -429,6 +429,7 @@ def test_overwrite_leaves_a_live_sweep_alone(base, rows, tmp_path):
     assert (tmp_path / "run/adapters/000_r1/result.json").exists()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_sweep_of_which_nothing_is_finite_has_its_table(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("lora.multi_lora.MultiLora.held_out", lambda self, *args: [math.inf] * self.k)
     grid = write_grid(tmp_path / "grid.json", grid={"lr": [1e30, 1e31]}, settings={"max_grad_norm": 0.0})
