@@ -35,6 +35,7 @@ class AdapterConfig:
     bias: Literal["none", "lora_only", "all"] = "lora_only"  # biases to train, too: of the wrapped layers, or of all
     target_modules: str = "auto"  # comma-separated names, all-linear, or auto: the attention's inputs
     lr: float = 3e-4  # peak learning rate
+    loraplus_lr_ratio: float = 1.0  # learning rate of B and biases over that of A (LoRA+)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"  # course of the learning rate after warm-up
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_steps: int = 1000  # optimizer steps, where the schedule ends
@@ -223,6 +224,8 @@ def wrap(model, config):
 
 def add_adapter(cfg, model):
     """Wrap `model` with a fresh adapter -> PeftModel whose adapter alone is trained, in float32."""
+    if cfg.loraplus_lr_ratio != 1:
+        raise UsageError("--loraplus-lr-ratio is of adapters trained at once; use lora/sweep.py")
     if cfg.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing)
     set_seed(cfg.seed)

@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from common import UsageError, atomic_folder
+from common import UsageError, atomic_folder, free_memory
 from lora.base import AdapterConfig, check_adapter, one_line, peft_config, wrap
 from lora.tasks import IGNORE, mean_loss
 
@@ -184,10 +184,16 @@ class MultiLora:
             if self.with_bias and layer.base.bias is not None:
                 sizes.append((layer, "bias", (layer.n_out,)))
         lengths = [math.prod(shape) for _, _, shape in sizes]
+        needed, free = 4 * k * sum(lengths) * self.dtype.itemsize, free_memory(self.device)  # as in memory_per_adapter
+        if needed > free:
+            size = f"{needed / 2**30:,.1f} GB of {free / 2**30:,.1f} that are free"
+            raise UsageError(f"{k} adapters with r up to {self.r_max} need {size}: lower r, or --adapters-at-once")
         self.state = torch.zeros(3, k, sum(lengths), dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
         is_bias = [torch.full((n,), attribute == "bias") for (_, attribute, _), n in zip(sizes, lengths)]
         self.is_bias = torch.cat(is_bias).to(self.device)  # (P,): never decayed, and not trained in every slot
+        is_A = [torch.full((n,), attribute == "A") for (_, attribute, _), n in zip(sizes, lengths)]
+        self.is_A = torch.cat(is_A).to(self.device)  # (P,)
         self.parameters = []
         for (layer, attribute, shape), part in zip(sizes, self.theta.split(lengths, dim=1)):
             self.parameters.append(nn.Parameter(part.view(k, *shape)))
@@ -323,6 +329,9 @@ class MultiLora:
         shrink = column(lr[i] * configs[i].weight_decay for i in rows)
         size = column(lr[i] / (1 - BETAS[0] ** (self.steps[i] + 1)) for i in rows)
         root = column(math.sqrt(1 - BETAS[1] ** (self.steps[i] + 1)) for i in rows)
+        if any(c.loraplus_lr_ratio != 1 for c in configs):  # as PEFT's create_loraplus_optimizer groups parameters
+            ratio = torch.where(self.is_A, 1, column(c.loraplus_lr_ratio for c in configs))  # (k, P)
+            shrink, size = shrink * ratio, size * ratio
         grad.mul_(clip)
         if any(c.weight_decay for c in configs):
             self.theta.mul_(1 - shrink * ~self.is_bias)

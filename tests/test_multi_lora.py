@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from lora_models import FAMILIES, family_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers.pytorch_utils import Conv1D
 
 from common import UsageError
 from lora import base, multi_lora
 from lora.multi_lora import AdapterConfig, MultiLora, memory_per_adapter
 from lora.tasks import IGNORE
+from lora.train_lora import TrainConfig
 
 
 def plain_adapter(**settings):
@@ -26,7 +28,7 @@ MIXED = [
     plain_adapter(r=6, lora_alpha=16, lr=3e-3, seed=4, use_rslora=True, bias="lora_only", warmup_steps=4),
     plain_adapter(r=8, lora_alpha=1, lr=3e-2, seed=5, lr_scheduler="cosine"),
     plain_adapter(r=2, lora_alpha=2, lr=3e-3, seed=6, max_grad_norm=0.01),
-    plain_adapter(r=5, lora_alpha=8, lr=1e-3, seed=7, weight_decay=0.1, bias="lora_only"),
+    plain_adapter(r=5, lora_alpha=8, lr=1e-3, seed=7, weight_decay=0.1, bias="lora_only", loraplus_lr_ratio=4.0),
     plain_adapter(r=3, lora_alpha=3, lr=3e-3, seed=8, init_lora_weights="gaussian", lr_scheduler="constant"),
 ]
 STEPS = 20
@@ -112,16 +114,14 @@ def train_twin(model, config, batches):
     """AdamW and schedule of torch and transformers, biases without weight decay, as the Trainer groups them."""
     from transformers import get_scheduler
 
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=config.lr, loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_weight_decay=config.weight_decay,
+    )  # fmt: skip
     schedule = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
     for ids, labels in batches:
         loss_of(model, ids, labels).backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -364,6 +364,11 @@ def test_complaint_memory_estimate_llama_factory_5717():
     assert not any("lora" in name for name, _ in model.named_modules())  # the model is left as it was
 
 
+def test_a_rank_beyond_the_memory_is_refused_before_it_is_taken():
+    with pytest.raises(UsageError, match="1 adapters with r up to 1000000000 need"):
+        engine_of("gpt2", [plain_adapter(r=10**9)])
+
+
 @pytest.mark.parametrize(
     "wrong, says",
     [({"bias": "all"}, "bias all"), ({"use_dora": True}, "use_dora True"), ({"init_lora_weights": "pissa"}, "pissa")],
@@ -371,6 +376,11 @@ def test_complaint_memory_estimate_llama_factory_5717():
 def test_settings_beyond_the_engine_are_refused(wrong, says):
     with pytest.raises(UsageError, match=says):
         engine_of("gpt2", [AdapterConfig(**wrong)])
+
+
+def test_the_trainer_refuses_a_rate_of_its_own_for_B():
+    with pytest.raises(UsageError, match="loraplus"):
+        base.add_adapter(TrainConfig(base="b", run_dir="r", loraplus_lr_ratio=2.0), tiny_model("gpt2"))
 
 
 def test_targets_that_no_layer_has_are_refused():
