@@ -15,11 +15,11 @@ from statistics import median_low
 import torch
 from tqdm import tqdm
 
-from common import atomic_open, free_memory
+from common import UsageError, atomic_open, free_memory
 from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
-from lora.multi_lora import MultiLora, memory_per_adapter
+from lora.multi_lora import MultiLora, memory_per_adapter, pack
 from lora.tasks import IGNORE, batch_rows, collate, default_prompt, pad_id, prompt_ids
 from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan_steps, settings, task_metric
 from runlog import RunLog, read_run
@@ -96,6 +96,8 @@ class Group:
         """Put these configurations into the slots of an engine with room for all others of the group."""
         configs = [self.configs[i] for i in members]
         self.engine = MultiLora(self.model, configs, self.configs, self.first.gradient_checkpointing)
+        if self.sweep.packing and not self.engine.packs:
+            raise UsageError(f"{type(self.model).__name__} cannot keep packed rows apart; leave --packing out")
 
     def start(self):
         """Fill the slots, from the checkpoint if there is one."""
@@ -103,7 +105,8 @@ class Group:
             return self.restore(torch.load(path, weights_only=True, map_location=self.model.device))
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
         spare = self.first.gradient_checkpointing
-        needed = memory_per_adapter(self.model, self.configs, collate(longest, self.pad), spare)
+        batch = pack(longest, 1, self.pad) if self.sweep.packing else collate(longest, self.pad)
+        needed = memory_per_adapter(self.model, self.configs, batch, spare)
         fit = int(0.8 * free_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
         self.log.print(f"{len(self.configs)} adapters, {k} at a time, {needed / 2**20:,.1f} MB each, {fit} would fit")
@@ -158,6 +161,8 @@ class Group:
         for slot, step in zip(self.slots, self.engine.steps):
             own = [self.data.train[i] for i in batch_rows(len(self.data.train), b, step, slot.cfg.seed)]
             rows += own + [{"input_ids": [self.pad], "labels": [IGNORE]}] * (b - len(own))
+        if self.sweep.packing:
+            return pack(rows, len(self.slots), self.pad)
         return {name: x.view(len(self.slots), b, -1) for name, x in collate(rows, self.pad).items()}
 
     def record(self, losses, norms, finite):

@@ -24,14 +24,16 @@ busy there is none (bench/bench_lora.py shows it).
 
 import math
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -109,6 +111,9 @@ def ask_peft(model, targets):
                 raise UsageError(f"adapters at once cannot have {name}, which PEFT adapts, too: use --engine trainer")
             A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
             weights[name] = A, B.normal_(std=0.1, generator=g)
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        if lost := [n for n in set_peft_model_state_dict(wrapped, state).missing_keys if "lora_" in n]:
+            raise UsageError(f"PEFT does not find {lost[0]} again in an adapter it saved: choose --target-modules")
         ids, mask = batch["input_ids"].to(model.device), (batch["labels"] != IGNORE).to(model.device)
         with torch.no_grad(), one_line(model, "PEFT's adapters"):
             logits = wrapped(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
@@ -170,11 +175,19 @@ class MultiLora:
         self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
         for layer in self.layers:
             layer.A.data[0], layer.B.data[0] = weights[layer.name]
-        with torch.no_grad(), one_line(self.model, "adapters at once"):
-            loss = self.forward(check_batch(self.model))[0].item()
-        if not abs(loss - expected) <= {2: 3e-2, 4: 1e-5, 8: 1e-9}[self.model.dtype.itemsize] * expected:
-            name = type(self.model).__name__
+        with one_line(self.model, "adapters at once"):
+            losses = self.forward(check_batch(self.model))
+        loss, name = losses[0].item(), type(self.model).__name__
+        if not losses.requires_grad:  # only layers for pictures have these names, say
+            raise UsageError(f"no layer that {name} applies to text has an adapter; choose --target-modules")
+        tolerance = {2: 3e-2, 4: 1e-5, 8: 1e-9}[self.model.dtype.itemsize] * expected
+        if not abs(loss - expected) <= tolerance:
             raise UsageError(f"{name} at once has loss {loss:.6f}, with PEFT {expected:.6f}: use --engine trainer")
+        row, self.packs = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}, False
+        one, other = ([{"input_ids": [token] * 3, "labels": [IGNORE] * 3}] for token in (1, 2))
+        with torch.no_grad(), suppress(UsageError), one_line(self.model, "packed rows"):
+            a, b, c = (self.forward(pack([*before, row] * 2, 2, 0))[0].item() for before in ([], one, other))
+            self.packs = b == c and abs(a - b) <= tolerance  # a row has the same loss behind another, whatever that is
 
     def _allocate(self, k):
         """Lay out k slots: weights and AdamW's moments are tensors (k, P); the layers hold views of the weights."""
@@ -184,16 +197,16 @@ class MultiLora:
             if self.with_bias and layer.base.bias is not None:
                 sizes.append((layer, "bias", (layer.n_out,)))
         lengths = [math.prod(shape) for _, _, shape in sizes]
-        needed, free = 4 * k * sum(lengths) * self.dtype.itemsize, free_memory(self.device)  # as in memory_per_adapter
-        if needed > free:
-            size = f"{needed / 2**30:,.1f} GB of {free / 2**30:,.1f} that are free"
-            raise UsageError(f"{k} adapters with r up to {self.r_max} need {size}: lower r, or --adapters-at-once")
+        needed = 4 * k * sum(lengths) * self.dtype.itemsize / 2**30  # GB, as in memory_per_adapter
+        if needed > (free := free_memory(self.device) / 2**30):
+            raise UsageError(
+                f"{k} adapters of r {self.r_max} need {needed:,.1f} GB, {free:,.1f} are free: lower either"
+            )
         self.state = torch.zeros(3, k, sum(lengths), dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
-        is_bias = [torch.full((n,), attribute == "bias") for (_, attribute, _), n in zip(sizes, lengths)]
-        self.is_bias = torch.cat(is_bias).to(self.device)  # (P,): never decayed, and not trained in every slot
-        is_A = [torch.full((n,), attribute == "A") for (_, attribute, _), n in zip(sizes, lengths)]
-        self.is_A = torch.cat(is_A).to(self.device)  # (P,)
+        kinds = [[torch.full((n,), a == kind) for (_, a, _), n in zip(sizes, lengths)] for kind in ("A", "bias")]
+        # (P,): A has a learning rate of its own; biases are never decayed, and not trained in every slot
+        self.is_A, self.is_bias = (torch.cat(parts).to(self.device) for parts in kinds)
         self.parameters = []
         for (layer, attribute, shape), part in zip(sizes, self.theta.split(lengths, dim=1)):
             self.parameters.append(nn.Parameter(part.view(k, *shape)))
@@ -267,17 +280,18 @@ class MultiLora:
         """Summed loss at the target positions -> (sums (k,), their numbers (k,) on the CPU).
 
         batch: "input_ids" and "labels", (b, T) read by every adapter or (k, b, T) with each its own; rows padded on
-        the right, so no attention mask is needed: a causal model does not see the padding from the left.
+        the right, so no attention mask is needed: a causal model does not see the padding from the left. Or of `pack`.
         """
         k = self.n_active
         ids, labels = (
             x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in (batch["input_ids"], batch["labels"])
         )
         self.n_rows = len(ids) // k
+        positions = {name: x.flatten(0, 1).to(self.device) for name, x in batch.items() if name == "position_ids"}
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1; (k*b, T)
         where = (labels != IGNORE).flatten().nonzero()[:, 0]  # the target positions; adapter by adapter
         counts = (labels != IGNORE).view(k, -1).sum(1)  # (k,)
-        hidden = self.body(ids.to(self.device), use_cache=False).last_hidden_state  # (k*b, T, C)
+        hidden = self.body(ids.to(self.device), use_cache=False, **positions).last_hidden_state  # (k*b, T, C)
         hidden = hidden.flatten(0, 1).index_select(0, where.to(self.device))  # (targets, C)
         nll = token_nll(hidden, self.head, labels.flatten()[where].to(self.device))
         return torch.stack([part.sum() for part in nll.split(counts.tolist())]), counts
@@ -359,6 +373,20 @@ class MultiLora:
             config.target_modules = [layer.name for layer in self.layers]
             config.save_pretrained(part)
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def pack(rows, k, pad):
+    """Rows of k adapters, each one's in a single row -> {"input_ids", "labels", "position_ids"}, (k, 1, T), for `nll`.
+
+    Positions begin anew in each of an adapter's rows, and by that transformers keeps them from attending to each other.
+    """
+    rows = [{**row, "position_ids": list(range(len(row["labels"])))} for row in rows]
+    n, packed = len(rows) // k, {}
+    for name, fill in {"input_ids": pad, "labels": IGNORE, "position_ids": 0}.items():
+        columns = [torch.cat([torch.tensor(row[name]) for row in rows[at : at + n]]) for at in range(0, len(rows), n)]
+        packed[name] = pad_sequence(columns, batch_first=True, padding_value=fill)[:, None]
+    packed["labels"][packed["position_ids"] == 0] = IGNORE  # nothing predicts a row's first token
+    return packed
 
 
 def token_nll(hidden, head, targets):

@@ -9,7 +9,6 @@ proposes the same points again, and nothing has to be stored but the results of 
 """
 
 import random
-import warnings
 
 from common import UsageError
 
@@ -54,17 +53,16 @@ def draw(space, rng):
             point[name] = values["low"] * (values["high"] / values["low"]) ** rng.random()
         else:
             point[name] = values["low"] + (values["high"] - values["low"]) * rng.random()
-    return rounded(space, point)
+    return {name: rounded(space[name], value) for name, value in point.items()}
 
 
-def rounded(space, point):
-    """A point whose values of ranges are whole numbers where both ends are, else have four digits, as tables show."""
-    point = dict(point)
-    for name, ends in ((name, values) for name, values in space.items() if isinstance(values, dict)):
-        whole = {type(ends["low"]), type(ends["high"])} == {int}
-        value = round(point[name]) if whole else float(f"{point[name]:.4g}")
-        point[name] = min(max(value, ends["low"]), ends["high"])
-    return point
+def rounded(values, value):
+    """A value of a range as a whole number where both ends are, else with four digits, as tables show it."""
+    if isinstance(values, list):
+        return value
+    low, high = values["low"], values["high"]
+    whole = type(low) is type(high) is int
+    return min(max(round(value) if whole else float(f"{value:.4g}"), low), high)
 
 
 def propose(space, points, losses, n):
@@ -76,9 +74,8 @@ def propose(space, points, losses, n):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     choice, span = optuna.distributions.CategoricalDistribution, optuna.distributions.FloatDistribution
     kinds = {name: choice(v) if isinstance(v, list) else span(**v) for name, v in space.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constant_liar
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=len(points), constant_liar=True))
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=len(points), constant_liar=True))
     for point, loss in zip(points, losses):
         study.add_trial(optuna.trial.create_trial(params=point, distributions=kinds, value=loss))
-    return [rounded(space, study.ask(kinds).params) for _ in range(n)]
+    asked = [study.ask(kinds).params for _ in range(n)]
+    return [{name: rounded(space[name], value) for name, value in point.items()} for point in asked]

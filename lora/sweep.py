@@ -8,14 +8,12 @@
 A grid file names the task and holds `settings` (fields of train_lora's TrainConfig, the same for all), `grid` (lists,
 all combinations), `configs` (single ones) and `seeds`. With `trials`, a number, it is a search: `grid` may hold ranges
 (search.py), and so many of its points are trained, drawn at random, or with `"search": "tpe"` proposed by Optuna, in
-rounds of `--adapters-at-once` (0: eight), from the held-out losses of the rounds before.
-
-In a group (`--engine concurrent`) adapters share the base's forward and backward pass. One that diverges (a loss that
-is not finite, or whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights kept,
-and its place given to the next configuration; so are those that `--patience` or `--halving` stops. Configurations
-beyond the engine (DoRA, initialisations that change the base, bias "all") train one after another with the Trainer.
-Killed at any moment and started again with the same command, a sweep resumes from its last checkpoint and gives the
-same results as if undisturbed.
+rounds of `--adapters-at-once` (0: eight), from the held-out losses of the rounds before. In a group (`--engine
+concurrent`) adapters share the base's forward and backward pass. One that diverges (a loss that is not finite, or whose
+smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights kept, and its place given to
+the next configuration; so are those that `--patience` or `--halving` stops. Configurations beyond the engine (DoRA,
+initialisations that change the base, bias "all") train one after another with the Trainer. Killed at any moment and
+started again with the same command, a sweep resumes from its last checkpoint and gives the same results.
 
 Leaves in the run directory: adapters/NAME/ (a run directory each: metrics, samples, result, ckpt/adapter in PEFT's
 format), table.md (held-out losses with confidence intervals over seeds, and what each hyper-parameter does with all
@@ -50,8 +48,7 @@ from runlog import RunLog, read_run
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
-ROUND = 8  # trials of a round of TPE, where --adapters-at-once does not say
-DECISIVE = ("engine", "adapters_at_once", "divergence_factor", "halving", "rungs", "sample_tokens")
+DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "rungs", "sample_tokens")
 
 
 @dataclass
@@ -62,6 +59,9 @@ class SweepConfig:
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
     engine: Literal["auto", "concurrent", "trainer"] = "auto"  # auto: concurrent where it can
     adapters_at_once: int = 0  # adapters in one batch; 0: as many as memory allows
+    packing: bool = (
+        False  # adapters at once: a batch as one row each, without padding, and attention only within its rows
+    )
     shard: str = ""  # "i/n", i from 0: this is one of n jobs on the same run directory
     divergence_factor: float = 1.5  # stop an adapter whose smoothed loss exceeds its best by this factor; 0: only NaN
     halving: bool = False  # stop the worse half, by held-out loss, at every rung
@@ -140,7 +140,7 @@ def add_round(cfg, grid):
     losses = [math.inf if loss is None else loss for loss in results]
     n, kind, size = len(grid.seeds), grid.search["kind"], grid.search["trials"] - len(grid.points)
     means = [sum(losses[at : at + n]) / n for at in range(0, len(losses), n)]  # over the seeds of a point
-    size = min(size, cfg.adapters_at_once or ROUND) if kind == "tpe" else size
+    size = min(size, cfg.adapters_at_once or 8) if kind == "tpe" else size
     grid.points += next_points(kind, grid.search["space"], grid.points, means, size)
 
 
@@ -206,15 +206,13 @@ def agree(cfg, grid, folder, configs, n):
 
     The first one writes it into the folder's config.json, beside the settings; a sweep with other settings is refused.
     """
+    more = {"optuna": version("optuna")} if grid.search.get("kind") == "tpe" else {}
     wanted = {
         "configs": [{k: v for k, v in asdict(c).items() if k not in (*NO_EFFECT, "device")} for c in configs],
         "settings": {name: getattr(cfg, name) for name in DECISIVE},
-        "inputs": fingerprint(configs[0]),
+        "inputs": fingerprint(configs[0]) | more,
+        "search": grid.search,
     }
-    if grid.search:
-        wanted["search"] = grid.search
-    if grid.search.get("kind") == "tpe":
-        wanted["inputs"]["optuna"] = version("optuna")
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
         if run_state(folder, wanted, cfg.overwrite) == "new":

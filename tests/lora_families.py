@@ -1,0 +1,134 @@
+"""Adapters at once against PEFT on all families of causal LMs that transformers has, each as a tiny random model.
+
+    python tests/lora_families.py              about ten minutes on two cores; leaves a run directory, and resumes
+    python tests/lora_families.py llama opt    these alone
+
+Each family, with the targets `auto` and `all-linear`, is trained exactly as PEFT does or refused in one line. One that
+no small config builds is told apart: nothing was tried.
+"""
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from lora_models import family_config, family_model
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common import UsageError
+from lora.base import AdapterConfig, load_base, quiet_libraries
+from lora.multi_lora import MultiLora
+from lora.tasks import IGNORE
+from runlog import RunLog, read_run
+
+LOADED = {AutoConfig: family_config, AutoModelForCausalLM: family_model}  # instead of what from_pretrained gives
+TARGETS, STEPS, MEMORY, SECONDS = ("auto", "all-linear"), 6, 10 * 2**30, 150
+
+
+def batches(vocab_size):
+    """Random rows, one of them filled up on the right, half of the positions targets."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        ids = torch.randint(1, vocab_size, (3, 12), generator=g)
+        labels = torch.where(torch.rand(ids.shape, generator=g) < 0.5, ids, IGNORE)
+        labels[0, 7:] = IGNORE
+        yield {"input_ids": ids, "labels": labels}
+
+
+def compare(name, targets):
+    """Train two adapters at once, and the first by PEFT -> (largest difference of losses, of logits after reloading).
+
+    UsageError where the engine refuses the family.
+    """
+    with patch("lora.base._load", lambda kind, name, **_: LOADED[kind](name)):
+        model = load_base(name, "float64")
+    data = list(batches(min(290, model.config.get_text_config(decoder=True).vocab_size)))
+    same = {"lora_dropout": 0.0, "bias": "none", "target_modules": targets, "max_steps": 20}
+    config, other = AdapterConfig(r=3, lora_alpha=6, lr=1e-2, **same), AdapterConfig(r=2, lr=1e-1, seed=4, **same)
+    engine = MultiLora(model, [config, other])
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save(0, f"{folder}/start")
+        losses = [engine.step(engine.forward(batch))[0][0] for batch in data]
+        engine.save(0, f"{folder}/end")
+        trained, loaded = (
+            PeftModel.from_pretrained(family_model(name), f"{folder}/{when}", is_trainable=True)
+            for when in ("start", "end")
+        )
+    optimizer = torch.optim.AdamW([p for p in trained.train().parameters() if p.requires_grad], weight_decay=0.0)
+    apart = []
+    for step, batch in enumerate(data):
+        logits = trained(input_ids=batch["input_ids"]).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+        apart.append(abs(loss.item() - losses[step]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = config.lr_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = data[0]["input_ids"]
+    with engine.alone(0) as model:
+        return max(apart), (model(input_ids=ids).logits - loaded.eval()(input_ids=ids).logits).abs().max().item()
+
+
+def outcome(name, targets):
+    """What became of a family -> {"outcome": exact, refused, wrong, traceback or not built, …}"""
+    try:
+        family_model(name)
+    except Exception as e:
+        return {"outcome": "not built", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+    try:
+        loss, reload = compare(name, targets)
+    except UsageError as e:
+        return {"outcome": "wrong" if "\n" in str(e) else "refused", "why": str(e)}
+    except Exception:
+        return {"outcome": "traceback", "why": traceback.format_exc()[-2000:]}
+    return {"outcome": "exact" if max(loss, reload) < 1e-6 else "wrong", "loss_apart": loss, "logits_apart": reload}
+
+
+def work(name, pipe):
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # a config that stays large fails by itself
+    torch.set_num_threads(1)
+    for targets in TARGETS:
+        pipe.send(outcome(name, targets))
+
+
+def main():
+    """All families, each in a process of its own."""
+    quiet_libraries()
+    folder = "runs/lora_families_some" if sys.argv[1:] else "runs/lora_families"
+    with RunLog(folder, "lora_families", {"steps": STEPS}, resume=not sys.argv[1:]) as log:
+        done = {row["kind"] for row in read_run(folder).metrics}
+        for number, name in enumerate(tqdm(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), disable=None)):
+            if done.issuperset(f"{name}/{targets}" for targets in TARGETS):
+                continue
+            here, there = multiprocessing.Pipe()
+            process = multiprocessing.get_context("fork").Process(target=work, args=(name, there))
+            process.start()
+            there.close()
+            for targets in TARGETS:
+                lost = {"outcome": "not built", "why": f"more than {SECONDS} s, or than {MEMORY / 2**30:.0f} GB"}
+                try:
+                    row = here.recv() if here.poll(SECONDS) else lost
+                except EOFError:
+                    row = lost
+                log.metric(number, f"{name}/{targets}", **row)
+                why = row.get("why", "").splitlines() or [""]
+                log.print(f"{name:24} {targets:10} {row['outcome']:9} {why[-1]}")
+            process.kill()
+            process.join()
+        rows = read_run(folder).metrics
+        counts = {t: Counter(row["outcome"] for row in rows if row["kind"].endswith(f"/{t}")) for t in TARGETS}
+        log.print(str(counts))
+        log.finish("success", **counts)
+
+
+if __name__ == "__main__":
+    main()
