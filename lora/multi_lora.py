@@ -199,9 +199,7 @@ class MultiLora:
         lengths = [math.prod(shape) for _, _, shape in sizes]
         needed = 4 * k * sum(lengths) * self.dtype.itemsize / 2**30  # GB, as in memory_per_adapter
         if needed > (free := free_memory(self.device) / 2**30):
-            raise UsageError(
-                f"{k} adapters of r {self.r_max} need {needed:,.1f} GB, {free:,.1f} are free: lower either"
-            )
+            raise UsageError(f"lower r: {k} adapters of r {self.r_max} need {needed:,.1f} GB, {free:,.1f} are free")
         self.state = torch.zeros(3, k, sum(lengths), dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
         kinds = [[torch.full((n,), a == kind) for (_, a, _), n in zip(sizes, lengths)] for kind in ("A", "bias")]

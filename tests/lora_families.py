@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from lora_models import family_config, family_model
+from lora_models import family_model
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,8 +29,11 @@ from lora.multi_lora import MultiLora
 from lora.tasks import IGNORE
 from runlog import RunLog, read_run
 
-LOADED = {AutoConfig: family_config, AutoModelForCausalLM: family_model}  # instead of what from_pretrained gives
-TARGETS, STEPS, MEMORY, SECONDS = ("auto", "all-linear"), 6, 10 * 2**30, 150
+LOADED = {
+    AutoConfig: lambda name: family_model(name).config,
+    AutoModelForCausalLM: family_model,
+}  # instead of what from_pretrained gives
+TARGETS, STEPS, MEMORY, SECONDS = ("auto", "all-linear"), 6, 10 * 2**30, 300
 
 
 def batches(vocab_size):
@@ -79,7 +82,7 @@ def compare(name, targets):
 
 
 def outcome(name, targets):
-    """What became of a family -> {"outcome": exact, refused, wrong, traceback or not built, …}"""
+    """What became of a family -> {"outcome": exact, refused, wrong, traceback or not built; …}"""
     try:
         family_model(name)
     except Exception as e:
@@ -105,7 +108,7 @@ def main():
     quiet_libraries()
     folder = "runs/lora_families_some" if sys.argv[1:] else "runs/lora_families"
     with RunLog(folder, "lora_families", {"steps": STEPS}, resume=not sys.argv[1:]) as log:
-        done = {row["kind"] for row in read_run(folder).metrics}
+        done = {row["kind"] for row in read_run(folder).metrics if row["outcome"] != "no result"}
         for number, name in enumerate(tqdm(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), disable=None)):
             if done.issuperset(f"{name}/{targets}" for targets in TARGETS):
                 continue
@@ -114,7 +117,7 @@ def main():
             process.start()
             there.close()
             for targets in TARGETS:
-                lost = {"outcome": "not built", "why": f"more than {SECONDS} s, or than {MEMORY / 2**30:.0f} GB"}
+                lost = {"outcome": "no result", "why": f"more than {SECONDS} s, or than {MEMORY / 2**30:.0f} GB"}
                 try:
                     row = here.recv() if here.poll(SECONDS) else lost
                 except EOFError:

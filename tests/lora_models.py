@@ -43,11 +43,16 @@ SMALL = {
     "moe_intermediate_size": 16, "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "ffn_dim": 64,
     "word_embed_proj_dim": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "d_model": 32,
-    "decoder_ffn_dim": 64, "state_size": 8, "sliding_window": 64,
+    "decoder_ffn_dim": 64, "state_size": 8, "sliding_window": 64, "rotary_dim": 8, "mamba_n_heads": 8,
+    "mamba_d_head": 8,
 }  # fmt: skip
 
 
-FEWER = ({}, {"num_key_value_heads": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4}, {"head_dim": 16})
+# What some families need besides: the first of these with which a model runs.
+BESIDES = (
+    {}, {"num_key_value_heads": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4}, {"head_dim": 16},
+    {"num_hidden_layers": 8}, {"num_heads": 8}, {"is_decoder": True, "attention_types": [[["global", "local"], 1]]},
+)  # fmt: skip
 
 
 def family_config(name, **changes):
@@ -78,7 +83,7 @@ def family_model(name):
 
     from lora.base import without_noise
 
-    for changes in FEWER:
+    for changes in BESIDES:
         torch.manual_seed(0)
         try:
             config = without_noise(family_config(name, **changes))
