@@ -451,3 +451,13 @@ def test_the_grids_that_come_with_the_repository(base, rows, name, number):
     configs = read_configs(config(path, base, rows, "run"))
     assert len(configs) == number and not any(map(unsupported, configs))
     assert len(sweep.make_groups(configs, "auto", 1)) == 1
+
+
+def test_packed_batches_train_the_same_adapters(base, rows, tmp_path):
+    grid = write_grid(tmp_path / "grid.json", {"lora_dropout": 0.0, "max_steps": 4}, grid={"r": [2, 4]})
+    for name in ("padded", "packed"):
+        run_sweep(config(grid, base, rows, tmp_path / name, packing=name == "packed"))
+    for name, folder in adapters(tmp_path / "packed").items():
+        for kind in ("train", "val"):
+            padded = read_run(tmp_path / "padded/adapters" / name).curve(kind)[1]
+            assert read_run(folder).curve(kind)[1] == pytest.approx(padded, abs=1e-5)
