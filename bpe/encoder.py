@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from bpe.chunk_table import LONGEST, PADDING, ChunkTable
-from bpe.trainer import DEAD, SEP, LinkedTokens
+from bpe.chunk_table import LONGEST, MIX, PADDING, ChunkTable
+from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
 NO_RANK = 2**31 - 1
 MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
@@ -39,7 +39,7 @@ class Encoder:
         inner = {token: b for b, token in enumerate(byte_ids)}
         for token in merges.values():
             inner.setdefault(token, len(inner))  # two merges may make the same token
-        self._missing = bytes(b for b, token in enumerate(byte_ids) if token < 0)
+        self._missing = np.array([token < 0 for token in byte_ids])
         self._outer = np.array([*inner, SEP], np.int32)  # SEP is -1: it picks the last entry
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
@@ -70,7 +70,7 @@ class Encoder:
         ids, lengths = [self._outer[:0]], np.zeros(len(texts), np.int64)
         for block in splitter.blocks(texts):
             data, starts = splitter.split([piece for _, piece in block])
-            places = cache.table.values(data, starts, partial(self._add, cache))
+            places = cache.table.values(data, starts, partial(self._add, cache, data))
             count = places & 0xFFFFFFFF
             ends = count.cumsum()
             at = np.repeat((places >> 32) - (ends - count), count)
@@ -78,7 +78,7 @@ class Encoder:
             ids.append(cache.pool.take(at))
             total = np.append(0, ends[data.take(starts) == 0xFF])  # up to the end of each piece
             np.add.at(lengths, [number for number, _ in block], np.diff(total))
-            if cache.table.used + len(cache.table.long) > MAX_CHUNKS or cache.used > MAX_POOL:
+            if len(cache.table) > MAX_CHUNKS or cache.used > MAX_POOL:
                 cache = self._first_cache.copy()
         self._idle.append(cache)
         return np.concatenate(ids), lengths
@@ -90,15 +90,17 @@ class Encoder:
             if len(known) > MAX_SHORT:
                 known = self._short = {}  # begun anew: another thread still reads the old one
                 new = list(dict.fromkeys(chunks))
-            encoded = [chunk.encode("ascii").translate(None, self._missing) for chunk in new]
-            ids, lengths = self._merged(encoded)
+            encoded = [chunk.encode("ascii") for chunk in new]
+            ids, lengths = self._merged(*flat(encoded))
             for chunk, data, part in zip(new, encoded, np.split(ids, lengths.cumsum()[:-1])):
                 known[chunk] = [self._whole[data]] if data in self._whole else part.tolist()
         return [token for chunk in chunks for token in known[chunk]]
 
-    def _add(self, cache, chunks):
-        """Merge new chunks -> their values in the cache."""
-        return cache.add(*self._merged([chunk.translate(None, self._missing) for chunk in chunks]))
+    def _add(self, cache, data, starts, lengths):
+        """Merge the new chunks that start in `data` -> their values in the cache."""
+        at = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+        at += np.arange(len(at))
+        return cache.add(*self._merged(data.take(at), lengths))
 
     def _own_tokens(self):
         """The bytes of each token that encodes to itself, by inner id; b"" for the others and for long ones."""
@@ -112,28 +114,30 @@ class Encoder:
             own[new] = a + b if valid and a and b and len(a) + len(b) <= LONGEST else b""
         return own
 
-    def _merged(self, chunks):
-        """list of bytes -> (their ids one after another, how many each has)."""
-        short = [c for c in chunks if len(c) <= LONGEST]
-        if not short or len(short) < MANY:
-            tokens = self._merge_by_rank(chunks)
-        elif len(short) == len(chunks):
-            tokens = self._merge_by_rounds(chunks)
+    def _merged(self, data, lengths):
+        """Bytes of chunks one after another, how many each has -> (ids one after another, how many each has)."""
+        if self._missing.any():
+            kept, of = ~self._missing[data], np.repeat(np.arange(len(lengths)), lengths)
+            data, lengths = data[kept], np.bincount(of[kept], minlength=len(lengths))
+        short = lengths <= LONGEST
+        if not short.any() or np.count_nonzero(short) < MANY:
+            tokens = self._merge_by_rank(data, lengths)
+        elif short.all():
+            tokens = self._merge_by_rounds(data, lengths)
         else:
-            is_short = np.fromiter((len(c) <= LONGEST for c in chunks), bool, len(chunks))
-            parts = self._merged(short), self._merged([c for c in chunks if len(c) > LONGEST])
-            lengths = np.empty(len(chunks), np.int64)
-            lengths[is_short], lengths[~is_short] = parts[0][1], parts[1][1]
-            ids, from_short = np.empty(lengths.sum(), np.int32), np.repeat(is_short, lengths)
+            inside, counts = np.repeat(short, lengths), np.empty(len(lengths), np.int64)
+            parts = self._merged(data[inside], lengths[short]), self._merged(data[~inside], lengths[~short])
+            counts[short], counts[~short] = parts[0][1], parts[1][1]
+            ids, from_short = np.empty(counts.sum(), np.int32), np.repeat(short, counts)
             ids[from_short], ids[~from_short] = parts[0][0], parts[1][0]
-            return ids, lengths
+            return ids, counts
         tokens.compact()
         borders = np.flatnonzero(tokens.tok == SEP)
         return self._outer[tokens.tok[tokens.tok != SEP]], np.diff(borders) - 1
 
-    def _merge_by_rounds(self, chunks):
+    def _merge_by_rounds(self, data, lengths):
         """The best pair of each chunk, again and again, until no chunk has one -> LinkedTokens."""
-        tokens, tables = LinkedTokens(chunks), self._tables
+        tokens, tables = LinkedTokens(data, lengths), self._tables
         tok, next_, prev = tokens.tok, tokens.next, tokens.prev
         begins = np.flatnonzero(tok == SEP)[:-1]  # each chunk from the SEP before it
         rank = np.full(len(tok), NO_RANK, np.int64)
@@ -152,12 +156,12 @@ class Encoder:
             tok[at], tok[gone] = new, DEAD
             next_[at], prev[after] = after, at
             key[gone] = NO_RANK << bits
-            key[at] = tables.of_pairs(new, tok[after]).astype(np.int64) << bits | at
-            key[before] = tables.of_pairs(tok[before], new).astype(np.int64) << bits | before
+            key[at] = tables.of_pairs(new, tok[after]) << bits | at
+            key[before] = tables.of_pairs(tok[before], new) << bits | before
 
-    def _merge_by_rank(self, chunks):
+    def _merge_by_rank(self, data, lengths):
         """Rank by rank, each at all positions where it occurs -> LinkedTokens."""
-        tokens, todo, tables, rank_of = LinkedTokens(chunks), _Agenda(), self._tables, self._rank.get
+        tokens, todo, tables, rank_of = LinkedTokens(data, lengths), _Agenda(), self._tables, self._rank.get
         todo.add(*tables.of_bytes(tokens.tok))
         while todo.ranks:
             rank, where = todo.pop()
@@ -170,8 +174,8 @@ class Encoder:
                 todo.add(done, [rank_of((new, x), NO_RANK) for x in right])
                 todo.add(before, [rank_of((x, new), NO_RANK) for x in left])
             else:
-                todo.add(*tables.of_neighbours(tables.after, new, done, right))
-                todo.add(*tables.of_neighbours(tables.before, new, before, left))
+                todo.add(*_ranked(done, tables.of_pairs(new, right)))
+                todo.add(*_ranked(before, tables.of_pairs(left, new)))
         return tokens
 
 
@@ -181,7 +185,7 @@ class _Cache:
     def __init__(self, outer, own_tokens, whole):
         """outer: ids of all tokens. own_tokens: see Encoder._own_tokens; they and `whole` are there from the start."""
         self.pool = np.append(outer, np.array([*whole.values()], np.int32))
-        self.table, self.used = ChunkTable(), len(self.pool)
+        self.table, self.used = ChunkTable(len(own_tokens)), len(self.pool)
         own = {token: i for i, token in enumerate(own_tokens) if token and outer[i] >= 0}
         own |= {token: i for i, token in enumerate(whole, len(outer))}
         kept = [(token, i) for token, i in own.items() if token != b"\xff"]
@@ -190,7 +194,7 @@ class _Cache:
         lengths = np.array([len(token) for token, _ in kept])
         places = np.array([i << 32 | 1 for _, i in kept[:-1]] + [0])
         data = np.frombuffer(names + bytes(PADDING), np.uint8)
-        self.table.values(data, np.cumsum(lengths) - lengths, lambda chunks: places)
+        self.table.values(data, np.cumsum(lengths) - lengths, lambda *_: places)
 
     def copy(self):
         other = _Cache.__new__(_Cache)
@@ -238,52 +242,59 @@ class _Agenda:
         return rank, self.where.pop(rank)
 
 
+def _ranked(where, ranks):
+    """Those positions that have a rank, and the ranks."""
+    hits = np.flatnonzero(ranks != NO_RANK)
+    return where[hits], ranks[hits]
+
+
 class _RankTables:
-    """Ranks of many pairs at once."""
+    """Ranks of many pairs at once: a cuckoo hash table, in which a pair is at one of two places."""
 
     def __init__(self, merges, n_ids):
         p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
         self.parts = p, q
-        self._n_ids = n_ids
-        self.after, self.before = self._sorted(p, q), self._sorted(q, p)
-        self._bytes = np.full((257, 257), NO_RANK, np.int32)  # row and column 256, which is also -1, for SEP
+        self._width, self._size = n_ids + 1, 4 * len(p)
+        self._bytes = np.full((257, 257), NO_RANK)  # row and column 256, which is also -1, for SEP
         of_bytes = np.flatnonzero((p < 256) & (q < 256))
         self._bytes[p[of_bytes], q[of_bytes]] = of_bytes
-        self._scratch = np.full(n_ids + 1, NO_RANK, np.int32)  # the last entry, which is also -1, for SEP
+        keys = self._keys(p, q)
+        while not self._fill(keys):
+            self._size *= 2
 
-    def _sorted(self, token, neighbour):
-        """Merges sorted by token -> token * n_ids + neighbour of each, the rank of each, where each token starts."""
-        keys = token * self._n_ids + neighbour
-        order = np.argsort(keys)
-        keys = np.append(keys[order], 2**62)  # above all keys
-        starts = keys.searchsorted(np.arange(self._n_ids + 1) * self._n_ids).tolist()
-        return keys, np.append(order, NO_RANK).astype(np.int32), starts
+    def _fill(self, keys):
+        """Put all pairs in one of their places, those that are in the way into their other one -> whether that ends."""
+        self._shift = np.uint64(64 - self._size.bit_length())
+        ranks = np.full(1 << self._size.bit_length(), -1)
+        todo, second = np.arange(len(keys)), np.zeros(len(keys), bool)
+        for _ in range(100):
+            places = np.where(second[todo], *self._places(keys[todo])[::-1])
+            out = np.unique(ranks[places])
+            ranks[places] = todo
+            todo = np.append(todo[ranks[places] != todo], out[out >= 0])
+            second[todo] ^= True
+            if not len(todo):
+                self._at = np.append(keys, -1 << 60)[ranks]
+                self._ranks = np.where(ranks < 0, NO_RANK, ranks)
+                return True
+        return False
+
+    def _keys(self, left, right):
+        return left * np.int64(self._width) + right + 1  # SEP is -1 and in no merge: neither is such a key
+
+    def _places(self, keys):
+        return [(keys.view(np.uint64) * mix >> self._shift).view(np.int64) for mix in MIX[:2]]
 
     def of_pairs(self, left, right):
-        """Ranks of pairs (left[i], right[i]); right may be SEP."""
-        keys, ranks, _ = self.after
-        wanted = left * np.int64(self._n_ids) + right
-        at = keys.searchsorted(wanted)
-        return np.where((keys[at] == wanted) & (right != SEP), ranks[at], NO_RANK)
+        """Ranks of pairs (left[i], right[i]); either may be SEP."""
+        keys = self._keys(left, right)
+        first, second = self._places(keys)
+        at = np.where(self._at.take(first) == keys, first, second)
+        return np.where(self._at.take(at) == keys, self._ranks.take(at), NO_RANK)
 
     def of_bytes(self, tok):
         """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
-        ranks = self._bytes[tok[:-1], tok[1:]]
-        where = np.flatnonzero(ranks != NO_RANK)
-        return where, ranks[where]
-
-    def of_neighbours(self, table, token, where, neighbours):
-        """The same for one token, at the positions `where`, with its neighbours (table: self.after, self.before)."""
-        keys, ranks, starts = table
-        pairs = slice(starts[token], starts[token + 1])
-        if pairs.start == pairs.stop:
-            return where[:0], where[:0]
-        partners = keys[pairs] - token * self._n_ids
-        self._scratch[partners] = ranks[pairs]
-        found = self._scratch[neighbours]
-        self._scratch[partners] = NO_RANK
-        hits = np.flatnonzero(found != NO_RANK)
-        return where[hits], found[hits]
+        return _ranked(np.arange(len(tok) - 1), self._bytes[tok[:-1], tok[1:]])
 
     def stay_apart(self, left, right, limit):
         """Whether the tokens left[i] right[i] are what their bytes become by the merges below the token limit[i].

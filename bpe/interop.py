@@ -30,6 +30,7 @@ from pathlib import Path
 
 from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, require
 from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
+from bpe.trainer import flat
 from common import UsageError, atomic_open, read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
@@ -113,7 +114,7 @@ def _ranks(tok):
     if len(ranks) != len(tok.vocab) - len(special):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
     # tiktoken takes a chunk that is a token for that token, and merges whatever makes one
-    _, lengths = tok._encoder._merged([tok.vocab[token] for token in ids] or [b"a"])
+    _, lengths = tok._encoder._merged(*flat([tok.vocab[token] for token in ids]))
     extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b)
     if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
         raise UsageError("tiktoken would use tokens that the merges here do not make")

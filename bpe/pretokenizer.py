@@ -187,12 +187,13 @@ class Splitter:
         """Iterable of str -> {chunk in UTF-8: how often it occurs}, in order of first appearance."""
         table, chunks, counts = ChunkTable(), [], np.zeros(0, np.int64)
 
-        def number(new):
-            chunks.extend(new)
-            return np.arange(len(chunks) - len(new), len(chunks))
+        def number(starts, lengths):
+            chunks.extend(data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
+            return np.arange(len(chunks) - len(starts), len(chunks))
 
         for block in self.blocks(texts):
-            numbers = table.values(*self.split([piece for _, piece in block]), number)
+            data, starts = self.split([piece for _, piece in block])
+            numbers = table.values(data, starts, number)
             counts = np.append(counts, np.zeros(len(chunks) - len(counts), np.int64))
             counts += np.bincount(numbers, minlength=len(chunks))
         found = dict(zip(chunks, counts.tolist()))

@@ -37,17 +37,22 @@ DEAD = -2  # the right half of a merged pair
 FEW = 48  # up to so many occurrences plain Python beats a dozen numpy calls
 
 
+def flat(chunks):
+    """List of bytes -> (all bytes one after another (n,) uint8, the length of each)."""
+    lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
+    return np.frombuffer(b"".join(chunks), np.uint8), lengths
+
+
 class LinkedTokens:
     """Token ids in one flat array, doubly linked: merging a pair costs as much as it has occurrences.
 
-    chunks: list of bytes. tok: their bytes as ids 0..255, SEP around every chunk.
+    data, lengths: the bytes of chunks one after another, how many each has. tok: the bytes as ids 0..255, SEP around
+        every chunk.
     """
 
-    def __init__(self, chunks):
-        lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
-        data = np.frombuffer(b"".join(chunks), np.uint8)
+    def __init__(self, data, lengths):
         # chunk k's bytes are moved right by the k + 1 separators before them
-        tok = np.full(len(data) + len(chunks) + 1, SEP, np.int32)
+        tok = np.full(len(data) + len(lengths) + 1, SEP, np.int32)
         ends = np.cumsum(lengths + 1)
         inside = np.ones(len(tok), bool)
         inside[0] = inside[ends] = False
@@ -254,12 +259,12 @@ def learn_merges(chunk_counts, vocab_size):
     chunks = [c for c in chunk_counts if len(c) > 1]
     check_size(vocab_size, sum(map(len, chunks)) + len(chunks) + 1)
     numbers = np.fromiter((chunk_counts[c] for c in chunks), np.int64, len(chunks))
-    tokens = LinkedTokens(chunks)
+    data, lengths = flat(chunks)
+    tokens = LinkedTokens(data, lengths)
     weights = None
     if (numbers != 1).any():
-        lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
         weights = np.concatenate(([0], np.repeat(numbers, lengths + 1)))  # position 0 is a separator
-    del chunks
+    del chunks, data, lengths
     index = _PairIndex(tokens, weights)
     for new_id in range(256, vocab_size):
         best = index.pop() or (index.rebuild() and index.pop())

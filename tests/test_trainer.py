@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bpe.trainer
 from bpe import Tokenizer, reference
-from bpe.trainer import LinkedTokens, check_size, learn_merges
+from bpe.trainer import LinkedTokens, check_size, flat, learn_merges
 from common import UsageError
 
 
@@ -75,7 +75,7 @@ def test_many_chunks_with_many_rebuilds(few):
 
 
 def test_linked_tokens_merge_without_overlap(few):
-    tokens = LinkedTokens([b"aaaaa", b"aa"])
+    tokens = LinkedTokens(*flat([b"aaaaa", b"aa"]))
     where = tokens.occurrences([1, 2, 3, 4, 7], 97, 97)
     if bpe.trainer.FEW == 0:
         where = bpe.trainer.np.array(where)
