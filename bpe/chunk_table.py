@@ -23,11 +23,6 @@ class ChunkTable:
     def __len__(self):
         return sum(table.used for table in self.tables) + len(self.long)
 
-    def copy(self):
-        other = ChunkTable()
-        other.tables, other.long = tuple(table.copy() for table in self.tables), self.long.copy()
-        return other
-
     def values(self, data, starts, make):
         """The values of the chunks that start at `starts` in `data`, as Splitter.split returns them -> (n,) int64.
 
@@ -63,11 +58,6 @@ class _Table:
     def __init__(self, n_words, size=0):
         self.n_words, self.used = n_words, 0
         self.rows = np.zeros((1 << max(2 * size, 512).bit_length(), n_words + 1), np.uint64)
-
-    def copy(self):
-        other = _Table(self.n_words)
-        other.rows, other.used = self.rows.copy(), self.used
-        return other
 
     def insert(self, words):
         """Words of chunks, a list of n_words (n,) -> (the row of each, which of them are new: of equal ones the first).

@@ -1,7 +1,9 @@
 """Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
 
 A chunk that was seen before, or is a token by itself, is looked up: a table maps it to a range of a pool of ids, and
-the ids of a text are one gather from that pool. New chunks are merged together, in one flat array of linked tokens:
+the ids of a text are one gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space;
+these chunks are cut further, between two characters that no token joins, into pieces of which few are new. New ones are
+merged together, in one flat array of linked tokens:
 
     many chunks of a few bytes   each round merges the best pair of every chunk
     others                       the ranks that occur are merged in ascending order, each at all its positions
@@ -30,12 +32,13 @@ class Encoder:
     """Merges prepared for encoding.
 
     merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes; text loses a byte whose
-        id is negative. whole: {bytes: id}, the chunks that become one token, whatever the merges say.
+        id is negative. vocab: {int: bytes}, all tokens. whole: {bytes: id}, the chunks that become one token, whatever
+        the merges say.
 
     Inside, ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` maps back to the caller's.
     """
 
-    def __init__(self, merges, byte_ids, whole=None):
+    def __init__(self, merges, byte_ids, vocab, whole):
         inner = {token: b for b, token in enumerate(byte_ids)}
         for token in merges.values():
             inner.setdefault(token, len(inner))  # two merges may make the same token
@@ -44,33 +47,35 @@ class Encoder:
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         self._tables = _RankTables(self._merges, len(inner))
-        self._whole = whole or {}
-        self._filled = None
+        self._vocab, self._whole, self._crossed = vocab, whole, None
         # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
         # process forks, and one that an interrupt left half-filled is simply lost.
         self._idle = []
         self._short = {}  # chunk of a short text -> list of its ids
 
-    @property
-    def _first_cache(self):
-        """The vocabulary's own tokens, filled in when first needed: who only decodes does not wait for it.
-
-        No lock, as `cached_property` has one here, is held when a process forks; two threads at once make it twice.
-        """
-        if self._filled is None:
-            self._filled = _Cache(self._outer, self._own_tokens(), self._whole)
-        return self._filled
+    def _new_cache(self):
+        """A cache that holds the vocabulary's own tokens. Made when first needed: who only decodes does not wait."""
+        if self._crossed is None:
+            self._crossed = _crossed(self._vocab.values(), self._missing)
+        own = self._own_tokens()
+        names = [self._vocab.get(token, b"") for token in self._outer[:-1].tolist()]
+        known = set(self._outer[:-1][own].tolist())
+        whole = {name: token for name, token in self._whole.items() if token not in known}
+        own_names = [name if is_own and len(name) <= LONGEST else b"" for name, is_own in zip(names, own.tolist())]
+        return _Cache(self._outer, own_names, whole, self._merged)
 
     def encode(self, splitter, texts):
         """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
         try:
             cache = self._idle.pop()
         except IndexError:
-            cache = self._first_cache.copy()
+            cache = self._new_cache()
         ids, lengths = [self._outer[:0]], np.zeros(len(texts), np.int64)
         for block in splitter.blocks(texts):
             data, starts = splitter.split([piece for _, piece in block])
+            starts, is_part = self._cut(data, starts)
             places = cache.table.values(data, starts, partial(self._add, cache, data))
+            cache.correct(places, is_part)
             count = places & 0xFFFFFFFF
             ends = count.cumsum()
             at = np.repeat((places >> 32) - (ends - count), count)
@@ -79,7 +84,7 @@ class Encoder:
             total = np.append(0, ends[data.take(starts) == 0xFF])  # up to the end of each piece
             np.add.at(lengths, [number for number, _ in block], np.diff(total))
             if len(cache.table) > MAX_CHUNKS or cache.used > MAX_POOL:
-                cache = self._first_cache.copy()
+                cache = self._new_cache()
         self._idle.append(cache)
         return np.concatenate(ids), lengths
 
@@ -102,16 +107,32 @@ class Encoder:
         at += np.arange(len(at))
         return cache.add(*self._merged(data.take(at), lengths))
 
+    def _cut(self, data, starts):
+        """Starts of chunks, as Splitter.split returns them -> (starts of pieces, which are but part of a chunk)."""
+        used = data[: len(data) - PADDING]
+        at = np.flatnonzero(used >= 0xE0)
+        window = np.ndarray(len(used), np.dtype("<u4"), data, strides=(1,)).take(at - 2, mode="clip")
+        between = (window & 0xC0E0C0C0) == 0x80E08080  # two characters of at least three bytes
+        at = at[between & ~self._crossed.take(_place(window))]
+        is_part = np.zeros(len(starts), bool)
+        if len(at):
+            mark = np.zeros(len(used), np.uint8)
+            mark[at] = 1
+            mark[starts] = 2
+            starts = np.flatnonzero(mark)
+            is_part = mark[starts] == 1
+            is_part[:-1] |= is_part[1:]
+        return starts, is_part
+
     def _own_tokens(self):
-        """The bytes of each token that encodes to itself, by inner id; b"" for the others and for long ones."""
+        """Whether each token, by inner id, is what its own bytes become."""
         p, q = self._tables.parts
         n = len(self._outer) - 1
-        own = [bytes([b]) for b in range(256)] + [b""] * (n - 256)
-        if len(p) != n - 256:  # a token with two origins: let all be found when they occur
-            return own
-        for new, valid in enumerate(self._tables.stay_apart(p, q, np.arange(256, n)).tolist(), 256):
-            a, b = own[p[new - 256]], own[q[new - 256]]
-            own[new] = a + b if valid and a and b and len(a) + len(b) <= LONGEST else b""
+        own = (np.arange(n) < 256) & (self._outer[:-1] >= 0)
+        if len(p) == n - 256:  # else a token has two origins: let all be found when they occur
+            own[256:] = self._tables.stay_apart(p, q, np.arange(256, n))
+            while not np.array_equal(own[256:], parts := own[256:] & own[p] & own[q]):
+                own[256:] = parts
         return own
 
     def _merged(self, data, lengths):
@@ -156,8 +177,8 @@ class Encoder:
             tok[at], tok[gone] = new, DEAD
             next_[at], prev[after] = after, at
             key[gone] = NO_RANK << bits
-            key[at] = tables.of_pairs(new, tok[after]) << bits | at
-            key[before] = tables.of_pairs(tok[before], new) << bits | before
+            changed = np.append(at, before)
+            key[changed] = tables.of_pairs(tok[changed], tok[next_[changed]]) << bits | changed
 
     def _merge_by_rank(self, data, lengths):
         """Rank by rank, each at all positions where it occurs -> LinkedTokens."""
@@ -182,24 +203,27 @@ class Encoder:
 class _Cache:
     """A ChunkTable whose values say where in a pool the ids of a chunk lie: place << 32 | how many."""
 
-    def __init__(self, outer, own_tokens, whole):
-        """outer: ids of all tokens. own_tokens: see Encoder._own_tokens; they and `whole` are there from the start."""
-        self.pool = np.append(outer, np.array([*whole.values()], np.int32))
-        self.table, self.used = ChunkTable(len(own_tokens)), len(self.pool)
-        own = {token: i for i, token in enumerate(own_tokens) if token and outer[i] >= 0}
-        own |= {token: i for i, token in enumerate(whole, len(outer))}
-        kept = [(token, i) for token, i in own.items() if token != b"\xff"]
-        kept.append((b"\xff", None))  # stands after each text, for no id
-        names = b"".join([token for token, _ in kept])
-        lengths = np.array([len(token) for token, _ in kept])
-        places = np.array([i << 32 | 1 for _, i in kept[:-1]] + [0])
-        data = np.frombuffer(names + bytes(PADDING), np.uint8)
-        self.table.values(data, np.cumsum(lengths) - lengths, lambda *_: places)
+    def __init__(self, outer, own, whole, merged):
+        """outer: ids of all tokens. own: bytes of those that are there from the start, b"" for others, as is `whole`.
 
-    def copy(self):
-        other = _Cache.__new__(_Cache)
-        other.table, other.pool, other.used = self.table.copy(), self.pool.copy(), self.used
-        return other
+        merged: Encoder._merged, for parts of chunks that are spelled like a token in `whole`.
+        """
+        self.pool = np.append(outer, np.array([*whole.values()], np.int32))
+        self.table, self.used, self.n_ids = ChunkTable(len(own)), len(self.pool), len(outer)
+        own[255] = b""  # no text holds it: it stands after each text, for no id
+        data, lengths = flat([*whole, *own, b"\xff"])
+        where = np.append(np.arange(len(whole)) + len(outer), np.arange(len(own)))
+        places = np.append(where << 32 | 1, 0)[lengths > 0]
+        data, ends = np.append(data, np.zeros(PADDING, np.uint8)), lengths[lengths > 0].cumsum()
+        self.table.values(data, np.append(0, ends[:-1]), lambda starts, _: places[ends.searchsorted(starts, "right")])
+        self.apart = self.add(*merged(*flat([*whole])))  # what each of `whole` is where it is part of a chunk
+
+    def correct(self, places, is_part):
+        """Replace the values of those that are in `whole`, but only part of a chunk."""
+        if len(self.apart):
+            number = (places >> 32) - self.n_ids
+            at = np.flatnonzero(is_part & (number >= 0) & (number < len(self.apart)))
+            places[at] = self.apart[number[at]]
 
     def add(self, ids, lengths):
         """Ids of new chunks, one after another, and how many each has -> their values."""
@@ -242,6 +266,29 @@ class _Agenda:
         return rank, self.where.pop(rank)
 
 
+def _crossed(tokens, missing):
+    """Which windows, two bytes to each side of a border between characters, may lie in a token -> mask by _place.
+
+    All, if a byte is missing that could be in one: text that loses it brings others together.
+    """
+    crossed = np.full(1 << 22, missing[0x80:0xC0].any() or missing[0xE0:0xF5].any())
+    data = np.frombuffer(b"\0\0".join([b"", *tokens, b""]), np.uint8)
+    windows = data.take(np.flatnonzero(data >= 0xE0)[:, None] + np.arange(-2, 2))
+    windows = windows[windows[:, 1] & 0xC0 == 0x80]
+    for k in (0, 3):  # beyond the token there may be any of 64 bytes
+        is_open = windows[:, k] & 0xC0 != 0x80
+        more = windows[is_open].repeat(64, axis=0)
+        more[:, k] = np.resize(np.arange(0x80, 0xC0), len(more))
+        windows = np.concatenate([windows[~is_open], more])
+    crossed[_place(windows.view("<u4")[:, 0])] = True
+    return crossed
+
+
+def _place(windows):
+    """Four bytes as uint32 -> a number of 22 bits; two windows with the same one are cut in fewer places, at worst."""
+    return windows * np.uint32(0x9E3779B1) >> np.uint32(10)
+
+
 def _ranked(where, ranks):
     """Those positions that have a rank, and the ranks."""
     hits = np.flatnonzero(ranks != NO_RANK)
@@ -254,7 +301,7 @@ class _RankTables:
     def __init__(self, merges, n_ids):
         p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
         self.parts = p, q
-        self._width, self._size = n_ids + 1, 4 * len(p)
+        self._width, self._size = n_ids + 1, 2 * len(p)
         self._bytes = np.full((257, 257), NO_RANK)  # row and column 256, which is also -1, for SEP
         of_bytes = np.flatnonzero((p < 256) & (q < 256))
         self._bytes[p[of_bytes], q[of_bytes]] = of_bytes

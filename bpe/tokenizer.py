@@ -72,7 +72,7 @@ class Tokenizer:
                 raise UsageError(f"two merges make token {token}, but of different bytes")
         self.vocab |= {token: data for data, token in self.unmerged_tokens.items()}
         whole = {data: token for token, data in self.vocab.items()} if self.ignore_merges else {}
-        self._encoder = Encoder(self.merges, self.byte_ids, whole)
+        self._encoder = Encoder(self.merges, self.byte_ids, self.vocab, whole)
         self.vocab |= {token: text.encode("utf-8") for text, token in self.added_tokens.items()}
         specials, self.special_tokens = self.special_tokens, {}
         self._set_special_tokens(specials)
