@@ -5,7 +5,7 @@ the ids of a text are one gather from that pool. Chinese, Japanese, Thai and oth
 these chunks are cut further, between two characters that no token joins, into pieces of which few are new. New ones are
 merged together, in one flat array of linked tokens:
 
-    many chunks of a few bytes   each round merges the best pair of every chunk
+    many chunks that are short   each round merges the best pair of every chunk
     others                       the ranks that occur are merged in ascending order, each at all its positions
 
 The second one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
@@ -23,6 +23,7 @@ from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
 NO_RANK = 2**31 - 1
 MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
+LONG = 64  # bytes; chunks that are longer are merged rank by rank: they would need many rounds
 MAX_CHUNKS = 1 << 19  # remembered at a time, beside the vocabulary's tokens: 32 MB of table
 MAX_POOL = 1 << 22  # ids of theirs
 MAX_SHORT = 1 << 16  # the same, of short texts
@@ -140,7 +141,7 @@ class Encoder:
         if self._missing.any():
             kept, of = ~self._missing[data], np.repeat(np.arange(len(lengths)), lengths)
             data, lengths = data[kept], np.bincount(of[kept], minlength=len(lengths))
-        short = lengths <= LONGEST
+        short = lengths <= LONG
         if not short.any() or np.count_nonzero(short) < MANY:
             tokens = self._merge_by_rank(data, lengths)
         elif short.all():

@@ -88,7 +88,7 @@ END_CHARACTER = (
 )
 
 PADDED_END = b"\xff" + bytes(PADDING)
-BLOCK = 1 << 18  # characters that are split at a time; so few that the arrays stay in the CPU's cache
+BLOCK = 1 << 19  # characters that are split at a time; so few that the arrays stay in the CPU's cache
 # Where a text may be cut: no chunk of these patterns reaches from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
 

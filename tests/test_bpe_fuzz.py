@@ -31,7 +31,7 @@ def test_500_cases_without_a_difference(seed, monkeypatch):
     for case in range(500):
         monkeypatch.setattr(bpe.trainer, "FEW", rnd.choice([0, 2, 48]))
         monkeypatch.setattr(bpe.encoder, "MANY", rnd.choice([0, 48]))
-        monkeypatch.setattr(bpe.encoder, "LONGEST", rnd.choice([23, 3]))
+        monkeypatch.setattr(bpe.encoder, "LONG", rnd.choice([64, 3]))
         num_merges = rnd.randint(0, 40)
         documents = [some_text(rnd) for _ in range(rnd.choice([1, 1, 2, 6]))]
         tok = Tokenizer(rnd.choice(PATTERNS))
