@@ -173,6 +173,95 @@ def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
     assert ours.decode(theirs.encode(TEXT).ids) == TEXT
 
 
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+NFC = {"type": "NFC"}
+BLOOM = "[^(\\s|[.,!?…。，、।۔،])]+"
+FAMILIES = {  # normalizer, pre-tokenizers, added tokens that are not special: as in the published tokenizer.json
+    "neox": (NFC, [{**BYTES, "use_regex": True}], ["  ", "   "]),
+    "codegen": (None, [{**BYTES, "use_regex": True}], ["\t\t", "    "]),
+    "bloom": (None, [{**SPLIT, "pattern": {"Regex": f" ?{BLOOM}"}}, BYTES], []),
+    "deepseek": (
+        {"type": "Sequence", "normalizers": []},
+        [
+            {**SPLIT, "pattern": {"Regex": r"\p{N}{1,3}"}},
+            {**SPLIT, "pattern": {"Regex": "[一-龥\u3040-ゟ゠-ヿ]+"}},
+            {**SPLIT, "pattern": {"Regex": r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|\s*[\r\n]+|\s+(?!\S)|\s+"}},
+            BYTES,
+        ],
+        [],
+    ),
+    "smollm": (None, [{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}], []),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_no_package_ships_are_read_by_their_structure(family, tmp_path):
+    import tokenizers
+
+    normalizer, parts, added = FAMILIES[family]
+    base = Tokenizer("gpt4")
+    base.train(TEXT, 320)
+    data = json.loads(interop.to_huggingface(base).to_str())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts} if len(parts) > 1 else parts[0]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    data["added_tokens"] = [{"id": base.n_vocab + k, "content": text, **flags} for k, text in enumerate(added)]
+    (tmp_path / "t.json").write_text(json.dumps({**data, "normalizer": normalizer}))
+    ours, theirs = (
+        Tokenizer.from_huggingface(tmp_path / "t.json"),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "t.json")),
+    )
+    rnd, texts = random.Random(6), [TEXT, "", "e\u0301 1234  \t\t    x"]
+    texts += [
+        "".join(rnd.choices([*SPLIT_PARTS, "。", "、", "か", "e\u0301"], k=rnd.randint(1, 30))) for _ in range(300)
+    ]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+    ours.save_huggingface(tmp_path)
+    assert Tokenizer.from_huggingface(tmp_path / "tokenizer.json").sha256 == ours.sha256
+    if ours.normalizer or ours.added_tokens or isinstance(ours.pattern, list):
+        with pytest.raises(UsageError, match="tiktoken cannot express"):
+            ours.to_tiktoken()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["model"].pop("vocab"),
+        lambda data: data["model"].pop("merges"),
+        lambda data: data.update(model=None),
+        lambda data: data.update(added_tokens=[None]),
+        lambda data: data.update(added_tokens=[{"id": 300}]),
+        lambda data: data.update(added_tokens=5),
+        lambda data: data["model"].update(merges=[["a"]]),
+        lambda data: data["model"].update(merges=["a b c"]),
+        lambda data: data["model"].update(merges=[["a", "b", "c"]]),
+        lambda data: data["model"].update(merges=[None]),
+        lambda data: data["model"].update(vocab=[]),
+        lambda data: data["model"]["vocab"].update(a="x"),
+        lambda data: data["model"]["vocab"].update(a=-5),
+        lambda data: data.update(pre_tokenizer={}),
+        lambda data: data.update(pre_tokenizer={"type": "Sequence"}),
+        lambda data: data.update(pre_tokenizer=5),
+        lambda data: data.update(normalizer={"type": "Sequence"}),
+        lambda data: data.update(normalizer="NFC"),
+    ],
+)
+def test_a_malformed_tokenizer_json_is_refused_in_one_line(change, tmp_path):
+    data = json.loads(interop.to_huggingface(Tokenizer()).to_str())
+    change(data)
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=r"t\.json cannot be used") as caught:
+        Tokenizer.from_huggingface(tmp_path / "t.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_json_of_a_thousand_brackets_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"t\.json"):
+        Tokenizer.from_huggingface(tmp_path / "t.json")
+
+
 def test_what_is_not_byte_level_bpe_is_refused(tmp_path, shared_data):
     with pytest.raises(UsageError, match="cannot be used: its model uses byte_fallback"):
         Tokenizer.from_huggingface(shared_data / "stories260K" / "tokenizer.json")
