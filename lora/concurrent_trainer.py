@@ -191,7 +191,8 @@ class Group:
         """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}."""
         losses, texts, gone = self.engine.held_out(self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:
-            ids = prompt_ids(self.tokenizer, self.prompt)
+            chat = self.data.task == "chat" and not self.first.prompt
+            ids = prompt_ids(self.tokenizer, self.prompt, chat=chat)
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
             texts = generate(self.model, self.tokenizer, ids, len(self.slots), **options)
             texts = [self.prompt + text for text in texts]
