@@ -4,6 +4,7 @@
     python lora/sweep.py lora/sweeps/imdb.json --base smollm2 --data-file imdb_review_3000.csv.gz --seeds 0 1 2
     torchrun --nproc-per-node 8 lora/sweep.py GRID.json            one group of adapters a GPU
     python lora/sweep.py GRID.json --shard 3/16                    fourth of sixteen jobs on a shared folder
+    python lora/sweep.py GRID.json --seeds 0 1 2 3 --judge         which configurations differ from the first one?
 
 A grid file names the task and holds `settings` (fields of train_lora's TrainConfig, the same for all), `grid` (lists,
 all combinations), `configs` (single ones) and `seeds`. With `trials`, a number, it is a search: `grid` may hold ranges
@@ -59,13 +60,12 @@ class SweepConfig:
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
     engine: Literal["auto", "concurrent", "trainer"] = "auto"  # auto: concurrent where it can
     adapters_at_once: int = 0  # adapters in one batch; 0: as many as memory allows
-    packing: bool = (
-        False  # adapters at once: a batch as one row each, without padding, and attention only within its rows
-    )
+    packing: bool = False  # adapters at once: a batch as one row each, no padding, attention only within its rows
     shard: str = ""  # "i/n", i from 0: this is one of n jobs on the same run directory
     divergence_factor: float = 1.5  # stop an adapter whose smoothed loss exceeds its best by this factor; 0: only NaN
     halving: bool = False  # stop the worse half, by held-out loss, at every rung
     rungs: str = "0.125,0.25,0.5"  # fractions of an adapter's steps at which `halving` decides
+    judge: bool = False  # is each configuration better or worse than the first one? a verdict over the seeds
     sample_tokens: int = 40  # tokens of the sample at every held-out loss; 0: none
     max_steps: int = 0  # optimizer steps of every adapter; 0: as the file says
     seeds: tuple[int, ...] = ()  # every configuration once with each; none: as the file says
@@ -154,6 +154,8 @@ def unique_keys(pairs):
 def check_flags(cfg):
     """Refuse flags of a sweep that are out of range."""
     validate(cfg)
+    if cfg.judge and cfg.halving:
+        raise UsageError("--judge compares whole runs; leave out --halving")
     rungs = cfg.rungs.split(",")
     if not all(re.fullmatch(r"\s*0?\.\d+\s*", rung) and float(rung) > 0 for rung in rungs):
         raise UsageError(f"--rungs {cfg.rungs} should be fractions between 0 and 1, separated by commas")
@@ -280,9 +282,9 @@ def run_sweep(cfg):
             with filelock.FileLock(left[0].with_suffix(".lock")):  # the next round needs its results
                 pass
     with filelock.FileLock(folder / "sweep.lock"):
-        if is_done(folder):
+        if is_done(folder) and not cfg.judge:
             return print(f"{folder} is already done: {(folder / 'table.md').as_posix()}")
-        summarize(folder, configs)
+        summarize(folder, configs, cfg.judge)
 
 
 def main():

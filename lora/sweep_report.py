@@ -13,19 +13,21 @@ from matplotlib.figure import Figure
 from common import atomic_open
 from lora.train_lora import NO_EFFECT, mean_train_loss, write_experiment
 from runlog import RunLog, read_run
+from runlog.judge import holm, judge
 
 # Student's t, two-sided 95 %, by number of values; beyond, the normal's.
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 1.96)
 FIRST = ("lr", "r", "lora_alpha", "lora_dropout")  # columns of the table, before all others that vary
 
 
-def summarize(folder, configs):
-    """Write table.md, loss.png, lora_experiments_TASK.log and result.json of the sweep in `folder`."""
+def summarize(folder, configs, judged=False):
+    """Write table.md (with verdicts, if `judged`), loss.png, lora_experiments_TASK.log and result.json of a sweep."""
     folder, runs = Path(folder), [read_run(cfg.run_dir) for cfg in configs]
     frame, names = adapter_frame(configs, runs)
     best = frame.loc[frame["loss"].idxmin(), "run"]
     trained, full = (sum(run.result[name] for run in runs) for name in ("step", "max_steps"))
     table = f"{held_out_table(frame, names)}\n{contrasts_table(frame, names)}"
+    table += f"\n{verdicts_table(frame, names)}" if judged else ""
     with RunLog(folder, "lora_sweep", read_run(folder).settings, resume=True) as log:
         log.print(table)
         with atomic_open(folder / "table.md") as f:
@@ -96,6 +98,31 @@ def contrasts_table(frame, names):
                     "held-out loss": ", ".join(f"{v}: {loss:.4f}" for v, loss in zip(same[name], same["loss"])),
                     "range": f"{spread:.4f}",
                 })  # fmt: skip
+    return markdown(rows)
+
+
+def verdicts_table(frame, names):
+    """Markdown: is a configuration better or worse than the first one that did not diverge? By `runlog.judge`.
+
+    The seeds were chosen before the first look, so Student's interval holds; Holm's levels, over all configurations.
+    """
+    others = [(values, [*same["run"]]) for values, same in frame.groupby(names, sort=False)]
+    finished = [group for group in others if any(run.status != "diverged" for run in group[1])]
+    if not finished:
+        return ""
+    others.remove(finished[0])
+    baseline = finished[0][1]
+    options = {"metric": "held_out_loss", "fixed": True}
+    levels = holm([judge(baseline, runs, **options).p for _, runs in others], 0.05)
+    rows = []
+    for place, ((values, runs), level) in enumerate(zip(others, levels)):
+        v = judge(baseline, runs, alpha=level, **options)
+        spread = f"{v.low:+.4f} … {v.high:+.4f}" if v.low is not None else "unbounded"
+        rows.append({
+            "order": place, **dict(zip(names, values)), "verdict": v.verdict,
+            "difference": "-" if v.difference is None else f"{v.difference:+.4f}", "interval": spread,
+            "pairs": v.n, "noise": "-" if v.noise is None else f"{v.noise:.4f}", "more seeds": v.more or "-",
+        })  # fmt: skip
     return markdown(rows)
 
 

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from lora.sweep_report import adapter_frame, contrasts_table, draw_curves, held_out_table
+from lora.sweep_report import adapter_frame, contrasts_table, draw_curves, held_out_table, verdicts_table
 from lora.train_lora import TrainConfig
 from runlog import RunLog, read_run
 
@@ -52,6 +54,18 @@ def test_the_table_has_means_over_seeds_best_first(sweep):
     assert lines[2].startswith("| 0.0003 | 4 | 0.05 | 2.2000 ± 2.5420 | 2 | 20 20 | 2.0000 2.4000 | end at 20 |")
     assert lines[3].startswith("| 0.0003 | 4 | 0.1 | 2.3000 | 1 |")  # no interval of a single value
     assert "2.8000 ± 2.5420" in lines[4] and lines[4].endswith("f1 0.500 |") and "diverged at 10" in lines[5]
+
+
+def test_verdicts_are_those_of_the_judge_at_holms_levels(sweep):
+    frame, names = sweep
+    lines = [line.strip("| ").split(" | ") for line in verdicts_table(frame, names).splitlines()]
+    assert lines[0][3:] == ["verdict", "difference", "interval", "pairs", "noise", "more seeds"]
+    assert [line[:4] for line in lines[2:]] == [
+        ["0.03", "4", "0.05", "undecided"], ["0.03", "8", "0.05", "worse"], ["0.0003", "4", "0.1", "undecided"],
+    ]  # fmt: skip
+    d, t = [3.0 - 2.0, 2.6 - 2.4], stats.t.ppf(1 - 0.05 / 3 / 2, 1)
+    half = t * np.std(d, ddof=1) / math.sqrt(2)
+    assert lines[2][4:7] == ["+0.6000", f"{0.6 - half:+.4f} … {0.6 + half:+.4f}", "2"]
 
 
 @pytest.mark.core
