@@ -1,10 +1,11 @@
-"""Who may import whom, read from the source: one way between the packages, no circle, no name twice."""
+"""Imports between the packages, read from the source: allowed directions, no cycle, unique module names."""
 
 import ast
 import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -33,12 +34,19 @@ def read_modules():
     return {name: (ROOT / path).read_text(encoding="utf-8") for path, name in names.items()}
 
 
+@cache
+def import_nodes(source):
+    """The import statements of a source -> [(node, whether it stands in a function)]."""
+    tree = ast.parse(source)
+    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    return [(n, id(n) in lazy) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
 def imports(source, modules, eager=False):
     """The modules among `modules` that a source imports; eager: without those that a function imports when called."""
-    tree, found = ast.parse(source), set()
-    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)} if eager else ()
-    for node in ast.walk(tree):
-        if id(node) in lazy:
+    found = set()
+    for node, lazy in import_nodes(source):
+        if lazy and eager:
             continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
