@@ -4,9 +4,10 @@
     python bench/bench_bpe.py --input tinyshakespeare.txt --vocab-size 4096 --pattern gpt4 --growth 1 10 100
     python bench/bench_bpe.py compression --input english.txt chinese.jsonl
 
-Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), `rustbpe`
-where it is installed, and a checkout of karpathy/minbpe. Each turn is a process of its own. Ours uses one thread,
-`rustbpe` and `tokenizers` as many as they like, unless --threads says otherwise. Timed is training from a str in memory
+Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), a checkout of
+karpathy/minbpe, and where they are installed `rustbpe`, `fastokens` and `gigatoken` (encoding only; who cannot read the
+pattern fails). Each turn is a process of its own. Ours, `tiktoken` and minbpe use one thread, the others as many as
+they like, unless --threads says otherwise. Timed is training from a str in memory
 to the merges, and encoding of text that the tokenizer has not seen before: "cold" with an empty cache, "warm" after the
 preceding part of the file went through it. Peak memory is what the process needed beyond its imports and the text.
 
@@ -87,7 +88,7 @@ def compare(cfg, log, name, make, functions, text, args):
     contestants = {who: Contestant(make, (function, text, *args)) for who, function in functions.items()}
     facts, rows, size = take_turns(contestants, cfg, log, name), [], len(text.encode())
     for who, f in facts.items():
-        more = {"threads": cfg.threads if who.startswith(("rustbpe", "tokenizers")) else 1}
+        more = {"threads": 1 if who.startswith(("ours", "naive", "tiktoken", "minbpe")) else cfg.threads}
         more |= {"mb_per_sec": size / 1e6 / f["seconds"]} if "seconds" in f else {}
         more |= {"ids_equal_ours": f["ids"] == facts["ours"].get("ids")} if "ids" in f else {}
         rows.append(row(name, who, f, facts["ours"], "seconds of ours", **more))
@@ -136,7 +137,9 @@ def baselines(minbpe):
     """Trainers and encoders by name with version, ours first. minbpe: a folder or None; rustbpe: where installed."""
     hf, tiktoken = f"tokenizers {version('tokenizers')}", f"tiktoken {version('tiktoken')}"
     trainers = {"ours": train_ours, NAIVE: train_naive, hf: train_tokenizers}
-    encoders = {"ours": attrgetter("encode_ordinary"), hf: encoder_tokenizers, tiktoken: encoder_tiktoken}
+    encoders = {"ours": attrgetter("encode_ordinary"), tiktoken: encoder_tiktoken}
+    for library in filter(find_spec, ("tokenizers", "fastokens", "gigatoken")):
+        encoders[f"{library} {version(library)}"] = partial(encoder_of_json, library)
     if find_spec("rustbpe"):
         trainers[f"rustbpe {version('rustbpe')}"] = train_rustbpe
     if minbpe:
@@ -178,13 +181,14 @@ def encoder_tiktoken(tok):
     return tok.to_tiktoken().encode_ordinary
 
 
-def encoder_tokenizers(tok):
-    """Through the tokenizer.json that we export."""
-    from tokenizers import Tokenizer
-
+def encoder_of_json(library, tok):
+    """A library through the tokenizer.json that we export."""
+    make = importlib.import_module(library).Tokenizer
     with tempfile.TemporaryDirectory() as folder:
         tok.save_huggingface(folder)
-        theirs = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        theirs = getattr(make, "from_file", make)(f"{folder}/tokenizer.json")
+    if library == "gigatoken":
+        return lambda text: theirs.encode(text).tolist()
     return lambda text: theirs.encode(text).ids
 
 

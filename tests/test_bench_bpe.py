@@ -16,7 +16,7 @@ def test_all_are_measured_and_compared_with_ours(tmp_path, in_process, contestan
     assert code == 0 and "merges equal to those of the naive algorithm: yes" in out, err
     run = read_run(tmp_path / "run")
     assert run.result["status"] == "success" and (tmp_path / "run" / "bench.png").stat().st_size > 5000
-    rows = {(r["name"], r["who"].split()[0]): r for r in run.result["rows"]}
+    rows = {(r["name"], r["who"].split()[0]): r for r in run.result["rows"] if "failed" not in r}
     everyone = {("train", "ours"), ("train", "naive"), ("train", "tokenizers"), ("encode warm", "tiktoken")}
     assert everyone | {("encode cold", "ours")} <= rows.keys()
     assert all(r["seconds"] > 0 and r["ratio_to"] == "seconds of ours" and r["threads"] >= 1 for r in rows.values())
