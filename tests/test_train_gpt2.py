@@ -83,7 +83,7 @@ def test_bits_per_byte_agrees_with_the_loss_and_the_text(reference, corpus):
     assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / text_bytes)
 
 
-@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 2), (2, 4)])
+@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 2), (2, 4), (4, 2)])
 def test_the_result_does_not_depend_on_processes_or_micro_batches(
     reference, corpus, tmp_path, world_size, micro_batch_size
 ):
@@ -347,7 +347,14 @@ def test_gradients_live_in_the_buckets_that_are_exchanged(in_process, corpus, tm
 
 def test_the_cache_of_compiled_code_is_this_nodes_own():
     """A repository on NFS would be shared by all nodes' ranks."""
-    code = "import gpt2.train_gpt2, torch._inductor.runtime.cache_dir_utils as utils; print(utils.cache_dir())"
+    code = """from types import SimpleNamespace
+import torch
+from gpt2 import train_gpt2
+train_gpt2.compile_problem = lambda device: None
+ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda value: [value])
+train_gpt2.compiled(torch.nn.Linear(2, 2), train_gpt2.TrainConfig(), ranks, print)
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(cache_dir())"""
     env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert not Path(done.stdout.strip()).resolve().is_relative_to(ROOT)
