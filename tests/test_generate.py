@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_models import family_config, save_tiny, tiny_model, tiny_tokenizer
+from lora_models import save_tiny, tiny_model, tiny_tokenizer
 
+from bench.bench_families import family_config
 from common import UsageError
 from lora import base as bases
 from lora import generate

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_families import outcome
-from lora_models import FAMILIES, family_model, tiny_model
+from lora_models import FAMILIES, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers.pytorch_utils import Conv1D
 
+from bench.bench_families import family_model, outcome
 from common import UsageError
 from lora import base, multi_lora
 from lora.multi_lora import AdapterConfig, MultiLora, memory_per_adapter, pack
@@ -419,7 +419,7 @@ EXACT = {
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("family", EXACT)
 def test_a_family_is_trained_as_peft_does_or_refused(family, targets):
-    """As `python tests/lora_families.py` does it for all families."""
+    """As `python bench/bench_families.py` does it for all families."""
     found = outcome(family, targets)
     assert found["outcome"] == ("exact" if EXACT[family] in (targets, "both") else "refused"), found
 

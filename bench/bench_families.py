@@ -1,7 +1,7 @@
 """Adapters at once against PEFT on all families of causal LMs that transformers has, each as a tiny random model.
 
-    python tests/lora_families.py              about ten minutes on two cores; leaves a run directory, and resumes
-    python tests/lora_families.py llama opt    these alone
+    python bench/bench_families.py              about ten minutes on two cores; leaves a run directory, and resumes
+    python bench/bench_families.py llama opt    these alone
 
 Each family, with the targets `auto` and `all-linear`, is trained exactly as PEFT does or refused in one line. One that
 no small config builds is told apart: nothing was tried.
@@ -17,22 +17,77 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from lora_models import family_model
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import UsageError
-from lora.base import AdapterConfig, load_base, quiet_libraries
+from lora.base import AdapterConfig, load_base, quiet_libraries, without_noise
 from lora.multi_lora import MultiLora
 from lora.tasks import IGNORE
 from runlog import RunLog, read_run
 
-LOADED = {
-    AutoConfig: lambda name: family_model(name).config,
-    AutoModelForCausalLM: family_model,
-}  # instead of what from_pretrained gives
+SMALL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0,
+    "eos_token_id": 0, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "ffn_dim": 64,
+    "word_embed_proj_dim": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "d_model": 32,
+    "decoder_ffn_dim": 64, "state_size": 8, "sliding_window": 64, "rotary_dim": 8, "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+}  # fmt: skip
+
+
+# What some families need besides: the first of these with which a model runs.
+BESIDES = (
+    {}, {"num_key_value_heads": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4}, {"head_dim": 16},
+    {"num_hidden_layers": 8}, {"num_heads": 8}, {"is_decoder": True, "attention_types": [[["global", "local"], 1]]},
+)  # fmt: skip
+
+
+def family_config(name, **changes):
+    """A small config of one of transformers' families: what of SMALL it and its parts know."""
+
+    def has(known, name):
+        try:
+            return hasattr(known, name) and setattr(known, name, getattr(known, name)) is None
+        except Exception:  # refused where it differs from layer to layer, or cannot be set
+            return False
+
+    def small(known):
+        parts = {part: getattr(known, part, None) for part in known.sub_configs}
+        values = {k: v for k, v in {**SMALL, **changes}.items() if has(known, k)}
+        return values | {part: small(config) for part, config in parts.items() if hasattr(config, "sub_configs")}
+
+    changes |= {"gemma2": {"final_logit_softcapping": 1.0}}.get(name, {})
+    return AutoConfig.for_model(name, **small(AutoConfig.for_model(name)))
+
+
+def family_model(name):
+    """A random float64 model of one of transformers' families, its noise switched off as `load_base` does.
+
+    The first of a few small configs with which it runs; otherwise what the last one raised.
+    """
+    for changes in BESIDES:
+        torch.manual_seed(0)
+        try:
+            config = without_noise(family_config(name, **changes))
+            model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+            with torch.no_grad():
+                for p in model.parameters():  # a router of zeros would choose its experts by rounding
+                    if p.ndim > 1 and not p.any():
+                        p.normal_(std=0.1)
+                model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3).long())
+            return model
+        except Exception as e:
+            error = e
+    raise error
+
+
+# what load_base gets instead of what from_pretrained gives
+LOADED = {AutoConfig: lambda name: family_model(name).config, AutoModelForCausalLM: family_model}
 TARGETS, STEPS, MEMORY, SECONDS = ("auto", "all-linear"), 6, 10 * 2**30, 300
 
 
@@ -107,8 +162,8 @@ def work(name, pipe):
 def main():
     """All families, each in a process of its own."""
     quiet_libraries()
-    folder = "runs/lora_families_some" if sys.argv[1:] else "runs/lora_families"
-    with RunLog(folder, "lora_families", {"steps": STEPS}, resume=not sys.argv[1:]) as log:
+    folder = "runs/bench_families_some" if sys.argv[1:] else "runs/bench_families"
+    with RunLog(folder, "bench_families", {"steps": STEPS}, resume=not sys.argv[1:]) as log:
         done = {row["kind"] for row in read_run(folder).metrics if row["outcome"] != "no result"}
         for number, name in enumerate(tqdm(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), disable=None)):
             if done.issuperset(f"{name}/{targets}" for targets in TARGETS):
