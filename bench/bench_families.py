@@ -9,20 +9,22 @@ no small config builds is told apart: nothing was tried.
 
 import multiprocessing
 import resource
-import sys
 import tempfile
 import traceback
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import tyro
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import UsageError
+from common import ROOT, UsageError, cli
 from lora.base import AdapterConfig, load_base, quiet_libraries, without_noise
 from lora.multi_lora import MultiLora
 from lora.tasks import IGNORE
@@ -159,13 +161,19 @@ def work(name, pipe):
         pipe.send(outcome(name, targets))
 
 
+@dataclass
+class Config:
+    families: tyro.conf.Positional[tuple[str, ...]] = ()  # of transformers, as its configs call them; none: all
+    run_dir: Path = ROOT / "runs/bench_families"  # run directory; what is there already is not done again
+
+
 def main():
     """All families, each in a process of its own."""
+    cfg = tyro.cli(Config, description=__doc__)
     quiet_libraries()
-    folder = "runs/bench_families_some" if sys.argv[1:] else "runs/bench_families"
-    with RunLog(folder, "bench_families", {"steps": STEPS}, resume=not sys.argv[1:]) as log:
-        done = {row["kind"] for row in read_run(folder).metrics if row["outcome"] != "no result"}
-        for number, name in enumerate(tqdm(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), disable=None)):
+    with RunLog(cfg.run_dir, "bench_families", cfg, resume=True) as log:
+        done = {row["kind"] for row in read_run(cfg.run_dir).metrics if row["outcome"] != "no result"}
+        for number, name in enumerate(tqdm(cfg.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), disable=None)):
             if done.issuperset(f"{name}/{targets}" for targets in TARGETS):
                 continue
             here, there = multiprocessing.Pipe()
@@ -183,11 +191,11 @@ def main():
                 log.print(f"{name:24} {targets:10} {row['outcome']:9} {why[-1]}")
             process.kill()
             process.join()
-        rows = read_run(folder).metrics
+        rows = read_run(cfg.run_dir).metrics
         counts = {t: Counter(row["outcome"] for row in rows if row["kind"].endswith(f"/{t}")) for t in TARGETS}
         log.print(str(counts))
         log.finish("success", **counts)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -7,6 +7,9 @@ import pytest
 from conftest import ROOT
 from figures import figures, holds, paths, table_rows, wrong_figures
 
+from runlog.__main__ import find_named
+from runlog.judge import judge
+
 REPORT = (ROOT / "report.md").read_text(encoding="utf-8")
 ROWS = [f"B{i}" for i in range(1, 8)] + [f"G{i}" for i in range(1, 25)] + [f"L{i}" for i in range(1, 8)]
 
@@ -97,3 +100,21 @@ def test_a_benchmarks_words_choose_its_entry(record):
 
 def test_rounding():
     assert holds("9.936", 9.9365) and holds("12.62", 12.625) and holds("516", 515.6) and not holds("9.93", 9.9365)
+
+
+def verdict_line(baseline, candidate):
+    """A line of the report's list of verdicts: `runlog judge --fixed` on records, adapters by their held-out loss."""
+    metric = "held_out_loss" if "adapters" in baseline else ""
+    sides = []
+    for pattern in (baseline, candidate):
+        names = [pattern] if "adapters" in pattern else [p.name for p in sorted((ROOT / "records").glob(pattern))]
+        sides.append([run for name in names for run in find_named(f"records/{name}")])
+    v = judge(*sides, metric=metric, fixed=True)
+    interval = f"{v.low:+.4f} … {v.high:+.4f}" if v.low is not None else "unbounded"
+    return f"{baseline:<57} {candidate:<57} {v.n}  {v.difference:+.4f}  {interval:<19}  {v.verdict}"
+
+
+def test_verdicts_are_the_judges():
+    block = REPORT.split("```text\nbaseline ")[1].split("\n```")[0].splitlines()[1:]
+    assert len(block) > 8
+    assert block == [verdict_line(*line.split()[:2]) for line in block]
