@@ -109,28 +109,24 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, seed=
         raise UsageError("a prompt is empty; give at least one token")
     device, block_size = next(model.parameters()).device, model.config.block_size
     generator = torch.Generator().manual_seed(seed)
-    rows = [list(p) for p in prompts]
-    done = [False] * len(rows)
+    out = [[] for _ in prompts]
     was_training, cache = model.training, None
     model.eval()
     for _ in range(max_new_tokens):
         if cache is None or cache.length == block_size:
             keep = block_size if cache is None else max(1, block_size // 2)
-            context = [row[-keep:] for row in rows]
+            context = [[*prompt, *new][-keep:] for prompt, new in zip(prompts, out)]
             idx = left_padded(context, device)  # (B, T)
             cache = KVCache(model.config, [len(c) for c in context], device)
         else:
-            idx = torch.tensor([[row[-1]] for row in rows], device=device)  # (B, 1)
+            idx = torch.tensor([new[-1:] for new in out], device=device)  # (B, 1)
         logits, _ = model(idx, cache=cache)
         cache.advance(idx.shape[1])
-        new = pick(logits[:, -1], temperature, top_k, generator)[:, 0].tolist()  # (B,)
-        done = [d or token == eot for d, token in zip(done, new)]
-        for row, token in zip(rows, new):
-            row.append(token)
-        if all(done):
+        for new, token in zip(out, pick(logits[:, -1], temperature, top_k, generator).flatten().tolist()):
+            new.append(token)
+        if all(eot in new for new in out):
             break
     model.train(was_training)
-    out = [row[len(p) :] for row, p in zip(rows, prompts)]
     return [ids[: ids.index(eot)] if eot in ids else ids for ids in out]
 
 
@@ -140,8 +136,8 @@ def main():
     device = pick_device(cfg.device)
     model, tokenizer = load_model(cfg.model, device)
     encoded = [tokenizer.encode(p, allowed_special="all") for p in cfg.prompt for _ in range(cfg.num_samples)]
-    settings = {k: getattr(cfg, k) for k in ("temperature", "top_k", "seed")}
-    new_ids = generate(model, encoded, cfg.max_new_tokens, eot=tokenizer.eot_token, **settings)
+    settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed, "eot": tokenizer.eot_token}
+    new_ids = generate(model, encoded, cfg.max_new_tokens, **settings)
     for prompt, new in zip(encoded, new_ids):
         print(tokenizer.decode(prompt + new), end="\n\n")
 
