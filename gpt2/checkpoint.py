@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from common import UsageError
@@ -57,18 +57,12 @@ def on_cpu(state):
     copies = {}
 
     def copy(value):
-        if not isinstance(value, torch.Tensor):
-            return value
         key = value.data_ptr(), value.shape, value.dtype
-        if key not in copies or not value.numel():
-            target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            copies[key] = target.copy_(value, non_blocking=True)
+        if key not in copies:
+            copies[key] = value.to("cpu", copy=True)
         return copies[key]
 
-    state = tree_map(copy, state)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return state
+    return tree_map_only(torch.Tensor, copy, state)
 
 
 def load(path):
@@ -95,8 +89,15 @@ def read(path):
 
 
 def load_model(name, device="cpu"):
-    """Any GPT-2 and its tokenizer -> (GPT in eval mode, Tokenizer). name: as for `load_weights`."""
-    return load_weights(name).to(device).eval(), load_tokenizer_of(name)
+    """Any GPT-2 and its tokenizer (GPT-2's own for a hub name) -> (GPT in eval mode, Tokenizer). name: as for
+    `load_weights`.
+    """
+    path, model = Path(name), load_weights(name).to(device).eval()
+    if _is_ours(path):
+        return model, Tokenizer.load((path.parent.parent if path.suffix == ".pt" else path) / "tokenizer.model")
+    if (path / "tokenizer.json").exists():
+        return model, Tokenizer.from_huggingface(path / "tokenizer.json")
+    return model, load_tokenizer("gpt2")
 
 
 def load_weights(name, dropout=0.0):
@@ -110,17 +111,6 @@ def load_weights(name, dropout=0.0):
     model = GPT(GPTConfig(**{**state["model_config"], "dropout": dropout}))
     model.load_state_dict(state["model"])
     return model
-
-
-def load_tokenizer_of(name):
-    """The tokenizer that belongs to what `load_weights` reads; a hub name means GPT-2's own."""
-    path = Path(name)
-    if _is_ours(path):
-        run_dir = path.parent.parent if path.suffix == ".pt" else path
-        return Tokenizer.load(run_dir / "tokenizer.model")
-    if (path / "tokenizer.json").exists():
-        return Tokenizer.from_huggingface(path / "tokenizer.json")
-    return load_tokenizer("gpt2")
 
 
 def _is_ours(path):

@@ -40,8 +40,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
-        self.main, self.node_leader = self.rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"
-        self.control, self.started = None, time.time()
+        self.main, self.control, self.started = self.rank == 0, None, time.time()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             import psutil  # which imports what only Unix has
 

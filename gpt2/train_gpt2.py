@@ -154,15 +154,11 @@ def find_start(cfg, settings, ranks):
         start = "finished"
     elif run and not same and (cfg.overwrite or not (kept or run.metrics)):
         start, lines = "replace", [f"{run_dir} was made with other settings or data: it is replaced"]
-    elif ranks.node_leader:  # hashes gigabytes, once a node
+    elif ranks.main:  # hashes gigabytes, so it decides for the others
         newest = newest_checkpoint(run_dir / "ckpt", warn=lines.append)
-    seen = ranks.gather((start, newest and newest.name) if ranks.node_leader else None)
-    if len(answers := {answer for answer in seen if answer}) > 1:
-        raise UsageError(
-            f"the nodes see different checkpoints in {run_dir}/ckpt ({', '.join(sorted(str(a[1]) for a in answers))}); "
-            "--run-dir must be on a file system that all nodes share"
-        )
-    start, name = answers.pop()
+    start, name = ranks.gather((start, newest and newest.name))[0]
+    if name and not (run_dir / "ckpt" / name).exists():
+        raise UsageError(f"{run_dir}/ckpt/{name} is missing on a node; all must share the file system of --run-dir")
     state = checkpoint.read(run_dir / "ckpt" / name) if name else None
     if state and "optimizers" not in state:
         raise UsageError(f"{run_dir} holds imported weights; name it by --init, with another --run-dir")

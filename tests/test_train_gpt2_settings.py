@@ -54,14 +54,11 @@ def test_a_run_made_otherwise_is_replaced_when_asked(reference, train, tmp_path)
     assert [p.name for p in sorted_checkpoints(tmp_path / "run/ckpt")] == ["step_000003.pt"]
 
 
-def test_processes_that_see_different_checkpoints_are_stopped(reference, assert_usage_error, tmp_path, monkeypatch):
-    """A run directory that the nodes do not share, or a folder that one of them has cached: they would drift apart."""
+def test_a_process_that_does_not_see_the_checkpoint_is_stopped(reference, assert_usage_error, tmp_path, monkeypatch):
+    """A run directory that the nodes do not share: rank 0 decides which checkpoint all take."""
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
-    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [value, ("run", "step_000015.pt")])
-    assert_usage_error(
-        tmp_path / "run",
-        says="(step_000015.pt, step_000020.pt); --run-dir must be on a file system that all nodes share",
-    )
+    monkeypatch.setattr(train_gpt2.Ranks, "gather", lambda self, value: [("run", "step_000007.pt"), value])
+    assert_usage_error(tmp_path / "run", says="is missing on a node; all must share the file system of --run-dir")
 
 
 def test_imported_weights_are_no_run_to_go_on_with(assert_usage_error, tmp_path):
@@ -221,12 +218,12 @@ def test_a_setting_that_an_older_record_lacks_had_its_default(reference, train, 
     assert train_gpt2.changed_settings(then, {**now, "seed": 2}) == ["seed 1337 -> 2"]
 
 
-def test_checkpoints_are_hashed_once_a_node(reference, corpus, tmp_path, monkeypatch):
+def test_checkpoints_are_hashed_once(reference, corpus, tmp_path, monkeypatch):
     shutil.copytree(reference[0], tmp_path / "run", ignore=shutil.ignore_patterns("result.json"))
     cfg = parse([*TINY, "--data-dir", str(corpus), "--run-dir", str(tmp_path / "run")])
     hashed, answer = [], ("run", "step_000020.pt")
     monkeypatch.setattr(checkpoints, "problem", lambda path: hashed.append(path))
-    for leader in (True, False):
-        ranks = SimpleNamespace(node_leader=leader, gather=lambda value: [answer, value])
+    for main in (True, False):
+        ranks = SimpleNamespace(main=main, gather=lambda value: [answer, value])
         start, state, _ = train_gpt2.find_start(cfg, read_run(reference[0]).settings, ranks)
         assert (start, state["step"], len(hashed)) == ("run", 20, 1)
