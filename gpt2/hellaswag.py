@@ -163,7 +163,7 @@ def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", 
     """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
 
     logits_of: (contexts, ids) -> logits, as above, of a model in eval mode. stop: asked between batches; a reason ends
-    the scoring. For the figures, sum `counts(rows)` over the ranks, then `figures`.
+    the scoring.
     """
     rows = []
     for batch in tqdm(encoded.batches[rank::world_size], disable=None if progress and not rank else True):
@@ -194,16 +194,12 @@ def score(item, logprobs, tokens):
     }  # fmt: skip
 
 
-def counts(rows):
-    """[items, right by acc, by acc_norm, by acc_char]: numbers to be summed over the ranks."""
-    return [len(rows), *(sum(row[kind] == row["label"] for row in rows) for kind in ACCURACIES)]
-
-
-def figures(counted):
-    """Summed counts -> {"items", and for each of the accuracies its value and its 95 % interval, …_low and …_high}."""
-    n, *right = map(int, counted)
+def figures(rows):
+    """All ranks' rows -> {"items", and for each of the accuracies its value and 95 % interval, …_low and …_high}."""
+    n = len(rows)
     result = {"items": n}
-    for kind, k in zip(ACCURACIES, right):
+    for kind in ACCURACIES:
+        k = sum(row[kind] == row["label"] for row in rows)
         result[kind], (result[f"{kind}_low"], result[f"{kind}_high"]) = k / n, wilson(k, n)
     return result
 
@@ -271,9 +267,8 @@ def main():
         started = time.perf_counter()
         encoded = Encoded(items, *arguments, batch_size=cfg.batch_size)
         rows = evaluate(logits_of, encoded, device, ranks.rank, ranks.world_size, cfg.dtype, progress=True)
-        result = figures(ranks.sum(counts(rows)))
         rows = sorted(chain.from_iterable(ranks.gather(rows)), key=lambda row: row["item"])
-        seconds = time.perf_counter() - started
+        result, seconds = figures(rows), time.perf_counter() - started
         speed = len(rows) / seconds
         if ranks.main:
             with atomic_open(log.run_dir / "hellaswag.jsonl") as f:

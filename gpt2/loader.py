@@ -46,15 +46,12 @@ class Loader:
         np.random.default_rng([self.seed, epoch]).shuffle(shuffled)
         return shuffled
 
-    def order(self, position):
-        """Which sequence stands at `position` of the endless shuffled stream."""
-        epoch, place = divmod(position, self.n_sequences)
-        return int(self.permutation(epoch)[place])
-
     def batch(self, step, rows=None):
         """Rows of the step's batch -> (idx, targets), each (len(rows), T) int64. rows: a range; None: all of them."""
         rows = range(self.rows_per_step) if rows is None else rows
-        return _stack([self.sequence(self.order(step * self.rows_per_step + row)) for row in rows])
+        # Where the rows stand in the endless shuffled stream: (epoch, place in its permutation).
+        places = [divmod(step * self.rows_per_step + row, self.n_sequences) for row in rows]
+        return _stack([self.sequence(int(self.permutation(epoch)[place])) for epoch, place in places])
 
     def in_order(self, first, count, n=None):
         """`count` sequences from `first` on as they stand in the shards; targets are -1 from sequence n on.

@@ -55,12 +55,6 @@ def restart_with_memory_settings():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def advice(device):
-    """A setting that would make a run on a CPU faster and is not set, as the end of a log line."""
-    unset = device.type == "cpu" and can_keep_memory() and "GLIBC_TUNABLES" not in os.environ
-    return " | fewer page faults: --cpu-memory-settings" if unset else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan
 

@@ -105,7 +105,7 @@ def replay_hellaswag(run, report):
     if path is None:
         raise UsageError("the items' log-probabilities are not kept: the accuracies are not computed again")
     rows = [row for _, row in read_jsonl(path)]
-    figures = hellaswag.figures(hellaswag.counts(rows))
+    figures = hellaswag.figures(rows)
     recorded = {name: run.result.get(name) for name in figures}
     compare_figures(report, f"accuracies of {len(rows):,} items from {path.name}", recorded, figures, 0.0)
     report.open("the log-probabilities themselves were not computed again: gpt2/hellaswag.py does that")

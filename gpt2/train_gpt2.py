@@ -23,6 +23,7 @@ import time
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from gpt2.distributed import Ranks, Stop, TreeSum, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import advice, compile_problem, fitting_micro_batch, peak_flops, print_plan, restart_with_memory_settings
+from gpt2.plan import compile_problem, fitting_micro_batch, peak_flops, print_plan, restart_with_memory_settings
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
@@ -215,8 +216,10 @@ def evaluate_hellaswag(model, items, cfg, ranks, stop):
     """HellaSwag's accuracies -> `hellaswag.figures` and the seconds it took, or None if stopped. Collective."""
     start, logits_of = time.perf_counter(), partial(hellaswag.gpt_logits, model.eval())
     rows = hellaswag.evaluate(logits_of, items, ranks.device, ranks.rank, ranks.world_size, cfg.dtype, stop.here)
-    *counts, stopped = ranks.sum([*hellaswag.counts(rows), bool(stop.why)])
-    return None if stopped else {**hellaswag.figures(counts), "seconds": time.perf_counter() - start}
+    parts, reasons = zip(*ranks.gather((rows, stop.why)))
+    if any(reasons):
+        return None
+    return {**hellaswag.figures(list(chain.from_iterable(parts))), "seconds": time.perf_counter() - start}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +415,7 @@ class Trainer:
             f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
             f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
             f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size} | "
-            f"{torch.get_num_threads()} threads" + advice(self.device)
+            f"{torch.get_num_threads()} threads"
         )
         self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 
