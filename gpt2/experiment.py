@@ -16,6 +16,7 @@ the rows, too.
 """
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -67,7 +68,6 @@ class Arm:
     env: dict = field(default_factory=dict)  # environment variables of its runs
     runs: dict[int, Run] = field(default_factory=dict)  # round -> run
     verdict: object = None  # the newest Verdict of a candidate
-    checked: set = field(default_factory=set)  # rounds whose runs were verified by replay
     contradicted: str = ""  # what verify found
 
 
@@ -139,7 +139,7 @@ class Runner:
 
 
 def look(cfg, baseline, candidates):
-    """Judge all candidates on what has been trained, at the levels that Holm's procedure gives them."""
+    """Judge all candidates on what has been trained, at Holm's levels; verify the runs of those that are better."""
     options = {"metric": cfg.metric, "at": cfg.at, "delta": cfg.delta}
 
     def verdict(arm, alpha):
@@ -148,20 +148,19 @@ def look(cfg, baseline, candidates):
     levels = holm([verdict(arm, cfg.alpha).p for arm in candidates], cfg.alpha)
     for arm, level in zip(candidates, levels):
         arm.verdict = verdict(arm, level)
+        if arm.verdict.verdict == "better" and not arm.contradicted:
+            found = (verify_by_replay(run.run_dir) for run in [*baseline.runs.values(), *arm.runs.values()])
+            arm.contradicted = next(filter(None, found), "")
         if arm.contradicted:
             notes = [*arm.verdict.notes, f"verify contradicts it: {arm.contradicted}"]
             arm.verdict = replace(arm.verdict, verdict="undecided", notes=notes)
 
 
-def verify_by_replay(*arms):
-    """What `runlog verify` finds wrong with runs that it has not seen yet, or an empty string."""
-    new = [(arm, number) for arm in arms for number in arm.runs.keys() - arm.checked]
-    if not new:
-        return ""
-    paths = [str(arm.runs[number].run_dir) for arm, number in new]
-    done = subprocess.run([sys.executable, "-m", "runlog", "verify", *paths], cwd=ROOT, capture_output=True, text=True)
-    for arm, number in new:
-        arm.checked.add(number)
+@functools.cache
+def verify_by_replay(run_dir):
+    """What `runlog verify` finds wrong with a run, or an empty string."""
+    command = [sys.executable, "-m", "runlog", "verify", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     wrong = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     return "" if done.returncode == 0 else (wrong or done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
@@ -178,10 +177,6 @@ def experiment(cfg, log, arms):
                 break
             todo = [(arm, i) for i in range(1, number + 1) for arm in [baseline, *undecided] if i not in arm.runs]
             runner.round(todo, bar)
-            look(cfg, baseline, candidates)
-            for arm in candidates:
-                if arm.verdict.verdict == "better" and not arm.contradicted:
-                    arm.contradicted = verify_by_replay(baseline, arm)
             look(cfg, baseline, candidates)
             for arm in candidates:
                 v = arm.verdict
