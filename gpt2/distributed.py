@@ -3,7 +3,6 @@
 `Ranks(device)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
 """
 
-import contextlib
 import os
 import signal
 import socket
@@ -24,9 +23,7 @@ def pick_dtype(name, device):
 
 def autocast(device, dtype):
     """The context of a forward pass: matmuls in `dtype` (a name), what needs the range in float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
 class Ranks:

@@ -5,7 +5,6 @@ to the steps. Rank and micro-batch only decide who computes which rows. So a res
 neither the number of processes nor the micro-batch size changes what is learned.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count
 
@@ -77,16 +76,10 @@ def micro_batch_rows(micro_step, rank, grad_accum_steps, micro_batch_size):
 
 
 def micro_batches(loader, ranks, micro_batch_size, grad_accum_steps, step):
-    """Yield a rank's (idx, targets) from `step` on, on its device, while a thread reads and pins the next ones."""
-
-    def read(i):
+    """Yield a rank's (idx, targets) from `step` on, on its device; pinned, so that the copy waits for no GPU."""
+    for i in count(step * grad_accum_steps):
         step, micro_step = divmod(i, grad_accum_steps)
         rows = micro_batch_rows(micro_step, ranks.rank, grad_accum_steps, micro_batch_size)
         tensors = loader.batch(step, rows)  # (micro_batch_size, T) each
-        return [t.pin_memory() for t in tensors] if ranks.device.type == "cuda" else tensors
-
-    thread, first = ThreadPoolExecutor(1), step * grad_accum_steps
-    following = thread.submit(read, first)
-    for i in count(first + 1):
-        ready, following = following.result(), thread.submit(read, i)
-        yield [t.to(ranks.device, non_blocking=True) for t in ready]
+        tensors = [t.pin_memory() for t in tensors] if ranks.device.type == "cuda" else tensors
+        yield [t.to(ranks.device, non_blocking=True) for t in tensors]

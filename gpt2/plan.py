@@ -115,8 +115,8 @@ def measure_speed(model, cfg, device, rows):
 
 def evaluated_tokens(cfg):
     """Tokens that all evaluations of a run read; a HellaSwag item has some 200, its endings' padding included."""
-    times = {every: cfg.max_steps // every + 1 if every else 0 for every in (cfg.val_every, cfg.hellaswag_every)}
-    return times[cfg.val_every] * cfg.val_tokens + times[cfg.hellaswag_every] * cfg.hellaswag_limit * 200
+    evaluations = (cfg.val_every, cfg.val_tokens), (cfg.hellaswag_every, cfg.hellaswag_limit * 200)
+    return sum((cfg.max_steps // every + 1) * tokens for every, tokens in evaluations if every)
 
 
 def print_plan(cfg):
