@@ -58,11 +58,15 @@ def on_cpu(state):
 
     def copy(value):
         key = value.data_ptr(), value.shape, value.dtype
-        if key not in copies:
-            copies[key] = value.to("cpu", copy=True)
+        if key not in copies or not value.numel():
+            target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            copies[key] = target.copy_(value, non_blocking=True)
         return copies[key]
 
-    return tree_map_only(torch.Tensor, copy, state)
+    state = tree_map_only(torch.Tensor, copy, state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return state
 
 
 def load(path):
