@@ -201,10 +201,8 @@ def main():
     """Run the experiment, show and record the verdicts, and answer by the exit status."""
     cfg = parse(sys.argv[1:])
     arms = arms_of(cfg)
-    with contextlib.ExitStack() as stack:
-        if cfg.json:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        log = stack.enter_context(RunLog(cfg.run_dir, "experiment", cfg, resume=True))
+    away = contextlib.redirect_stdout(sys.stderr if cfg.json else sys.stdout)
+    with away, RunLog(cfg.run_dir, "experiment", cfg, resume=True) as log:
         experiment(cfg, log, arms)
         verdicts = {arm.name: arm.verdict for arm in arms[1:] if arm.verdict}
         for name, verdict in verdicts.items():

@@ -27,14 +27,12 @@ def make_optimizers(model, cfg):
     Weight decay is for matrices and embeddings alone: one-dimensional biases and norms have no scale to keep small.
     fused: one kernel for all parameters instead of several for each; the same figures, faster on every device.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if cfg.optimizer == "muon" else []
     ids = {id(p) for p in hidden}
-    decay = [p for p in params if p.dim() >= 2 and id(p) not in ids]
-    no_decay = [p for p in params if p.dim() < 2]
+    rest = [p for p in model.parameters() if id(p) not in ids]
     groups = [
-        {"params": decay, "weight_decay": cfg.weight_decay, "max_lr": cfg.max_lr},
-        {"params": no_decay, "weight_decay": 0.0, "max_lr": cfg.max_lr},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay, "max_lr": cfg.max_lr},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "max_lr": cfg.max_lr},
     ]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if hidden:

@@ -273,6 +273,14 @@ class Trainer:
         self.last = {"val": {}, "hellaswag": {}}  # the newest figures of each evaluation
         if state:
             self.load(state)
+        tokens = sum(len(shard) for shard in self.train_loader.shards)
+        self.say(
+            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
+            f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
+            f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size} | "
+            f"{torch.get_num_threads()} threads"
+        )
+        self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 
     def load_hellaswag(self):
         """The items, or None on all ranks where one of them has no file and no hub: training then goes without."""
@@ -321,7 +329,6 @@ class Trainer:
         start_step, started_at = self.step, time.perf_counter()
         batches = micro_batches(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps, self.step)
         params = list(self.raw_model.parameters())
-        self.announce()
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
             # --- between steps. The checkpoint comes first: after a kill the rest is repeated, with the same result.
@@ -406,18 +413,6 @@ class Trainer:
             "unigram_entropy": self.unigram_entropy, "parameters": self.raw_model.num_params(),
             "skipped_steps": self.skipped,
         }  # fmt: skip
-
-    def announce(self):
-        """What is about to run, in two lines."""
-        cfg, ranks = self.cfg, self.ranks
-        tokens = sum(len(shard) for shard in self.train_loader.shards)
-        self.say(
-            f"{self.raw_model.num_params():,} parameters | {cfg.dtype} on {self.device.type} x {ranks.world_size} | "
-            f"{tokens:,} training tokens | a step is {cfg.total_batch_size:,} tokens: {ranks.world_size} process(es) x "
-            f"{self.grad_accum_steps} x {cfg.micro_batch_size} sequences of {cfg.block_size} | "
-            f"{torch.get_num_threads()} threads"
-        )
-        self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""
