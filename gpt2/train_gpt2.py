@@ -12,7 +12,6 @@ loss of about 3.3 nats after one epoch of 10B tokens (OpenAI's weights: 3.29).
 No preset means gpt2-124M, and PRESET --help lists every setting with its unit. What a run directory holds: runlog/.
 """
 
-import contextlib
 import gc
 import hashlib
 import math
@@ -354,16 +353,15 @@ class Trainer:
             parts = self.grad_accum_steps * (ranks.world_size if self.tree else 1)  # DDP takes the mean over the ranks
             for micro_step in range(self.grad_accum_steps):
                 idx, targets = next(batches)  # (micro_batch_size, T) each
-                # Gradients travel between processes once a step: in the backward pass of the last micro-batch.
-                sync = micro_step == self.grad_accum_steps - 1 or self.step_model is self.model
+                if self.step_model is not self.model:  # DDP exchanges gradients with the last micro-batch alone
+                    self.step_model.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
                 if self.tree:  # dropout masks are those of the micro-batch, whoever computes it
                     seeds = [cfg.seed, self.step, ranks.rank * self.grad_accum_steps + micro_step]
                     torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-                with contextlib.nullcontext() if sync else self.step_model.no_sync():
-                    with autocast(self.device, cfg.dtype):
-                        _, loss = self.step_model(idx, targets, return_logits=False)
-                    loss = loss / parts
-                    self.scaler.scale(loss).backward()
+                with autocast(self.device, cfg.dtype):
+                    _, loss = self.step_model(idx, targets, return_logits=False)
+                loss = loss / parts
+                self.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
                 if self.tree:
                     self.tree.add([loss.detach(), *(p.grad for p in params)])
