@@ -140,14 +140,10 @@ class Runner:
 
 def look(cfg, baseline, candidates):
     """Judge all candidates on what has been trained, at Holm's levels; verify the runs of those that are better."""
-    options = {"metric": cfg.metric, "at": cfg.at, "delta": cfg.delta}
-
-    def verdict(arm, alpha):
-        return judge([*baseline.runs.values()], [*arm.runs.values()], alpha=alpha, **options)
-
-    levels = holm([verdict(arm, cfg.alpha).p for arm in candidates], cfg.alpha)
+    judged = functools.partial(judge, [*baseline.runs.values()], metric=cfg.metric, at=cfg.at, delta=cfg.delta)
+    levels = holm([judged([*arm.runs.values()], alpha=cfg.alpha).p for arm in candidates], cfg.alpha)
     for arm, level in zip(candidates, levels):
-        arm.verdict = verdict(arm, level)
+        arm.verdict = judged([*arm.runs.values()], alpha=level)
         if arm.verdict.verdict == "better" and not arm.contradicted:
             found = (verify_by_replay(run.run_dir) for run in [*baseline.runs.values(), *arm.runs.values()])
             arm.contradicted = next(filter(None, found), "")
