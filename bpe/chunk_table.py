@@ -15,10 +15,10 @@ BITS = np.array([[(1 << 8 * min(max(n - 8 * k, 0), 8)) - 1 for n in range(LONGES
 
 
 class ChunkTable:
-    """chunk -> a number of at least 0. size: chunks for which there is room from the start."""
+    """chunk -> a number."""
 
-    def __init__(self, size=0):
-        self.tables, self.long = (_Table(1, size), _Table(3, size)), {}
+    def __init__(self):
+        self.tables, self.long = (_Table(1), _Table(3)), {}
 
     def __len__(self):
         return sum(table.used for table in self.tables) + len(self.long)
@@ -55,9 +55,9 @@ class ChunkTable:
 class _Table:
     """Rows of the words of a chunk and its value; the last word, which holds the length, is 0 in an empty row."""
 
-    def __init__(self, n_words, size=0):
+    def __init__(self, n_words):
         self.n_words, self.used = n_words, 0
-        self.rows = np.zeros((1 << max(2 * size, 512).bit_length(), n_words + 1), np.uint64)
+        self.rows = np.zeros((1024, n_words + 1), np.uint64)
 
     def insert(self, words):
         """Words of chunks, a list of n_words (n,) -> (the row of each, which of them are new: of equal ones the first).

@@ -1,6 +1,6 @@
 """Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
 
-A chunk that was seen before, or is a token by itself, is looked up: a table maps it to a range of a pool of ids, and
+A chunk that was seen before is looked up: a table maps it to a range of a pool of ids, and
 the ids of a text are one gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space;
 these chunks are cut further, between two characters that no token joins, into pieces of which few are new. New ones are
 merged together, in one flat array of linked tokens:
@@ -18,13 +18,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from bpe.chunk_table import LONGEST, MIX, PADDING, ChunkTable
+from bpe.chunk_table import MIX, PADDING, ChunkTable
+from bpe.pretokenizer import PADDED_END
 from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
 NO_RANK = 2**31 - 1
 MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
 LONG = 64  # bytes; chunks that are longer are merged rank by rank: they would need many rounds
-MAX_CHUNKS = 1 << 19  # remembered at a time, beside the vocabulary's tokens: 32 MB of table
+MAX_CHUNKS = 1 << 19  # remembered at a time: 32 MB of table
 MAX_POOL = 1 << 22  # ids of theirs
 MAX_SHORT = 1 << 16  # the same, of short texts
 
@@ -55,15 +56,10 @@ class Encoder:
         self._short = {}  # chunk of a short text -> list of its ids
 
     def _new_cache(self):
-        """A cache that holds the vocabulary's own tokens. Made when first needed: who only decodes does not wait."""
+        """An empty cache, and what is made when text is first encoded: who only decodes does not wait."""
         if self._crossed is None:
             self._crossed = _crossed(self._vocab.values(), self._missing)
-        own = self._own_tokens()
-        names = [self._vocab.get(token, b"") for token in self._outer[:-1].tolist()]
-        known = set(self._outer[:-1][own].tolist())
-        whole = {name: token for name, token in self._whole.items() if token not in known}
-        own_names = [name if is_own and len(name) <= LONGEST else b"" for name, is_own in zip(names, own.tolist())]
-        return _Cache(self._outer, own_names, whole, self._merged)
+        return _Cache()
 
     def encode(self, splitter, texts):
         """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
@@ -76,7 +72,7 @@ class Encoder:
             data, starts = splitter.split([piece for _, piece in block])
             starts, is_part = self._cut(data, starts)
             places = cache.table.values(data, starts, partial(self._add, cache, data))
-            cache.correct(places, is_part)
+            cache.choose(places, is_part)
             count = places & 0xFFFFFFFF
             ends = count.cumsum()
             at = np.repeat((places >> 32) - (ends - count), count)
@@ -106,7 +102,14 @@ class Encoder:
         """Merge the new chunks that start in `data` -> their values in the cache."""
         at = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
         at += np.arange(len(at))
-        return cache.add(*self._merged(data.take(at), lengths))
+        ids, counts = self._merged(data.take(at), lengths)
+        places = cache.add(ids, counts)
+        if self._whole:
+            names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
+            tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
+            merged = np.append(ids, SEP).take(counts.cumsum() - counts)  # the first id of each
+            cache.add_choice(places, np.flatnonzero((tokens != SEP) & ((counts != 1) | (merged != tokens))), tokens)
+        return places
 
     def _cut(self, data, starts):
         """Starts of chunks, as Splitter.split returns them -> (starts of pieces, which are but part of a chunk)."""
@@ -124,17 +127,6 @@ class Encoder:
             is_part = mark[starts] == 1
             is_part[:-1] |= is_part[1:]
         return starts, is_part
-
-    def _own_tokens(self):
-        """Whether each token, by inner id, is what its own bytes become."""
-        p, q = self._tables.parts
-        n = len(self._outer) - 1
-        own = (np.arange(n) < 256) & (self._outer[:-1] >= 0)
-        if len(p) == n - 256:  # else a token has two origins: let all be found when they occur
-            own[256:] = self._tables.stay_apart(p, q, np.arange(256, n))
-            while not np.array_equal(own[256:], parts := own[256:] & own[p] & own[q]):
-                own[256:] = parts
-        return own
 
     def _merged(self, data, lengths):
         """Bytes of chunks one after another, how many each has -> (ids one after another, how many each has)."""
@@ -204,27 +196,23 @@ class Encoder:
 class _Cache:
     """A ChunkTable whose values say where in a pool the ids of a chunk lie: place << 32 | how many."""
 
-    def __init__(self, outer, own, whole, merged):
-        """outer: ids of all tokens. own: bytes of those that are there from the start, b"" for others, as is `whole`.
+    def __init__(self):
+        self.pool, self.used, self.table = np.zeros(0, np.int32), 0, ChunkTable()
+        self.choices = np.zeros((0, 2), np.int64)  # values of a whole chunk and of a part of one, where they differ
+        # no text holds 0xFF: it stands after each text, for no id
+        self.table.values(np.frombuffer(PADDED_END, np.uint8), np.zeros(1, np.int64), lambda *_: 0)
 
-        merged: Encoder._merged, for parts of chunks that are spelled like a token in `whole`.
-        """
-        self.pool = np.append(outer, np.array([*whole.values()], np.int32))
-        self.table, self.used, self.n_ids = ChunkTable(len(own)), len(self.pool), len(outer)
-        own[255] = b""  # no text holds it: it stands after each text, for no id
-        data, lengths = flat([*whole, *own, b"\xff"])
-        where = np.append(np.arange(len(whole)) + len(outer), np.arange(len(own)))
-        places = np.append(where << 32 | 1, 0)[lengths > 0]
-        data, ends = np.append(data, np.zeros(PADDING, np.uint8)), lengths[lengths > 0].cumsum()
-        self.table.values(data, np.append(0, ends[:-1]), lambda starts, _: places[ends.searchsorted(starts, "right")])
-        self.apart = self.add(*merged(*flat([*whole])))  # what each of `whole` is where it is part of a chunk
+    def choose(self, places, is_part):
+        """Replace the values that stand for a choice."""
+        at = np.flatnonzero(places < 0)
+        places[at] = self.choices[~places[at], is_part[at].astype(np.int64)]
 
-    def correct(self, places, is_part):
-        """Replace the values of those that are in `whole`, but only part of a chunk."""
-        if len(self.apart):
-            number = (places >> 32) - self.n_ids
-            at = np.flatnonzero(is_part & (number >= 0) & (number < len(self.apart)))
-            places[at] = self.apart[number[at]]
+    def add_choice(self, places, at, tokens):
+        """Let the chunks `at` be one of `tokens` as a whole, and what `places` says as a part: values below 0."""
+        as_whole = self.add(tokens[at], np.ones(len(at), np.int64))
+        number = len(self.choices) + np.arange(len(at))
+        self.choices = np.append(self.choices, np.stack([as_whole, places[at]], axis=1), axis=0)
+        places[at] = ~number
 
     def add(self, ids, lengths):
         """Ids of new chunks, one after another, and how many each has -> their values."""
@@ -301,7 +289,6 @@ class _RankTables:
 
     def __init__(self, merges, n_ids):
         p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
-        self.parts = p, q
         self._width, self._size = n_ids + 1, 2 * len(p)
         self._bytes = np.full((257, 257), NO_RANK)  # row and column 256, which is also -1, for SEP
         of_bytes = np.flatnonzero((p < 256) & (q < 256))
@@ -343,24 +330,3 @@ class _RankTables:
     def of_bytes(self, tok):
         """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
         return _ranked(np.arange(len(tok) - 1), self._bytes[tok[:-1], tok[1:]])
-
-    def stay_apart(self, left, right, limit):
-        """Whether the tokens left[i] right[i] are what their bytes become by the merges below the token limit[i].
-
-        Provided that each of the two is what its own bytes become: then they could only be spoiled by a merge across
-        their border, of the last part of the left one, as it once stood there, with the first part of the right one.
-        Walk back through these states, undoing the younger of the two each time.
-        """
-        n = len(left)
-        good, at = np.ones(n, bool), np.arange(n)
-        p, q = (np.concatenate((np.full(256, -1), part)) for part in self.parts)
-        while len(at):
-            rank = self.of_pairs(left, right)
-            spoiled = (rank != NO_RANK) & (rank + 256 < limit)
-            good[at[spoiled]] = False
-            undo_left = ((left > right) & (left >= 256)) | (right < 256)
-            limit = np.where(undo_left, left, right + 1)
-            left, right = np.where(undo_left, q[left], left), np.where(undo_left, right, p[right])
-            on = ~spoiled & (left >= 0) & (right >= 0)
-            at, left, right, limit = at[on], left[on], right[on], limit[on]
-        return good
