@@ -18,7 +18,7 @@ class ChunkTable:
     """chunk -> a number."""
 
     def __init__(self):
-        self.tables, self.long = (_Table(1), _Table(3)), {}
+        self.tables, self.long = (Table(1), Table(3)), {}
 
     def __len__(self):
         return sum(table.used for table in self.tables) + len(self.long)
@@ -52,8 +52,8 @@ class ChunkTable:
         return values
 
 
-class _Table:
-    """Rows of the words of a chunk and its value; the last word, which holds the length, is 0 in an empty row."""
+class Table:
+    """Rows of n_words words (those of a chunk, or another key) and a value; the last word is 0 in an empty row."""
 
     def __init__(self, n_words):
         self.n_words, self.used = n_words, 0
@@ -64,7 +64,7 @@ class _Table:
 
         A new one's value, which the caller replaces, is its place in `words`.
         """
-        slots = self._find(words)
+        slots = self.find(words)
         todo, first = np.flatnonzero(self.rows[slots, -2] == 0), [slots[:0]]
         while len(todo):
             back = todo[::-1]  # of equal ones the first is written last
@@ -75,12 +75,12 @@ class _Table:
             todo = todo[_differ(rows, [w[todo] for w in words])]  # another one has taken its row
             if 2 * self.used > len(self.rows):
                 self._grow()
-                slots = self._find(words)
-            slots[todo] = self._find([w[todo] for w in words])
+                slots = self.find(words)
+            slots[todo] = self.find([w[todo] for w in words])
         return slots, np.concatenate(first)
 
-    def _find(self, words):
-        """The row that holds each chunk, or the empty one that is its place."""
+    def find(self, words):
+        """Words, as for `insert` -> the row that holds each chunk, or the empty one that is its place."""
         shift = np.uint64(65 - len(self.rows).bit_length())
         mixed = [w * m for w, m in zip(words, MIX)]
         slots = ((mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1] + mixed[2]) >> shift).view(np.int64)

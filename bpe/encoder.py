@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bpe.chunk_table import MIX, PADDING, ChunkTable
+from bpe.chunk_table import PADDING, ChunkTable, Table
 from bpe.pretokenizer import PADDED_END
 from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
@@ -285,47 +285,25 @@ def _ranked(where, ranks):
 
 
 class _RankTables:
-    """Ranks of many pairs at once: a cuckoo hash table, in which a pair is at one of two places."""
+    """Ranks of many pairs at once."""
 
     def __init__(self, merges, n_ids):
         p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
-        self._width, self._size = n_ids + 1, 2 * len(p)
         self._bytes = np.full((257, 257), NO_RANK)  # row and column 256, which is also -1, for SEP
         of_bytes = np.flatnonzero((p < 256) & (q < 256))
         self._bytes[p[of_bytes], q[of_bytes]] = of_bytes
-        keys = self._keys(p, q)
-        while not self._fill(keys):
-            self._size *= 2
-
-    def _fill(self, keys):
-        """Put all pairs in one of their places, those that are in the way into their other one -> whether that ends."""
-        self._shift = np.uint64(64 - self._size.bit_length())
-        ranks = np.full(1 << self._size.bit_length(), -1)
-        todo, second = np.arange(len(keys)), np.zeros(len(keys), bool)
-        for _ in range(100):
-            places = np.where(second[todo], *self._places(keys[todo])[::-1])
-            out = np.unique(ranks[places])
-            ranks[places] = todo
-            todo = np.append(todo[ranks[places] != todo], out[out >= 0])
-            second[todo] ^= True
-            if not len(todo):
-                self._at = np.append(keys, -1 << 60)[ranks]
-                self._ranks = np.where(ranks < 0, NO_RANK, ranks)
-                return True
-        return False
+        self._width, self._table = n_ids + 1, Table(1)
+        slots, _ = self._table.insert(self._keys(p, q))
+        self._table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # an empty row has 0 there, which stands for NO_RANK
 
     def _keys(self, left, right):
-        return left * np.int64(self._width) + right + 1  # SEP is -1 and in no merge: neither is such a key
-
-    def _places(self, keys):
-        return [(keys.view(np.uint64) * mix >> self._shift).view(np.int64) for mix in MIX[:2]]
+        """A word for each pair. SEP, -1, is in no merge, and a pair with it shares its word with none."""
+        return [(left * np.int64(self._width) + right + 1).view(np.uint64)]
 
     def of_pairs(self, left, right):
         """Ranks of pairs (left[i], right[i]); either may be SEP."""
-        keys = self._keys(left, right)
-        first, second = self._places(keys)
-        at = np.where(self._at.take(first) == keys, first, second)
-        return np.where(self._at.take(at) == keys, self._ranks.take(at), NO_RANK)
+        found = self._table.rows[self._table.find(self._keys(left, right)), -1]
+        return NO_RANK - found.view(np.int64)
 
     def of_bytes(self, tok):
         """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
