@@ -31,7 +31,7 @@ from pathlib import Path
 from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, require
 from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
 from bpe.trainer import flat
-from common import UsageError, atomic_open, read_json, write_json
+from common import UsageError, atomic_open, from_hub, read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -141,12 +141,9 @@ def _get_encoding(name):
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise UsageError(f"{name} is neither a file nor a tiktoken vocabulary; those are {', '.join(names)}")
-    try:
-        with ThreadPool(1) as pool:  # its threads are daemons: one that still waits does not delay the exit
-            return pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
-    except Exception as e:  # whatever requests or tiktoken raises, or TimeoutError
-        why = f"{type(e).__name__}; give a rank file instead, or set TIKTOKEN_CACHE_DIR"
-        raise UsageError(f"tiktoken could not get {name}: {why}") from None
+    with from_hub(name, "give a rank file instead, or set TIKTOKEN_CACHE_DIR"), ThreadPool(1) as pool:
+        # the pool's threads are daemons: one that still waits does not delay the exit
+        return pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
 
 
 def _read_rank_file(file):
@@ -199,9 +196,9 @@ def bytes_to_unicode():
 
 def _read_gpt2():
     """The merges come from `vocab.bpe`; its bytes are numbered in the order of the stand-ins, then 256 + rank."""
-    ids = {char: token for token, char in enumerate(bytes_to_unicode().values())}
-    byte_ids = [token for _, token in sorted(zip(bytes_to_unicode(), range(256)))]
-    merges = []
+    table, merges = bytes_to_unicode(), []
+    ids = {char: token for token, char in enumerate(table.values())}
+    byte_ids = [ids[table[b]] for b in range(256)]
     for line in gpt2_vocab_bpe().decode("utf-8").splitlines()[1:]:
         p, q = line.split(" ")
         merges.append([ids[p], ids[q], 256 + len(merges)])
@@ -324,9 +321,9 @@ def _fields_of(data, check):
     check(model.get("type") == "BPE", "its model is not BPE")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         check(not model.get(key), f"its model uses {key}")
-    bytes_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
-    byte_ids = [vocab.get(char, -1 - b) for b, char in bytes_to_unicode().items()]
-    byte_ids = [token for _, token in sorted(zip(bytes_to_unicode(), byte_ids))]
+    table = bytes_to_unicode()
+    bytes_of = {char: bytes([b]) for b, char in table.items()}
+    byte_ids = [vocab.get(table[b], -1 - b) for b in range(256)]
     merges = []
     for merge in model["merges"]:
         p, q = merge.split(" ") if isinstance(merge, str) else merge

@@ -395,5 +395,5 @@ def test_a_download_that_hangs_is_abandoned(monkeypatch):
         Tokenizer.from_tiktoken("cl100k_base")
     release.set()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
-    with pytest.raises(UsageError, match="ZeroDivisionError"):
+    with pytest.raises(UsageError, match="division by zero"):
         Tokenizer.from_tiktoken("cl100k_base")
