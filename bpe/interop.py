@@ -241,6 +241,8 @@ def to_huggingface(tok):
         raise UsageError("two tokens have the same bytes, which a tokenizer.json cannot express")
     if added.keys() & vocab.keys():
         raise UsageError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
+    if lost := added.keys() - {token: text for text, token in added.items()}.values():  # as in o200k_harmony
+        warnings.warn(f"a tokenizer.json has one token for an id: {', '.join(sorted(lost))} is lost", stacklevel=2)
     vocab |= added  # named in the vocabulary, they keep their ids; else the library numbers them itself
     merges = [(spelled[p], spelled[q]) for p, q in tok.merges]
     hf = Tokenizer(models.BPE(vocab, merges, ignore_merges=tok.ignore_merges))

@@ -440,6 +440,9 @@ def test_two_special_tokens_of_a_file_may_share_an_id(tmp_path):
     tok = Tokenizer.load(write_model(tmp_path / "t.model", special_tokens={"<s>": 300, "<t>": 300}))
     assert tok.encode("<s><t>", "all") == [300, 300] and tok.decode([300]) == "<t>"
     assert Tokenizer.load(tok.save(tmp_path / "u")[0]).sha256 == tok.sha256
+    with pytest.warns(UserWarning, match="one token for an id: <s> is lost"):
+        tok.save_huggingface(tmp_path)
+    assert Tokenizer.from_huggingface(tmp_path / "tokenizer.json").special_tokens == {"<t>": 300}
 
 
 @pytest.mark.parametrize(
