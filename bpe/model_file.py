@@ -15,8 +15,6 @@ from common import UsageError, atomic_open, read_json
 FORMAT, VERSION = "byte-level-bpe", 1
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
-
-
 NORMALIZERS = "NFC", "NFD", "NFKC", "NFKD", "prefix_space"
 
 
@@ -25,9 +23,7 @@ def empty_state():
     return {
         "pattern": "none",  # how text is split before merging; a list: each splits the chunks of the one before
         "merges": {},  # {(int, int): int} in the order in which they were learned
-        "byte_ids": list(
-            range(256)
-        ),  # the id of each byte (GPT-2 has its own order), -1 - byte for one without a token
+        "byte_ids": [*range(256)],  # the id of each byte (GPT-2 has its own order), -1 - byte for one without a token
         "special_tokens": {},  # {str: int}
         "name": "untitled",  # where it comes from, for people
         "training": {},  # what `bpe/train_bpe.py` records about its input
@@ -52,20 +48,15 @@ def is_id(value):
 
 def _content(state):
     """What decides the ids, as plain JSON. `byte_ids` and the third number of a merge appear only where needed."""
-    merges, specials = state["merges"], state["special_tokens"]
-    content = {
-        "pattern": state["pattern"],
-        "special_tokens": dict(sorted(specials.items(), key=lambda s: (s[1], s[0]))),
-    }
+    merges = state["merges"]
+    specials = sorted(state["special_tokens"].items(), key=lambda s: (s[1], s[0]))
+    content = {"pattern": state["pattern"], "special_tokens": dict(specials)}
     usual = state["byte_ids"] == list(range(256)) and list(merges.values()) == list(range(256, 256 + len(merges)))
     if not usual:
         content["byte_ids"] = state["byte_ids"]
     content["merges"] = [[p, q] if usual else [p, q, token] for (p, q), token in merges.items()]
-    unmerged = {data.hex(): token for data, token in state["unmerged_tokens"].items()}
-    optional = {
-        **{key: state[key] for key in ("normalizer", "added_tokens", "ignore_merges")},
-        "unmerged_tokens": unmerged,
-    }
+    optional = {key: state[key] for key in ("normalizer", "added_tokens", "ignore_merges")}
+    optional["unmerged_tokens"] = {data.hex(): token for data, token in state["unmerged_tokens"].items()}
     return content | {key: value for key, value in optional.items() if value}
 
 

@@ -83,9 +83,7 @@ NEWLINE, BLANK, SPACE, OTHER, APOSTROPHE, SLASH, MARK, NUMBER, LOWER, CASELESS, 
     0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14, 16,
 )  # fmt: skip
 WHITE, PUNCTUATION, NUMBERS, LETTERS = 0, 1, 2, 3  # the groups, without END's
-END_CHARACTER = (
-    "\ud800"  # no text holds a surrogate; in ASCII text and in UTF-8 it is the byte 0xFF, which is in neither
-)
+END_CHARACTER = "\ud800"  # no text holds a surrogate; instead of it ASCII text and UTF-8 have 0xFF, which is in neither
 
 PADDED_END = b"\xff" + bytes(PADDING)
 BLOCK = 1 << 19  # characters that are split at a time; so few that the arrays stay in the CPU's cache
@@ -112,13 +110,7 @@ class Splitter:
     def __init__(self, pattern="none"):
         self.pattern, self.regex = pattern, lossless_pattern(pattern)
         self._rules = RULES.get(self.regex)
-        compiled = _compile(self.regex)
-        self._findall = compiled.findall
-        if compiled.groups:  # then findall would return the groups instead of the whole match
-            self._findall = lambda text: [m.group() for m in compiled.finditer(text)]
-
-    def __reduce__(self):  # compiled again in another process
-        return Splitter, (self.pattern,)
+        self._compiled = _compile(self.regex)
 
     def __call__(self, text):
         """Text -> list of chunks, in order."""
@@ -148,7 +140,10 @@ class Splitter:
 
     def findall(self, text):
         """One text -> list of its chunks, by the regular expression alone."""
-        chunks = self._findall(text)
+        if self._compiled.groups:  # findall would return the groups instead of the whole match
+            chunks = [m.group() for m in self._compiled.finditer(text)]
+        else:
+            chunks = self._compiled.findall(text)
         if sum(map(len, chunks)) != len(text):
             raise UsageError(f"the pattern {self.pattern!r} matches empty text and thereby loses characters")
         return chunks
@@ -162,7 +157,7 @@ class Splitter:
                 at = int(cuts.searchsorted(i, side="right"))
                 begin, done = int(cuts[at - 1]) if at else 0, int(cuts[at])
                 start[begin:done] = False
-                start[[m.start() for m in _compile(self.regex).finditer(text, begin, done)]] = True
+                start[[m.start() for m in self._compiled.finditer(text, begin, done)]] = True
 
     def blocks(self, texts):
         """Texts -> lists of (number of the text, piece of it), of some BLOCK characters; no chunk of a text is cut."""
@@ -206,9 +201,6 @@ class SplitterSequence(Splitter):
 
     def __init__(self, patterns):
         self.pattern, self._rules, self._splitters = patterns, None, list(map(Splitter, patterns))
-
-    def __reduce__(self):
-        return SplitterSequence, (self.pattern,)
 
     def findall(self, text):
         chunks = [text] if text else []
