@@ -55,18 +55,12 @@ class Encoder:
         self._idle = []
         self._short = {}  # chunk of a short text -> list of its ids
 
-    def _new_cache(self):
-        """An empty cache, and what is made when text is first encoded: who only decodes does not wait."""
-        if self._crossed is None:
-            self._crossed = _crossed(self._vocab.values(), self._missing)
-        return _Cache()
-
     def encode(self, splitter, texts):
         """Splitter and list of str -> (ids of all texts (n,) int32, how many of them each text has (len(texts),))."""
         try:
             cache = self._idle.pop()
         except IndexError:
-            cache = self._new_cache()
+            cache = _Cache()
         ids, lengths = [self._outer[:0]], np.zeros(len(texts), np.int64)
         for block in splitter.blocks(texts):
             data, starts = splitter.split([piece for _, piece in block])
@@ -81,7 +75,7 @@ class Encoder:
             total = np.append(0, ends[data.take(starts) == 0xFF])  # up to the end of each piece
             np.add.at(lengths, [number for number, _ in block], np.diff(total))
             if len(cache.table) > MAX_CHUNKS or cache.used > MAX_POOL:
-                cache = self._new_cache()
+                cache = _Cache()
         self._idle.append(cache)
         return np.concatenate(ids), lengths
 
@@ -113,6 +107,8 @@ class Encoder:
 
     def _cut(self, data, starts):
         """Starts of chunks, as Splitter.split returns them -> (starts of pieces, which are but part of a chunk)."""
+        if self._crossed is None:  # made here: who only decodes does not wait for it
+            self._crossed = _crossed(self._vocab.values(), self._missing)
         used = data[: len(data) - PADDING]
         at = np.flatnonzero(used >= 0xE0)
         window = np.ndarray(len(used), np.dtype("<u4"), data, strides=(1,)).take(at - 2, mode="clip")

@@ -51,10 +51,9 @@ def to_tiktoken(tok):
         raise UsageError(f"tiktoken cannot express {' and '.join(more)}")
     source = lossless_pattern(tok.pattern)
     build = partial(tiktoken.Encoding, tok.name, pat_str=source)
+    ranks = _ranks(tok)
     try:
-        encoding = build(mergeable_ranks=_ranks(tok), special_tokens=tok.special_tokens)
-    except UsageError:
-        raise
+        encoding = build(mergeable_ranks=ranks, special_tokens=tok.special_tokens)
     except ValueError as e:
         raise UsageError(f"tiktoken cannot express the pattern {tok.pattern!r} ({str(e).splitlines()[0]})") from None
     if source not in RULES:

@@ -190,7 +190,7 @@ def test_threads_share_a_tokenizer(tok):
 
 def test_the_cache_is_bounded(tok, monkeypatch):
     text = " ".join(f"w{k}" for k in range(100))
-    expected, table = naive_ids(tok, text), tok._encoder._new_cache().table
+    expected, table = naive_ids(tok, text), bpe.encoder._Cache().table
     for chunks, ids in ((1, 10**6), (10**6, 5)):
         monkeypatch.setattr(bpe.encoder, "MAX_CHUNKS", chunks)
         monkeypatch.setattr(bpe.encoder, "MAX_POOL", ids)
