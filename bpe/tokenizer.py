@@ -18,9 +18,8 @@ import operator
 import sys
 import unicodedata
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -231,23 +230,13 @@ class Tokenizer:
                 text = f" {text}"
         return text
 
-    def encode_batch(self, texts, allowed_special="none_raise", disallowed_special=None, *, num_workers=1):
-        """list of str -> list of lists of ids, over `num_workers` processes.
-
-        With more than one, call it under `if __name__ == "__main__":`, as always where processes are started.
-        """
-        texts = list(texts)
-        if num_workers <= 1 or len(texts) < 2:
-            texts, special = list(map(valid, texts)), ()
-            for text in texts:
-                special = self._allowed(text, allowed_special, disallowed_special)
-            ids, lengths = self._encode(texts, special)
-            return [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] if texts else []
-        size = -(-len(texts) // num_workers)
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ProcessPoolExecutor(num_workers) as pool:
-            options = repeat(allowed_special), repeat(disallowed_special)
-            return list(chain.from_iterable(pool.map(self.encode_batch, parts, *options)))
+    def encode_batch(self, texts, allowed_special="none_raise", disallowed_special=None):
+        """Iterable of str -> list of lists of ids."""
+        texts, special = list(map(valid, texts)), ()
+        for text in texts:
+            special = self._allowed(text, allowed_special, disallowed_special)
+        ids, lengths = self._encode(texts, special)
+        return [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] if texts else []
 
     def decode(self, ids, errors="replace"):
         """Ids -> str. errors: "replace" puts U+FFFD for what is not UTF-8, "strict" raises UnicodeDecodeError."""

@@ -154,12 +154,12 @@ def test_what_is_no_text_is_refused():
         Tokenizer().encode(b"a")
 
 
-def test_batches_over_processes(tok):
+def test_batches(tok):
     texts = [TEXT[i : i + 50] for i in range(0, 400, 7)] + ["", "a<|pad|>"]
     expected = [tok.encode(text, "all") for text in texts]
-    assert tok.encode_batch(texts, "all") == expected == tok.encode_batch(texts, "all", num_workers=2)
+    assert tok.encode_batch(texts, "all") == expected
     with pytest.raises(UsageError, match="pad"):
-        tok.encode_batch(texts, num_workers=2)
+        tok.encode_batch(texts)
     assert tok.encode_batch([]) == []
 
 
@@ -173,7 +173,6 @@ def test_it_works_where_processes_are_spawned(tmp_path):
         "    texts = ['the cat sat', 'on the mat'] * 9\n"
         "    tok = Tokenizer('gpt2')\n"
         "    tok.train(texts, 262, num_workers=2)\n"
-        "    assert tok.encode_batch(texts, num_workers=2) == [tok.encode(t) for t in texts]\n"
         "    print(len(tok.merges))\n"
     )
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120)
