@@ -127,22 +127,17 @@ def read_tiktoken(name_or_file, pattern=None, special_tokens=None):
         return _read_gpt2()
     if os.path.isfile(name):
         return _state_of_ranks(_read_rank_file(name), pattern or "none", special_tokens or {}, Path(name).stem)
-    encoding = _get_encoding(name)
-    named = {source: pattern for pattern, source in PATTERNS.items()}
-    pattern = named.get(encoding._pat_str, encoding._pat_str)
-    return _state_of_ranks(encoding._mergeable_ranks, pattern, encoding._special_tokens, name)
-
-
-def _get_encoding(name):
-    """tiktoken.get_encoding, but not for longer than DOWNLOAD_SECONDS: tiktoken itself sets no limit."""
     import tiktoken
 
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise UsageError(f"{name} is neither a file nor a tiktoken vocabulary; those are {', '.join(names)}")
     with from_hub(name, "give a rank file instead, or set TIKTOKEN_CACHE_DIR"), ThreadPool(1) as pool:
-        # the pool's threads are daemons: one that still waits does not delay the exit
-        return pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
+        # tiktoken sets no limit; the pool's threads are daemons: one that still waits does not delay the exit
+        encoding = pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
+    named = {source: pattern for pattern, source in PATTERNS.items()}
+    pattern = named.get(encoding._pat_str, encoding._pat_str)
+    return _state_of_ranks(encoding._mergeable_ranks, pattern, encoding._special_tokens, name)
 
 
 def _read_rank_file(file):

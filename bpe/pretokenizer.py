@@ -95,12 +95,12 @@ def check_pattern(pattern):
     """UsageError for a pattern that is meant as a name ("GPT4", "cl100k_base"): as a regex it would match that word."""
     if not isinstance(pattern, str):
         raise UsageError(f"a pattern is a text, not {pattern!r}")
-    if pattern not in ("none", *PATTERNS) and re.fullmatch(r"[A-Za-z][\w-]+", pattern):
+    if pattern in ("none", *PATTERNS):
+        return
+    if re.fullmatch(r"[A-Za-z][\w-]+", pattern):
         raise UsageError(f"there is no pattern named {pattern}; use none, gpt2, gpt4 or a regular expression")
     # `lossless_pattern` repeats it: behind a comment of (?x), and with its groups numbered further
-    if pattern not in ("none", *PATTERNS) and (
-        _compile(pattern).flags & regex.VERBOSE or re.search(r"\\[1-9]", pattern)
-    ):
+    if _compile(pattern).flags & regex.VERBOSE or re.search(r"\\[1-9]", pattern):
         raise UsageError(f"write the pattern {pattern!r} without (?x) and without backreferences")
 
 
