@@ -285,9 +285,6 @@ class _RankTables:
 
     def __init__(self, merges, n_ids):
         p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
-        self._bytes = np.full((257, 257), NO_RANK)  # row and column 256, which is also -1, for SEP
-        of_bytes = np.flatnonzero((p < 256) & (q < 256))
-        self._bytes[p[of_bytes], q[of_bytes]] = of_bytes
         self._width, self._table = n_ids + 1, Table(1)
         slots, _ = self._table.insert(self._keys(p, q))
         self._table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # an empty row has 0 there, which stands for NO_RANK
@@ -303,4 +300,4 @@ class _RankTables:
 
     def of_bytes(self, tok):
         """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
-        return _ranked(np.arange(len(tok) - 1), self._bytes[tok[:-1], tok[1:]])
+        return _ranked(np.arange(len(tok) - 1), self.of_pairs(tok[:-1], tok[1:]))
