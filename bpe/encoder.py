@@ -102,7 +102,10 @@ class Encoder:
             names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
             tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
             merged = np.append(ids, SEP).take(counts.cumsum() - counts)  # the first id of each
-            cache.add_choice(places, np.flatnonzero((tokens != SEP) & ((counts != 1) | (merged != tokens))), tokens)
+            at = np.flatnonzero((tokens != SEP) & ((counts != 1) | (merged != tokens)))
+            choices = np.stack([cache.add(tokens[at], np.ones(len(at), np.int64)), places[at]], axis=1)
+            places[at] = ~(len(cache.choices) + np.arange(len(at)))
+            cache.choices = np.append(cache.choices, choices, axis=0)
         return places
 
     def _cut(self, data, starts):
@@ -150,9 +153,7 @@ class Encoder:
         tokens, tables = LinkedTokens(data, lengths), self._tables
         tok, next_, prev = tokens.tok, tokens.next, tokens.prev
         begins = np.flatnonzero(tok == SEP)[:-1]  # each chunk from the SEP before it
-        rank = np.full(len(tok), NO_RANK, np.int64)
-        where, ranks = tables.of_bytes(tok)
-        rank[where] = ranks
+        rank = np.append(tables.of_pairs(tok[:-1], tok[1:]), NO_RANK)
         bits = len(tok).bit_length()
         key = rank << bits | np.arange(len(tok))  # least: the lowest rank, and of equals the first from the left
         while True:
@@ -172,7 +173,7 @@ class Encoder:
     def _merge_by_rank(self, data, lengths):
         """Rank by rank, each at all positions where it occurs -> LinkedTokens."""
         tokens, todo, tables, rank_of = LinkedTokens(data, lengths), _Agenda(), self._tables, self._rank.get
-        todo.add(*tables.of_bytes(tokens.tok))
+        todo.add(*_ranked(np.arange(len(tokens.tok) - 1), tables.of_pairs(tokens.tok[:-1], tokens.tok[1:])))
         while todo.ranks:
             rank, where = todo.pop()
             p, q, new = self._merges[rank]
@@ -194,21 +195,15 @@ class _Cache:
 
     def __init__(self):
         self.pool, self.used, self.table = np.zeros(0, np.int32), 0, ChunkTable()
-        self.choices = np.zeros((0, 2), np.int64)  # values of a whole chunk and of a part of one, where they differ
+        # Where a chunk is one token as a whole, but not as a part: both values. ~k stands for row k.
+        self.choices = np.zeros((0, 2), np.int64)
         # no text holds 0xFF: it stands after each text, for no id
         self.table.values(np.frombuffer(PADDED_END, np.uint8), np.zeros(1, np.int64), lambda *_: 0)
 
     def choose(self, places, is_part):
-        """Replace the values that stand for a choice."""
+        """Replace the values below 0 by those that they stand for."""
         at = np.flatnonzero(places < 0)
         places[at] = self.choices[~places[at], is_part[at].astype(np.int64)]
-
-    def add_choice(self, places, at, tokens):
-        """Let the chunks `at` be one of `tokens` as a whole, and what `places` says as a part: values below 0."""
-        as_whole = self.add(tokens[at], np.ones(len(at), np.int64))
-        number = len(self.choices) + np.arange(len(at))
-        self.choices = np.append(self.choices, np.stack([as_whole, places[at]], axis=1), axis=0)
-        places[at] = ~number
 
     def add(self, ids, lengths):
         """Ids of new chunks, one after another, and how many each has -> their values."""
@@ -297,7 +292,3 @@ class _RankTables:
         """Ranks of pairs (left[i], right[i]); either may be SEP."""
         found = self._table.rows[self._table.find(self._keys(left, right)), -1]
         return NO_RANK - found.view(np.int64)
-
-    def of_bytes(self, tok):
-        """Positions whose token and the next one are in the merges, and their ranks; tok holds bytes and SEP."""
-        return _ranked(np.arange(len(tok) - 1), self.of_pairs(tok[:-1], tok[1:]))
