@@ -130,11 +130,11 @@ class Splitter:
         if all(map(str.isascii, texts)):
             code, kind = used, np.frombuffer(used.tobytes().translate(_kinds_of_bytes()), np.uint8)
         else:
-            code = np.frombuffer(joined(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+            code = np.frombuffer(END_CHARACTER.join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
             kind = kinds().take(code)
         start, odd = chunk_starts(code, kind, self._rules)
         if len(odd):
-            self._split_again(joined(texts), kind, start, odd)
+            self._split_again(END_CHARACTER.join([*texts, ""]), kind, start, odd)
         starts = np.flatnonzero(start)
         return data, starts if code is used else np.flatnonzero((used & 0xC0) != 0x80)[starts]
 
@@ -209,11 +209,6 @@ class SplitterSequence(Splitter):
             parts = (data[i:j].tobytes() for i, j in pairwise(starts.tolist()))
             chunks = [part.decode("utf-8") for part in parts if part != b"\xff"]
         return chunks
-
-
-def joined(texts):
-    """The texts as one, END_CHARACTER after each."""
-    return END_CHARACTER.join([*texts, ""])
 
 
 def chunk_starts(code, kind, rules):

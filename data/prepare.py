@@ -322,9 +322,8 @@ def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.co
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
     if not paths:
         raise UsageError(f"{out} holds no *.bin")
-    for path in paths:
-        if not SHARD_NAME.fullmatch(path.name):
-            raise UsageError(f"{path} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
+    if other := [path for path in paths if not SHARD_NAME.fullmatch(path.name)]:
+        raise UsageError(f"{other[0]} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
     write_manifest(out, source, *load(tokenizer), paths)
 
 
