@@ -1,9 +1,9 @@
 """Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
 
-A chunk that was seen before is looked up: a table maps it to a range of a pool of ids, and
-the ids of a text are one gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space;
-these chunks are cut further, between two characters that no token joins, into pieces of which few are new. New ones are
-merged together, in one flat array of linked tokens:
+A chunk that was seen before is looked up: a table maps it to a range of a pool of ids, and the ids of a text are one
+gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space; these chunks are cut
+further, between two characters that no token joins, into pieces of which few are new. New ones are merged together, in
+one flat array of linked tokens:
 
     many chunks that are short   each round merges the best pair of every chunk
     others                       the ranks that occur are merged in ascending order, each at all its positions
