@@ -45,6 +45,7 @@ from lora.sweep_report import summarize
 from lora.train_lora import NO_EFFECT, TrainConfig, check, fingerprint, run_state
 from lora.train_lora import run as train_with_trainer
 from runlog import RunLog, read_run
+from runlog.run import is_locked
 
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
@@ -218,13 +219,8 @@ def agree(cfg, grid, folder, configs, n):
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
         if run_state(folder, wanted, cfg.overwrite) == "new":
-            for lock in folder.rglob("groups/*.lock") if cfg.overwrite else ():
-                try:
-                    with filelock.FileLock(lock, timeout=0):
-                        pass
-                except filelock.Timeout:
-                    message = f"{folder} is being trained by another process; stop it before --overwrite"
-                    raise UsageError(message) from None
+            if cfg.overwrite and any(is_locked(lock.parent) for lock in folder.rglob("run.lock")):
+                raise UsageError(f"{folder} is being trained by another process; stop it before --overwrite")
             for old in ("adapters", "groups", "rounds") if cfg.overwrite else ():
                 shutil.rmtree(folder / old, ignore_errors=True)
             with RunLog(folder, "lora_sweep", {**wanted, "groups": make_groups(configs, cfg.engine, n)}):

@@ -423,7 +423,7 @@ def test_a_key_given_twice_is_refused(base, rows, tmp_path):
 def test_overwrite_leaves_a_live_sweep_alone(base, rows, tmp_path):
     grid = write_grid(tmp_path / "grid.json", {"max_steps": 2, "eval_every": 2, "metric_rows": 0}, grid={"r": [1]})
     run_sweep(config(grid, base, rows, tmp_path / "run"))
-    lock = filelock.FileLock(tmp_path / "run/groups/000.lock", thread_local=False)
+    lock = filelock.FileLock(tmp_path / "run/groups/000/run.lock", thread_local=False)
     with lock, pytest.raises(UsageError, match="being trained by another process"):
         run_sweep(config(grid, base, rows, tmp_path / "run", overwrite=True, divergence_factor=3.0))
     assert (tmp_path / "run/adapters/000_r1/result.json").exists()
