@@ -63,18 +63,6 @@ class Example:
     yields: bool = False  # True where the first segment is shortened, not the last, if the row is too long
 
 
-class Row(dict):
-    """A row that remembers in `read` which of its columns `get` was asked for."""
-
-    def __init__(self, columns):
-        super().__init__(columns)
-        self.read = set()
-
-    def get(self, name, default=None):
-        self.read.add(name)
-        return super().get(name, default)
-
-
 @dataclass
 class TaskData:
     """A task, tokenized for one model: rows {"input_ids", "labels"}, the held-out rows as text, and what was cut."""
@@ -141,16 +129,16 @@ def pydocs_rows(docstrings):
 
 
 def field_of(row, *names, default=None):
-    """The first of the named fields that the row has, if it is text or a number, as text; else a UsageError."""
+    """Take the first of the named fields that the row has, as text; a UsageError if it is neither text nor a number."""
     for name in names:
-        value = row.get(name)
+        value = row.pop(name, None)
         if isinstance(value, str | int | float) and not isinstance(value, bool):  # JSON has another "True" than Python
             return str(value)
         if value is not None:
             raise UsageError(f"the field {name} is no text ({type(value).__name__}); conversations are for task chat")
     if default is not None:
         return default
-    raise UsageError(f"a row has no field {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
+    raise UsageError(f"a row has no field {' or '.join(names)}; else it has {', '.join(map(str, row)) or 'nothing'}")
 
 
 def instruction_prompt(instruction, context="", preamble=True):
@@ -194,7 +182,7 @@ def chat_examples(row, tokenizer, mode):
     if not template:
         raise UsageError("this model's tokenizer has no chat template; use an -Instruct model, or task instruction")
     turns, given = chat_turns(row)
-    tools = row.get("tools") if "tools" in template else None
+    tools = row.pop("tools", None) if "tools" in template else None
     ends = turn_ends(tokenizer, template)
     eos = "" if ends else tokenizer.eos_token or ""  # GLM-4's answers are ended by the next turn's header
     doubled = "|".join(map(re.escape, ends or [eos]))
@@ -266,12 +254,13 @@ def chat_turns(row):
     `conversations`, or instruction rows, maybe with `history`; all maybe with `system`.
     """
     roles, given = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}, 0
-    turns = row.get("messages") or row.get("conversations")
+    turns = row.pop("messages", None) or row.pop("conversations", None)
     if not turns and isinstance(row.get("prompt"), list):
-        turns, given = [*row["prompt"], *(row.get("completion") or [None])], len(row["prompt"])
+        turns = row.pop("prompt")
+        turns, given = [*turns, *(row.pop("completion", None) or [None])], len(turns)
     if not turns:
         asked, context = field_of(row, "instruction", "prompt", "question"), field_of(row, "input", default="")
-        said = [text for question, answer in row.get("history") or [] for text in (question, answer)]
+        said = [text for question, answer in row.pop("history", None) or [] for text in (question, answer)]
         said.append(f"{asked}\n{context}" if context else asked)
         said.append(field_of(row, "output", "response", "completion", "answer"))
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
@@ -288,7 +277,10 @@ def chat_turns(row):
 
 
 def to_examples(task, row, tokenizer, mode):
-    """One row -> list of Examples: one, but for conversations whose earlier turns a template renders otherwise."""
+    """One row -> list of Examples: one, but for conversations whose earlier turns a template renders otherwise.
+
+    Takes the columns that it reads out of `row`, so that those left are the ones without use.
+    """
     if task == "imdb":
         return [imdb_example(row, mode)]
     if task == "text":
@@ -402,17 +394,18 @@ def load_task(cfg, tokenizer, block_size):
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
     rows = load_rows(cfg.task, cfg.data_file)
     kept, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), [], set()  # kept: (example, ids)
-    for number, row in enumerate(map(Row, rows), 1):
+    for number, row in enumerate(rows, 1):
         try:
             part = "held_out" if is_held_out(row, cfg.held_out) else "train"
             if 0 < cfg.max_rows <= len(kept[part]):
                 continue
-            examples = to_examples(cfg.task, row, tokenizer, cfg.mode)
+            left = dict(row)
+            examples = to_examples(cfg.task, left, tokenizer, cfg.mode)
             encoded = [(example, *encode(example, tokenizer, limit, cfg.mode)) for example in examples]
         except (UsageError, ValueError, TypeError) as e:  # a ValueError, too, where JSON has half of a surrogate pair
             skipped.append(f"row {number}: {e}")
             continue
-        unread |= {name for name, value in row.items() if value not in (None, "", [])} - row.read
+        unread |= {name for name, value in left.items() if value not in (None, "", [])}
         counts.update(cut for *_, cut in encoded if cut)
         kept[part] += [(example, ids) for example, ids, cut in encoded if not str(cut).startswith("dropped")]
     for name, part in kept.items():

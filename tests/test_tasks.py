@@ -18,9 +18,9 @@ def load_task(task, tokenizer, block_size, **settings):
     return tasks.load_task(SimpleNamespace(task=task, **defaults | settings), tokenizer, block_size)
 
 
-def to_example(*args):
-    """The one Example of a row."""
-    [example] = tasks.to_examples(*args)
+def to_example(task, row, *args):
+    """The one Example of a row, which stays as it is."""
+    [example] = tasks.to_examples(task, dict(row), *args)
     return example
 
 
@@ -201,7 +201,7 @@ def test_each_answer_is_learned_as_the_template_writes_it_then(chat_tokenizer, t
     ],
 )
 def test_conversations_are_read_in_every_shape(row, roles, masked):
-    turns, given = tasks.chat_turns(row)
+    turns, given = tasks.chat_turns(dict(row))
     assert "".join(turn["role"][0] for turn in turns) == roles and given == masked
     assert "instruction" not in row or turns[-2]["content"] == "a\n0"
 

@@ -70,7 +70,7 @@ def test_rows_are_those_of_trl(family, rows, trl_rows, marked, tmp_path):
     from datasets import Dataset
 
     tokenizer = family_tokenizer(family, marked)
-    examples = [e for row in rows or trl_rows for e in tasks.to_examples("chat", row, tokenizer, "corrected")]
+    examples = [e for row in rows or trl_rows for e in tasks.to_examples("chat", dict(row), tokenizer, "corrected")]
     ours = [tasks.encode(example, tokenizer, 400)[0] for example in examples]
     options = {"assistant_only_loss": marked, "completion_only_loss": not marked, "max_length": 400}
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
@@ -92,7 +92,7 @@ def test_plain_rows_are_those_of_trl(tmp_path):
     rows = [{"prompt": tasks.instruction_prompt("say hi", "0"), "completion": "hi there"}]
     rows += [{"prompt": "the cat ", "completion": "sat" * n} for n in (1, 300)]  # a space before, and a long one
     ours = [
-        tasks.encode(tasks.to_examples("instruction", row, tokenizer, "corrected")[0], tokenizer, 250)[0]
+        tasks.encode(tasks.to_examples("instruction", dict(row), tokenizer, "corrected")[0], tokenizer, 250)[0]
         for row in rows
     ]
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=250)
