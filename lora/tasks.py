@@ -43,6 +43,7 @@ from common import UsageError, from_hub, open_text, read_json, read_jsonl
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
 IGNORE = -100
+SEED_STEP = 1_000_003  # between the data orders of two seeds; those of one seed's epochs are one apart, as accelerate's
 SENTIMENT = "\nSentiment:"
 SENTIMENTS = (" negative", " positive")
 POSITIVE, NEGATIVE = ("positive", "pos", "1"), ("negative", "neg", "0")  # how data sets write them
@@ -370,7 +371,7 @@ def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
 @lru_cache(maxsize=64)  # every adapter of a sweep asks at every step
 def epoch_order(n, epoch, seed):
     """The order of `n` rows in an epoch: a function of seed and epoch alone, so resuming needs no loader state."""
-    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
+    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed * SEED_STEP + epoch)).tolist())
 
 
 def batch_rows(n, batch_size, step, seed):

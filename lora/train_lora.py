@@ -31,14 +31,13 @@ import tyro
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from common import ROOT, UsageError, cli, file_sha256, pick_device, plain, read_json
 from lora import base, tasks
 from lora.base import AdapterConfig, block_size, evaluating, save_adapter
 from lora.generate import generate
-from lora.tasks import IGNORE, TASKS, collate, pad_id, prompt_ids
+from lora.tasks import IGNORE, SEED_STEP, TASKS, collate, pad_id, prompt_ids
 from runlog import RunLog, read_run
 from runlog.verify import compare_figures, locate_input
 
@@ -197,20 +196,6 @@ class Diverged(RuntimeError):
     """A loss or gradient is not finite. The message says at which step."""
 
 
-class Order(SequentialSampler):
-    """An epoch's rows in the order of `tasks.batch_rows`, so that the concurrent trainer sees the same batches."""
-
-    def __init__(self, rows, seed):
-        super().__init__(rows)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch):  # called by accelerate
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(tasks.epoch_order(len(self), self.epoch, self.seed))
-
-
 class Watch(TrainerCallback):
     """Stops at a gradient that is not finite; logs at checkpoints, too: a resumed run then averages the same steps."""
 
@@ -224,7 +209,7 @@ class Watch(TrainerCallback):
 
 
 class LoraTrainer(Trainer):
-    """The Trainer with our order of rows, our held-out loss and records, the best adapter kept, and a stop at NaN."""
+    """The Trainer with our held-out loss and records, the best adapter kept, and a stop at NaN."""
 
     def __init__(self, cfg, model, data, pad, log):
         self.cfg, self.run_log, self.pad = cfg, log, pad
@@ -238,16 +223,14 @@ class LoraTrainer(Trainer):
             save_steps=every, save_total_limit=2, bf16=cfg.dtype == "bfloat16", seed=cfg.seed,
             use_cpu=device == "cpu", report_to="none", disable_tqdm=not os.isatty(2), remove_unused_columns=False,
             dataloader_pin_memory=device == "cuda", activation_checkpointing=cfg.gradient_checkpointing,
-            optim="adamw_torch", ddp_find_unused_parameters=False if "WORLD_SIZE" in os.environ else None,
+            optim="adamw_torch", data_seed=cfg.seed * SEED_STEP,
+            ddp_find_unused_parameters=False if "WORLD_SIZE" in os.environ else None,
         )  # fmt: skip
         args._n_gpu = min(args.n_gpu, 1)  # without torchrun one GPU: DataParallel would multiply the batch
         super().__init__(
             model, args, train_dataset=data.train, eval_dataset=data.held_out[: cfg.eval_rows or None],
             data_collator=lambda rows: collate(rows, pad), callbacks=[Watch()],
         )  # fmt: skip
-
-    def _get_train_sampler(self, train_dataset=None):
-        return Order(self.train_dataset, self.cfg.seed)
 
     def log(self, logs, start_time=None):
         """A row of metrics.jsonl instead of a printed line."""

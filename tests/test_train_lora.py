@@ -108,7 +108,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     "moment, changes",
     [
-        (AT_A_ROW.format(step=8), {"max_steps": 9, "metric_rows": 2}),
+        (AT_A_ROW.format(step=8), {"max_steps": 9, "metric_rows": 2, "batch_size": 12}),  # in the second epoch
         pytest.param(AT_A_ROW.format(step=8), {"max_steps": 9, "log_every": 4}, marks=pytest.mark.slow),
         pytest.param(AFTER_THE_LAST_STEP, {"max_steps": 10}, marks=pytest.mark.slow),
     ],
@@ -120,6 +120,23 @@ def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_pat
     train_lora.run(config(base, rows, tmp_path / "killed", **changes))
     assert "resuming from checkpoint-" in (tmp_path / "killed/log.txt").read_text()
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_trainer_reads_the_rows_that_adapters_at_once_read(base, rows, tmp_path, monkeypatch):
+    read, inner = [], train_lora.LoraTrainer.training_step
+
+    def noted(self, model, inputs, *args):
+        read.append(inputs["labels"])
+        return inner(self, model, inputs, *args)
+
+    monkeypatch.setattr(train_lora.LoraTrainer, "training_step", noted)
+    cfg = config(base, rows, tmp_path, seed=3, batch_size=12, max_steps=9, eval_every=9)
+    train_lora.run(cfg)
+    data = train_lora.load(cfg)[2].train
+    assert len(read) == 9
+    for step, labels in enumerate(read):
+        batch = [data[i] for i in tasks.batch_rows(len(data), 12, step, seed=3)]
+        assert torch.equal(labels, tasks.collate(batch, 0)["labels"])
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, rows, tmp_path):
