@@ -192,17 +192,13 @@ def likelier_sentiment(model, tokenizer, example, max_length):
     return tasks.SENTIMENTS[losses.index(min(losses))]
 
 
-class Diverged(RuntimeError):
-    """A loss or gradient is not finite. The message says at which step."""
-
-
 class Watch(TrainerCallback):
     """Stops at a gradient that is not finite; logs at checkpoints, too: a resumed run then averages the same steps."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         grads = [p.grad for p in model.parameters() if p.grad is not None]  # summed over processes: all stop together
         if not torch.stack(torch._foreach_norm(grads)).isfinite().all():
-            raise Diverged(f"loss or gradient is not finite at step {state.global_step + 1}")
+            raise FloatingPointError(f"loss or gradient is not finite at step {state.global_step + 1}")
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save
@@ -273,7 +269,7 @@ class LoraTrainer(Trainer):
         self.args.eval_on_start = not checkpoint
         try:
             self.train(resume_from_checkpoint=checkpoint)
-        except Diverged as e:
+        except FloatingPointError as e:
             self.run_log.print(f"stopped: {e}; the adapter of the best held-out loss before is kept")
             return "diverged"
         return "success"
@@ -409,9 +405,9 @@ def replay_run(run, report, *, data=None, **_):
     tokenizer, model, task = load(cfg)
     model = base.load_adapter(model, run.run_dir)
     again = held_out_loss(model, task.held_out[: cfg.eval_rows or None], pad_id(tokenizer))
-    best = {f"val loss of step {row['step']}": row["loss"] for row in run.rows("val")}
-    name = f"val loss of step {run.result['best_step']}"  # of the same weights
-    figures = {"held_out_loss": run.result["held_out_loss"], **({name: best[name]} if name in best else {})}
+    same = [row for row in run.rows("val") if row["step"] == run.result["best_step"]]  # of the same weights
+    figures = {f"val loss of step {row['step']}": row["loss"] for row in same}
+    figures["held_out_loss"] = run.result["held_out_loss"]
     # Relative. Other threads or kernels, and the concurrent trainer, add up in another order.
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[cfg.dtype]
     compare_figures(report, "the kept adapter on the held-out rows", figures, dict.fromkeys(figures, again), tolerance)
