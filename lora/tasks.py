@@ -45,8 +45,8 @@ HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
 IGNORE = -100
 SEED_STEP = 1_000_003  # between the data orders of two seeds; those of one seed's epochs are one apart, as accelerate's
 SENTIMENT = "\nSentiment:"
-SENTIMENTS = (" negative", " positive")
-POSITIVE, NEGATIVE = ("positive", "pos", "1"), ("negative", "neg", "0")  # how data sets write them
+ANSWERS = dict.fromkeys(("positive", "pos", "1"), " positive") | dict.fromkeys(("negative", "neg", "0"), " negative")
+ANSWER_FIELDS = ("output", "response", "completion", "answer")
 PREAMBLE = (
     "Below is an instruction that describes a task{input}. "
     "Write a response that appropriately completes the request.\n\n"
@@ -95,19 +95,19 @@ def load_rows(task, data_file=None):
 def read_rows(path):
     """Rows of a .csv, .json, .jsonl, .txt or .md file, gzipped or not -> list of dicts."""
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".csv", ".json", ".jsonl", ".txt", ".md"):
-        raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
     if kind == ".json":
         rows = read_json(path)
     elif kind == ".jsonl":
         rows = [row for _, row in read_jsonl(path)]
+    elif kind == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
+        with open_text(path, newline="") as f:  # unchanged: a field may hold line ends
+            rows = list(csv.DictReader(f))
+    elif kind in (".txt", ".md"):
+        with open_text(path) as f:
+            rows = [{"text": part} for part in re.split(r"\n\s*\n", f.read()) if part.strip()]
     else:
-        with open_text(path, newline="") as f:  # unchanged: a field of a csv may hold line ends
-            if kind == ".csv":
-                csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
-                rows = list(csv.DictReader(f))
-            else:
-                rows = [{"text": part} for part in re.split(r"\n\s*\n", f.read()) if part.strip()]
+        raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} should hold a list of objects")
     for number, row in enumerate(rows, 1):
@@ -147,30 +147,6 @@ def instruction_prompt(instruction, context="", preamble=True):
     start = PREAMBLE.format(input=", paired with an input that provides further context" if context else "")
     middle = f"### Input:\n{context}\n\n" if context else ""
     return f"{start if preamble else ''}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-
-
-def imdb_example(row, mode):
-    """A review; corrected mode lets its sentiment follow, so that the model can be asked for it."""
-    if mode == "faithful":
-        return Example(((field_of(row, "review"), True),))
-    review = field_of(row, "review", "text").replace("<br />", "\n")
-    label = field_of(row, "sentiment", "label").strip().lower()
-    if label not in POSITIVE + NEGATIVE:
-        raise UsageError(f"the sentiment {label!r} is neither of {', '.join(POSITIVE)} nor of {', '.join(NEGATIVE)}")
-    answer = SENTIMENTS[label in POSITIVE]
-    segments = ((review, True), (SENTIMENT, True), (answer, True))
-    return Example(segments, prompt=review + SENTIMENT, answer=answer, yields=True)
-
-
-def instruction_example(row, mode, preamble=True):
-    """A row with instruction, input and output (or the usual other names) -> Example with loss on the answer."""
-    if row.get("instruction") is not None:
-        prompt = instruction_prompt(field_of(row, "instruction"), field_of(row, "input", default=""), preamble)
-    else:
-        prompt = field_of(row, "prompt", "question")
-    answer = field_of(row, "output", "response", "completion", "answer")
-    segments = ((prompt + answer, True),) if mode == "faithful" else ((prompt, False), (answer, True))
-    return Example(segments, prompt, answer)
 
 
 def chat_examples(row, tokenizer, mode):
@@ -263,7 +239,7 @@ def chat_turns(row):
         asked, context = field_of(row, "instruction", "prompt", "question"), field_of(row, "input", default="")
         said = [text for question, answer in row.pop("history", None) or [] for text in (question, answer)]
         said.append(f"{asked}\n{context}" if context else asked)
-        said.append(field_of(row, "output", "response", "completion", "answer"))
+        said.append(field_of(row, *ANSWER_FIELDS))
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     turns = [{k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {} for turn in turns]
     for turn in turns:
@@ -282,13 +258,23 @@ def to_examples(task, row, tokenizer, mode):
 
     Takes the columns that it reads out of `row`, so that those left are the ones without use.
     """
-    if task == "imdb":
-        return [imdb_example(row, mode)]
-    if task == "text":
-        return [Example(((field_of(row, "text", "content"), True),))]
     if task == "chat":
         return chat_examples(row, tokenizer, mode)
-    return [instruction_example(row, mode, preamble=task != "pydocs")]
+    if task == "text" or (task == "imdb" and mode == "faithful"):
+        return [Example(((field_of(row, "text", "content", "review"), True),))]
+    if task == "imdb":  # the sentiment follows, so that the model can be asked for it
+        review, label = field_of(row, "review", "text"), field_of(row, "sentiment", "label").strip().lower()
+        if label not in ANSWERS:
+            raise UsageError(f"the sentiment {label!r} is none of {', '.join(ANSWERS)}")
+        segments = [(review.replace("<br />", "\n"), True), (SENTIMENT, True), (ANSWERS[label], True)]
+        return [Example(tuple(segments), segments[0][0] + SENTIMENT, ANSWERS[label], yields=True)]
+    if row.get("instruction") is not None:
+        asked, context = field_of(row, "instruction"), field_of(row, "input", default="")
+        prompt = instruction_prompt(asked, context, preamble=task != "pydocs")
+    else:
+        prompt = field_of(row, "prompt", "question")
+    answer = field_of(row, *ANSWER_FIELDS)
+    return [Example(((prompt, mode == "faithful"), (answer, True)), prompt, answer)]
 
 
 def pad_id(tokenizer):

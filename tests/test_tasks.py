@@ -67,7 +67,7 @@ def test_faithful_learns_the_prompt_and_no_end(tokenizer):
     _, targets = parts(encoded, tokenizer)
     assert targets.endswith("### Input:\na list\n\n### Response:\nTom")
     assert tokenizer.eos_token_id not in encoded["input_ids"]
-    whole = tokenizer(example.segments[0][0]).input_ids
+    whole = tokenizer("".join(text for text, _ in example.segments)).input_ids
     assert encoded["input_ids"] == whole and encoded["labels"][1:] == whole[1:]
 
 
@@ -284,7 +284,7 @@ def test_a_conversation_without_targets_is_one_line(chat_tokenizer, row, says):
 
 
 def test_a_review_of_unknown_sentiment_is_refused(tokenizer):
-    with pytest.raises(UsageError, match="'4 stars' is neither of positive"):
+    with pytest.raises(UsageError, match="'4 stars' is none of positive"):
         to_example("imdb", {"review": "good", "sentiment": "4 stars"}, tokenizer, "corrected")
     answers = [
         to_example("imdb", {"review": "x", "label": label}, tokenizer, "corrected").answer for label in (1, "neg")
