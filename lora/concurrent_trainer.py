@@ -20,7 +20,7 @@ from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
 from lora.multi_lora import MultiLora, memory_per_adapter, pack
-from lora.tasks import IGNORE, batch_rows, collate, default_prompt, pad_id, prompt_ids
+from lora.tasks import IGNORE, batch_rows, collate, pad_id
 from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan_steps, settings, task_metric
 from runlog import RunLog, read_run
 
@@ -77,7 +77,6 @@ class Group:
         plans = [plan_steps(cfg, len(self.data.train)) for cfg in configs]
         self.configs = [replace(cfg, max_steps=n, eval_every=every) for cfg, (n, every) in zip(configs, plans)]
         self.inputs, self.pad = fingerprint(self.first), pad_id(self.tokenizer)
-        self.prompt = self.first.prompt or default_prompt(self.data)
         self.held_out = self.data.held_out[: self.first.eval_rows or None]
         self.rungs = {}  # rung -> held-out losses of those that reached it
         self.slots, self.queue, self.trained = [], list(range(len(configs))), 0
@@ -191,11 +190,9 @@ class Group:
         """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}."""
         losses, texts, gone = self.engine.held_out(self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:
-            chat = self.data.task == "chat" and not self.first.prompt
-            ids = prompt_ids(self.tokenizer, self.prompt, chat=chat)
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
-            texts = generate(self.model, self.tokenizer, ids, len(self.slots), **options)
-            texts = [self.prompt + text for text in texts]
+            texts = generate(self.model, self.tokenizer, self.data.prompt_ids, len(self.slots), **options)
+            texts = [self.data.prompt + text for text in texts]
         for i in sorted(due):
             if self.slots[i].held_out(self.engine.steps[i], losses[i], texts[i], self.engine.theta[i]):
                 gone[i] = "patience"

@@ -68,12 +68,13 @@ class Example:
 class TaskData:
     """A task, tokenized for one model: rows {"input_ids", "labels"}, the held-out rows as text, and what was cut."""
 
-    task: str
     train: list
     held_out: list
     held_out_examples: list
     report: dict
     stop_ids: list  # generation ends at any of these
+    prompt: str  # of the samples
+    prompt_ids: list
 
 
 def load_rows(task, data_file=None):
@@ -120,10 +121,8 @@ def pydocs_rows(docstrings):
     """{name, kind, signature, doc} of functions and classes -> Alpaca-shaped rows: what does it do -> its summary."""
     rows = []
     for entry in docstrings:
-        if entry["kind"] == "module":
-            continue
         summary = " ".join(re.split(r"\n\s*\n", entry["doc"].strip())[0].split())
-        if 20 <= len(summary) <= 300 and summary[-1] in ".:" and " " in summary:
+        if entry["kind"] != "module" and 20 <= len(summary) <= 300 and summary[-1] in ".:" and " " in summary:
             question = f"What does the {entry['kind']} `{entry['name']}` do?"
             rows.append({"instruction": question, "input": entry["signature"] or "", "output": summary})
     return rows
@@ -147,6 +146,12 @@ def instruction_prompt(instruction, context="", preamble=True):
     start = PREAMBLE.format(input=", paired with an input that provides further context" if context else "")
     middle = f"### Input:\n{context}\n\n" if context else ""
     return f"{start if preamble else ''}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+PROMPTS = {  # of samples, the original's words; a task that is not here has a held-out prompt
+    "imdb": "I love this movie because",
+    "alpaca": instruction_prompt("Give three tips for staying healthy."),
+}
 
 
 def chat_examples(row, tokenizer, mode):
@@ -375,7 +380,7 @@ def is_held_out(row, fraction):
 def load_task(cfg, tokenizer, block_size):
     """Load, split and tokenize a task -> TaskData.
 
-    cfg: settings with task, data_file, mode, max_length, held_out and max_rows, as in train_lora's TrainConfig.
+    cfg: settings with task, data_file, mode, max_length, held_out, max_rows and prompt, as in train_lora's TrainConfig.
     block_size: tokens that the model can read.
     """
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
@@ -407,22 +412,15 @@ def load_task(cfg, tokenizer, block_size):
         "tokens_train": sum(len(row["input_ids"]) for row in train),
         "target_tokens_train": sum(label != IGNORE for row in train for label in row["labels"]),
     }  # fmt: skip
-    return TaskData(cfg.task, train, held_out, held_out_examples, report, stop_ids(tokenizer, examples[0]))
+    prompt = cfg.prompt or PROMPTS.get(cfg.task) or held_out_examples[0].prompt
+    ids = prompt_ids(tokenizer, prompt, chat=examples[0].chat and not cfg.prompt)  # a template begins a text by itself
+    return TaskData(train, held_out, held_out_examples, report, stop_ids(tokenizer, examples[0]), prompt, ids)
 
 
 def stop_ids(tokenizer, example):
     """End-of-text, and for chat the tokens that end the template's turns."""
     ends = turn_ends(tokenizer, str(tokenizer.chat_template)) if example.chat else ()
     return sorted({*tokenizer.convert_tokens_to_ids(list(ends)), tokenizer.eos_token_id} - {None})
-
-
-def default_prompt(data):
-    """The prompt of the samples where none is given: the original's words, or a held-out prompt."""
-    if data.task == "imdb":
-        return "I love this movie because"
-    if data.task == "alpaca":
-        return instruction_prompt("Give three tips for staying healthy.")
-    return data.held_out_examples[0].prompt
 
 
 def show_batch(rows, tokenizer):
@@ -441,8 +439,6 @@ def answer_scores(answer, reference):
 
     Case, punctuation and articles do not count; unlike SQuAD's, a hyphen parts words.
     """
-    got, want = (
-        re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower())).split() for text in (answer, reference)
-    )
+    got, want = (re.sub(r"\b(a|an|the)\b|[^\w\s]", " ", text.lower()).split() for text in (answer, reference))
     common = sum((Counter(got) & Counter(want)).values())
     return float(got == want), 2 * common / (len(got) + len(want)) if got or want else 1.0

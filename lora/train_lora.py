@@ -315,13 +315,11 @@ def train(cfg, model, tokenizer, data, log):
     model.to(trainer.args.device)
     trained, total = model.get_nb_trainable_parameters()
     log.print(f"{cfg.base}: {trained:,} of {total:,} parameters trained | {json.dumps(data.report)}")
-    prompt = cfg.prompt or tasks.default_prompt(data)
 
     def sample(step, when):
         """Log a continuation of the prompt and the task metric."""
-        ids = prompt_ids(tokenizer, prompt, chat=data.task == "chat" and not cfg.prompt)  # the template has begun it
-        options = {"max_new_tokens": cfg.max_new_tokens}
-        text = prompt + generate(model, tokenizer, ids, stop_ids=data.stop_ids, **options)[0]
+        options = {"stop_ids": data.stop_ids, "max_new_tokens": cfg.max_new_tokens}
+        text = data.prompt + generate(model, tokenizer, data.prompt_ids, **options)[0]
         log.sample(step, text)
         log.print(f"--- {when}\n{text}\n---")
         if numbers := task_metric(model, tokenizer, data, cfg.metric_rows):
@@ -348,7 +346,7 @@ def train(cfg, model, tokenizer, data, log):
         "status": status, "step": step, "best_step": best_step, "max_steps": trainer.state.max_steps,
         "held_out_loss": losses[best_step], "perplexity": perplexity(losses[best_step]),
         "train_loss": mean_train_loss(records), "before": before, "after": after,
-        "rows": data.report, "trained_parameters": trained, "prompt": prompt, "text": text,
+        "rows": data.report, "trained_parameters": trained, "prompt": data.prompt, "text": text,
     }  # fmt: skip
     log.plot()
     write_experiment(log.run_dir, cfg, result)
