@@ -281,9 +281,8 @@ class MultiLora:
         the right, so no attention mask is needed: a causal model does not see the padding from the left. Or of `pack`.
         """
         k = self.n_active
-        ids, labels = (
-            x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in (batch["input_ids"], batch["labels"])
-        )
+        both = batch["input_ids"], batch["labels"]
+        ids, labels = (x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in both)  # (k*b, T)
         self.n_rows = len(ids) // k
         positions = {name: x.flatten(0, 1).to(self.device) for name, x in batch.items() if name == "position_ids"}
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1; (k*b, T)

@@ -88,7 +88,12 @@ class Grid:
 
 
 def read_grid(cfg):
-    """The grid file with the flags over it -> Grid."""
+    """The grid file with the flags over it -> Grid; UsageError for what is wrong in either."""
+    validate(cfg)
+    if cfg.judge and cfg.halving:
+        raise UsageError("--judge compares whole runs; leave out --halving")
+    if not all(re.fullmatch(r"\s*0?\.\d*[1-9]\d*\s*", rung) for rung in cfg.rungs.split(",")):
+        raise UsageError(f"--rungs {cfg.rungs} should be fractions between 0 and 1, separated by commas")
     grid = read_json(cfg.grid, object_pairs_hook=unique_keys)
     known = {*INPUTS, "settings", "grid", "configs", "seeds", "search", "trials", "about"}
     if not isinstance(grid, dict) or set(grid) - known:
@@ -150,16 +155,6 @@ def unique_keys(pairs):
     if len(dict(pairs)) < len(pairs):
         raise UsageError(f"the grid file has a key twice in one object: {', '.join(key for key, _ in pairs)}")
     return dict(pairs)
-
-
-def check_flags(cfg):
-    """Refuse flags of a sweep that are out of range."""
-    validate(cfg)
-    if cfg.judge and cfg.halving:
-        raise UsageError("--judge compares whole runs; leave out --halving")
-    rungs = cfg.rungs.split(",")
-    if not all(re.fullmatch(r"\s*0?\.\d+\s*", rung) and float(rung) > 0 for rung in rungs):
-        raise UsageError(f"--rungs {cfg.rungs} should be fractions between 0 and 1, separated by commas")
 
 
 def assignments(texts):
@@ -261,7 +256,6 @@ def train_group(cfg, group, configs, folder):
 
 def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
-    check_flags(cfg)
     grid = read_grid(cfg)
     index, n = take_place(cfg)
     folder, configs, trials = Path(cfg.run_dir), [], grid.search.get("trials", 0)

@@ -106,16 +106,15 @@ def verdicts_table(frame, names):
 
     The seeds were chosen before the first look, so Student's interval holds; Holm's levels, over all configurations.
     """
-    others = [(values, [*same["run"]]) for values, same in frame.groupby(names, sort=False)]
-    finished = [group for group in others if any(run.status != "diverged" for run in group[1])]
+    others = {values: [*same["run"]] for values, same in frame.groupby(names, sort=False)}
+    finished = [values for values, runs in others.items() if any(run.status != "diverged" for run in runs)]
     if not finished:
         return ""
-    others.remove(finished[0])
-    baseline = finished[0][1]
+    baseline = others.pop(finished[0])
     options = {"metric": "held_out_loss", "fixed": True}
-    levels = holm([judge(baseline, runs, **options).p for _, runs in others], 0.05)
+    levels = holm([judge(baseline, runs, **options).p for runs in others.values()], 0.05)
     rows = []
-    for place, ((values, runs), level) in enumerate(zip(others, levels)):
+    for place, ((values, runs), level) in enumerate(zip(others.items(), levels)):
         v = judge(baseline, runs, alpha=level, **options)
         spread = f"{v.low:+.4f} … {v.high:+.4f}" if v.low is not None else "unbounded"
         rows.append({

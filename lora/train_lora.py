@@ -390,11 +390,9 @@ def replay_run(run, report, *, data=None, **_):
     base.locate(cfg.base)
     now = fingerprint(cfg)
     changed = {name: value for name, value in run.settings["inputs"].items() if now.get(name) != value}
-    for name in (wrong := [name for name in changed if name.endswith("sha256")]):
-        what = cfg.base if name.startswith("base") else cfg.data_file
-        report.fail(f"{what} is not what the run read: its checksum is not the recorded {name}")
-    if wrong:
-        return
+    if wrong := [name for name in changed if name.endswith("sha256")]:
+        what = cfg.base if wrong == ["base_sha256"] else cfg.data_file
+        return report.fail(f"{what} is not what the run read: its checksum is not the recorded {wrong[-1]}")
     report.ok("base and rows are those of the run")
     report.reasons += [f"{name} {value} then, {now.get(name)} here" for name, value in changed.items()]
     if run.result.get("stopped"):
