@@ -187,7 +187,10 @@ class Group:
         return gone
 
     def evaluate(self, due):
-        """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}."""
+        """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}.
+
+        At a rung those in the worse half of all that have come this far are to stop.
+        """
         losses, texts, gone = self.engine.held_out(self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
@@ -196,14 +199,10 @@ class Group:
         for i in sorted(due):
             if self.slots[i].held_out(self.engine.steps[i], losses[i], texts[i], self.engine.theta[i]):
                 gone[i] = "patience"
-        return gone | self.halve(due, losses)
-
-    def halve(self, due, losses):
-        """At a rung, stop those in the worse half of all that have come this far -> {slot: "halving"}."""
         arrived = {i: rung for i in sorted(due) if (rung := self.rung_steps(i).get(self.engine.steps[i]))}
         for i, rung in arrived.items():
             self.rungs.setdefault(rung, []).append(losses[i])
-        return {i: "halving" for i, rung in arrived.items() if losses[i] > median_low(self.rungs[rung])}
+        return gone | {i: "halving" for i, rung in arrived.items() if losses[i] > median_low(self.rungs[rung])}
 
     def retire(self, gone):
         """Finish these slots, keeping their best weights, and give their places to the next configurations."""

@@ -6,8 +6,7 @@
     python lora/generate.py --base exported/ --adapter runs/lora/ --merge merged/     (a Hugging Face folder)
 
 Greedy with repetition penalty 1.5, as the course notebook has it; `--temperature 0.8` samples instead. Generation
-ends at end-of-text. The base is a hub name, a Hugging Face folder, or `smollm2` where that package is installed.
-Merging adds the adapter to the weights in float32, whatever --dtype they are written in.
+ends at end-of-text. Merging adds the adapter to the weights in float32, whatever --dtype they are written in.
 """
 
 from dataclasses import dataclass

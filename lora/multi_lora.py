@@ -125,14 +125,6 @@ def ask_peft(model, targets):
         model.eval()
 
 
-def swap_gelus(model):
-    """Put torch's own tanh GELU where a model computes it step by step -> {name: what was there}."""
-    slow = {n: m for n, m in model.named_modules() if type(m).__name__ in ("BloomGelu", "NewGELUActivation")}
-    for name in slow:
-        model.set_submodule(name, nn.GELU(approximate="tanh"))
-    return slow
-
-
 class MultiLora:
     """k adapters on one frozen model, which is changed in place until `unwrap`.
 
@@ -152,7 +144,10 @@ class MultiLora:
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
         weights, loss = ask_peft(model, every[0].target_modules)
         model.requires_grad_(False).eval()
-        self.slow_gelus = swap_gelus(model) if fast_gelu and model.dtype != torch.float64 else {}
+        slow = ("BloomGelu", "NewGELUActivation") if fast_gelu and model.dtype != torch.float64 else ()
+        self.slow_gelus = {name: module for name, module in model.named_modules() if type(module).__name__ in slow}
+        for name in self.slow_gelus:
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
         self.layers = []
         for index, name in enumerate(weights):
             self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))

@@ -49,10 +49,9 @@ def draw(space, rng):
     for name, values in space.items():
         if isinstance(values, list):
             point[name] = values[int(rng.random() * len(values))]
-        elif values.get("log"):
-            point[name] = values["low"] * (values["high"] / values["low"]) ** rng.random()
         else:
-            point[name] = values["low"] + (values["high"] - values["low"]) * rng.random()
+            low, high, u = values["low"], values["high"], rng.random()
+            point[name] = low * (high / low) ** u if values.get("log") else low + (high - low) * u
     return {name: rounded(space[name], value) for name, value in point.items()}
 
 

@@ -5,10 +5,9 @@
         --r 4 --lora-alpha 1 --lr 3e-4 --batch-size 1 --epochs 2
     torchrun --standalone --nproc-per-node 8 lora/train_lora.py --base … (batch size is per process)
 
-The base is any causal LM: a hub name, a Hugging Face folder, or `smollm2`. Prints a sample before and after, and leaves
-in the run directory: the curve (loss.png), metrics.jsonl with held-out loss and perplexity, samples.txt,
-lora_experiments_TASK.log for people, and the adapter with the best held-out loss in ckpt/adapter, in PEFT's format.
-Called again it resumes from the last whole checkpoint; a finished run says so and does nothing.
+The base is any causal LM. Prints a sample before and after, and leaves in the run directory: the curve (loss.png),
+metrics.jsonl with held-out loss and perplexity, samples.txt, lora_experiments_TASK.log for people, and the adapter with
+the best held-out loss in ckpt/adapter, in PEFT's format. Called again it resumes from the last whole checkpoint.
 """
 
 import hashlib
