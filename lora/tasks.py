@@ -68,6 +68,7 @@ class Example:
 class TaskData:
     """A task, tokenized for one model: rows {"input_ids", "labels"}, the held-out rows as text, and what was cut."""
 
+    task: str
     train: list
     held_out: list
     held_out_examples: list
@@ -414,7 +415,8 @@ def load_task(cfg, tokenizer, block_size):
     }  # fmt: skip
     prompt = cfg.prompt or PROMPTS.get(cfg.task) or held_out_examples[0].prompt
     ids = prompt_ids(tokenizer, prompt, chat=examples[0].chat and not cfg.prompt)  # a template begins a text by itself
-    return TaskData(train, held_out, held_out_examples, report, stop_ids(tokenizer, examples[0]), prompt, ids)
+    stops = stop_ids(tokenizer, examples[0])
+    return TaskData(cfg.task, train, held_out, held_out_examples, report, stops, prompt, ids)
 
 
 def stop_ids(tokenizer, example):

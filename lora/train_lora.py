@@ -182,13 +182,13 @@ def task_metric(model, tokenizer, data, n, max_new_tokens=60):
 
 def likelier_sentiment(model, tokenizer, example, max_length):
     """The sentiment with the lower loss per token after a review and the question for it, both as in training."""
-    losses = []
-    for answer in tasks.SENTIMENTS:
+    sentiments, losses = sorted({*tasks.ANSWERS.values()}), []
+    for answer in sentiments:
         segments = (*((text, False) for text, _ in example.segments[:-1]), (answer, True))
         row, _ = tasks.encode(replace(example, segments=segments), tokenizer, max_length)
         row["labels"][-1] = IGNORE  # end-of-text follows either
         losses.append(held_out_loss(model, [row], 0))
-    return tasks.SENTIMENTS[losses.index(min(losses))]
+    return sentiments[losses.index(min(losses))]
 
 
 class Watch(TrainerCallback):
