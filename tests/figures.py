@@ -3,11 +3,11 @@
 The convention: a table row cites the records of its figures as `records/NAME` (braces and * may name several), or else
 the paragraph before the table does, for all rows. A figure holds if one of the cited records has a number that rounds
 to it as printed, in record.json, a sweep's table, or a row of metrics other than training steps (adapters' included); a
-percentage may be a share there. Where the row's words are those of one entry of a benchmark's `rows` (as "train" and
-"ours"), the figures must be that entry's. A figure may also stand in a cited test. Runs that differ by their seed
-(NAME-seed1, …) also give their mean and standard deviation. Not figures: what is in backticks, names with a digit
-(GPT-2, float64, 124M), and what is said to be "aimed at". Columns headed original, question or nothing at all
-are not looked at.
+percentage may be a share there. Where the row's words are those of one entry of a benchmark's `rows`, or its `summary`
+(as "train" and "ours"), the figures must be that entry's. A figure may also stand in a cited test. Runs that differ by
+their seed (NAME-seed1, …) also give their mean and standard deviation. Not figures: what is in backticks, names with a
+digit (GPT-2, float64, 124M), and what is said to be "aimed at". Columns headed original, question or nothing at all are
+not looked at.
 """
 
 import re
@@ -110,7 +110,8 @@ def numbers(path):
 
 def entry_numbers(path, row):
     """The numbers of those entries of a benchmark's `rows` that have the row's words; none where no word is theirs."""
-    entries = [entry for entry in result(path).get("rows") or [] if isinstance(entry, dict)]
+    found = result(path)
+    entries = [entry for entry in [*(found.get("rows") or []), *found.get("summary", [])] if isinstance(entry, dict)]
     words = {value for entry in entries for value in entry.values() if isinstance(value, str)} & {*row.cells.values()}
     same = [entry for entry in entries if words <= {v for v in entry.values() if isinstance(v, str)}]
     return [n for entry in same for n in in_value(entry)] if words else []
