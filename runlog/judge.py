@@ -129,7 +129,7 @@ def compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed):
     noise = float(np.std([*a.values()], ddof=1)) if len(a) > 1 else None
     delta = noise if delta is None else delta
     shared = [seed for seed in a if seed in b]
-    paired = len(shared) >= 2 or len(shared) == len(a) == len(b)
+    paired = len(shared) >= min(2, len(b))
     if paired:
         a, b = {seed: a[seed] for seed in shared}, {seed: b[seed] for seed in shared}
     sample = Sample.of([*a.values()], [*b.values()], paired)

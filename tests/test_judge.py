@@ -39,6 +39,11 @@ def test_the_same_bits_are_no_difference(tmp_path):
     assert (verdict.verdict, verdict.difference, verdict.low, verdict.high) == ("no difference", 0.0, 0.0, 0.0)
 
 
+def test_the_same_bits_stay_no_difference_when_the_baseline_has_more_seeds(tmp_path):
+    baseline = [train(tmp_path, "a", seed, 4.0 + seed) for seed in (1, 2, 3)]
+    assert judge(baseline, [train(tmp_path, "again", 1, 5.0)]).verdict == "no difference"
+
+
 def test_the_same_figure_from_other_bits_is_not_yet_no_difference(tmp_path):
     verdict = judge([train(tmp_path, "a", 1, 4.0)], [train(tmp_path, "b", 1, 4.0, wobble=0.1)])
     assert verdict.verdict == "undecided" and verdict.low is None
