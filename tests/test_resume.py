@@ -141,7 +141,7 @@ def test_a_killed_rank_leads_to_a_restart_that_resumes(corpus, tmp_path):
     wait_for(lambda: last_step(run_dir) >= 45, process, "step 45")
     os.kill(workers(process)[-1], signal.SIGKILL)
     wait_for(lambda: "resumed at step" in (run_dir / "log.txt").read_text(encoding="utf-8"), process, "the restart")
-    wait_for(lambda: last_step(run_dir) >= 120, process, "step 120")
+    wait_for(lambda: last_step(run_dir) >= 60, process, "step 60")
     (run_dir / "STOP").touch()
     finish(process)
     result = json.loads((run_dir / "result.json").read_text())
