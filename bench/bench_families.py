@@ -1,6 +1,6 @@
 """Adapters at once against PEFT on all families of causal LMs that transformers has, each as a tiny random model.
 
-    python bench/bench_families.py              about ten minutes on two cores; leaves a run directory, and resumes
+    python bench/bench_families.py              about five minutes on two cores; leaves a run directory, and resumes
     python bench/bench_families.py llama opt    these alone
 
 Each family, with the targets `auto` and `all-linear`, is trained exactly as PEFT does or refused in one line. One that
