@@ -327,7 +327,6 @@ class Trainer:
         last_step = 0 if cfg.eval_only else cfg.max_steps if until is None else until
         start_step, started_at = self.step, time.perf_counter()
         batches = micro_batches(self.train_loader, ranks, cfg.micro_batch_size, self.grad_accum_steps, self.step)
-        params = list(self.raw_model.parameters())
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=None if ranks.main else True)
         while True:
             # --- between steps. The checkpoint comes first: after a kill the rest is repeated, with the same result.
@@ -348,28 +347,7 @@ class Trainer:
             # --- one optimizer step
             if not self.pending:  # what happens between steps is not the steps' time
                 self.clock = time.perf_counter()
-            self.model.train()
-            loss_sum = torch.zeros((), device=self.device)
-            parts = self.grad_accum_steps * (ranks.world_size if self.tree else 1)  # DDP takes the mean over the ranks
-            for micro_step in range(self.grad_accum_steps):
-                idx, targets = next(batches)  # (micro_batch_size, T) each
-                if self.step_model is not self.model:  # DDP exchanges gradients with the last micro-batch alone
-                    self.step_model.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
-                if self.tree:  # dropout masks are those of the micro-batch, whoever computes it
-                    seeds = [cfg.seed, self.step, ranks.rank * self.grad_accum_steps + micro_step]
-                    torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-                with autocast(self.device, cfg.dtype):
-                    _, loss = self.step_model(idx, targets, return_logits=False)
-                loss = loss / parts
-                self.scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-                if self.tree:
-                    self.tree.add([loss.detach(), *(p.grad for p in params)])
-                    self.raw_model.zero_grad()  # the tree has the gradients
-            if self.tree:
-                loss_sum, *grads = self.tree.total()
-                for p, grad in zip(params, grads):
-                    p.grad = grad
+            loss_sum = self.accumulate_gradients(batches)
             lr = set_lr(self.optimizers, self.step, cfg)
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -411,6 +389,36 @@ class Trainer:
             "unigram_entropy": self.unigram_entropy, "parameters": self.raw_model.num_params(),
             "skipped_steps": self.skipped,
         }  # fmt: skip
+
+    def accumulate_gradients(self, batches):
+        """Forward and backward pass of a step's micro-batches, (micro_batch_size, T) each -> the loss, on the device.
+
+        The mean over the micro-batches of this rank; of all ranks under --exact-reduction.
+        """
+        cfg, ranks, params = self.cfg, self.ranks, list(self.raw_model.parameters())
+        self.model.train()
+        loss_sum = torch.zeros((), device=self.device)
+        parts = self.grad_accum_steps * (ranks.world_size if self.tree else 1)  # DDP takes the mean over the ranks
+        for micro_step in range(self.grad_accum_steps):
+            idx, targets = next(batches)
+            if self.step_model is not self.model:  # DDP exchanges gradients with the last micro-batch alone
+                self.step_model.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
+            if self.tree:  # dropout masks are those of the micro-batch, whoever computes it
+                seeds = [cfg.seed, self.step, ranks.rank * self.grad_accum_steps + micro_step]
+                torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+            with autocast(self.device, cfg.dtype):
+                _, loss = self.step_model(idx, targets, return_logits=False)
+            loss = loss / parts
+            self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+            if self.tree:
+                self.tree.add([loss.detach(), *(p.grad for p in params)])
+                self.raw_model.zero_grad()  # the tree has the gradients
+        if self.tree:
+            loss_sum, *grads = self.tree.total()
+            for p, grad in zip(params, grads):
+                p.grad = grad
+        return loss_sum
 
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""
