@@ -26,7 +26,7 @@ from bench.harness import open_log
 from common import ROOT, UsageError, atomic_open, cli, file_sha256
 from data.shards import open_split, read_meta, write_meta, write_shard
 from gpt2.experiment import Arm, ExperimentConfig, Runner
-from runlog.judge import judge
+from runlog.judge import COLORS, judge
 
 BASE = "quickstart --n-layer 2 --n-embd 96 --n-head 4 --block-size 64 --total-batch-size 1024 --max-steps 150"
 BASE += " --warmup-steps 40 --val-every 150 --val-tokens 65536 --sample-every 0 --checkpoint-every 0 --device cpu"
@@ -116,11 +116,10 @@ def rates(rows, cfg):
 
 def draw(out, rows, cfg):
     """Seeds until the judge decided, and what it said, by the size of the effect in units of the noise."""
-    colors = {"better": "#2a7f3f", "worse": "#b03030", "no difference": "#3060a0", "undecided": "#888888"}
     fig = Figure(figsize=(7.2, 4), dpi=130, layout="constrained")
     ax = fig.subplots()
     for kind, marker in (("null", "x"), ("effect", "o")):
-        for said, color in colors.items():
+        for said, color in COLORS.items():
             some = [(abs(r["effect"]), r["seeds"]) for r in rows if (r["kind"], r["verdict"]) == (kind, said)]
             if some:
                 ax.plot(*zip(*some), marker, color=color, alpha=0.7, label=f"{kind}: {said} ({len(some)})")

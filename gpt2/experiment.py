@@ -38,7 +38,7 @@ from common import ROOT, UsageError, cli, portable
 from gpt2 import train_gpt2
 from gpt2.config import PRESETS
 from runlog import Run, RunLog, read_run
-from runlog.judge import describe, draw_verdicts, holm, judge
+from runlog.judge import describe, draw_verdicts, judge_all
 from runlog.run import is_locked
 
 
@@ -140,10 +140,10 @@ class Runner:
 
 def look(cfg, baseline, candidates):
     """Judge all candidates on what has been trained, at Holm's levels; verify the runs of those that are better."""
-    judged = functools.partial(judge, [*baseline.runs.values()], metric=cfg.metric, at=cfg.at, delta=cfg.delta)
-    levels = holm([judged([*arm.runs.values()], alpha=cfg.alpha).p for arm in candidates], cfg.alpha)
-    for arm, level in zip(candidates, levels):
-        arm.verdict = judged([*arm.runs.values()], alpha=level)
+    sides = [*baseline.runs.values()], [[*arm.runs.values()] for arm in candidates]
+    verdicts = judge_all(*sides, cfg.alpha, metric=cfg.metric, at=cfg.at, delta=cfg.delta)
+    for arm, verdict in zip(candidates, verdicts):
+        arm.verdict = verdict
         if arm.verdict.verdict == "better" and not arm.contradicted:
             found = (verify_by_replay(run.run_dir) for run in [*baseline.runs.values(), *arm.runs.values()])
             arm.contradicted = next(filter(None, found), "")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from common import atomic_open
 from lora.train_lora import NO_EFFECT, mean_train_loss, write_experiment
 from runlog import RunLog, read_run
-from runlog.judge import holm, judge
+from runlog.judge import judge_all
 
 # Student's t, two-sided 95 %, by number of values; beyond, the normal's.
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 1.96)
@@ -111,11 +111,9 @@ def verdicts_table(frame, names):
     if not finished:
         return ""
     baseline = others.pop(finished[0])
-    options = {"metric": "held_out_loss", "fixed": True}
-    levels = holm([judge(baseline, runs, **options).p for runs in others.values()], 0.05)
+    verdicts = judge_all(baseline, others.values(), metric="held_out_loss", fixed=True)
     rows = []
-    for place, ((values, runs), level) in enumerate(zip(others.items(), levels)):
-        v = judge(baseline, runs, alpha=level, **options)
+    for place, (values, v) in enumerate(zip(others, verdicts)):
         spread = f"{v.low:+.4f} … {v.high:+.4f}" if v.low is not None else "unbounded"
         rows.append({
             "order": place, **dict(zip(names, values)), "verdict": v.verdict,

@@ -27,11 +27,12 @@ from scipy import stats
 
 from common import UsageError, atomic_open, read_jsonl
 from runlog.compare_runs import differences, number
-from runlog.run import TIMING_FIELDS
+from runlog.run import untimed
 from runlog.verify import Report, check_metrics, check_result
 
 PRIOR_VARIANCE = 16.0  # of mean / standard deviation of the differences, in the mixture; what it is changes power alone
 HIGHER_IS_BETTER = {"acc", "acc_norm", "acc_char", "accuracy", "tok_per_sec", "mfu"}
+COLORS = {"better": "#2a7f3f", "worse": "#b03030", "no difference": "#3060a0", "undecided": "#888888"}
 MOST_SEEDS = 1000  # beyond which `more` gives up
 
 
@@ -93,6 +94,12 @@ def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, 
     return Verdict(**facts, alpha=alpha, settings=settings, notes=notes)
 
 
+def judge_all(baseline, candidates, alpha=0.05, **options):
+    """[Verdict] of several lists of candidate runs; any of them is false with probability alpha at most (Holm)."""
+    levels = holm([judge(baseline, runs, alpha=alpha, **options).p for runs in candidates], alpha)
+    return [judge(baseline, runs, alpha=level, **options) for runs, level in zip(candidates, levels)]
+
+
 def usable(runs, side, notes):
     """The runs that can be averaged; what is wrong with the others, or cannot be verified, is appended to `notes`."""
     kept, open_ = [], []
@@ -135,7 +142,9 @@ def compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed):
     sample = Sample.of([*a.values()], [*b.values()], paired)
     low, high = sample.interval(alpha, fixed)
     verdict = decide(low, high, delta, higher=metric.split()[-1] in HIGHER_IS_BETTER)
-    rows = [{run.settings.get("seed"): untimed(run) for run in side} for side in (baseline, candidate)]
+    rows = [
+        {run.settings.get("seed"): untimed(run.metrics) or run.result for run in side} for side in (baseline, candidate)
+    ]
     if paired and all(rows[0][seed] == rows[1][seed] for seed in shared):
         verdict, low, high = "no difference", 0.0, 0.0
     low, high = (bound if math.isfinite(bound) else None for bound in (low, high))
@@ -169,11 +178,6 @@ def outcomes(runs, metric, at):
         fields = sorted({k for run in runs for row in run.metrics for k in row} | {k for r in runs for k in r.result})
         raise UsageError(f"not all of these runs record {metric}; fields: {', '.join(fields)}")
     return metric, "the end", [float(value) for value in values]
-
-
-def untimed(run):
-    """The rows of a run without what differs between two identical ones."""
-    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in run.metrics] or run.result
 
 
 def by_seed(runs, values):
@@ -337,15 +341,14 @@ def draw_verdicts(out, verdicts, title=""):
     """A picture of {name: Verdict}: each difference with its interval, the band of delta around 0."""
     from matplotlib.figure import Figure
 
-    colours = {"better": "#2a7f3f", "worse": "#b03030", "no difference": "#3060a0", "undecided": "#888888"}
     fig = Figure(figsize=(7.2, 1.4 + 0.32 * len(verdicts)), dpi=130, layout="constrained")
     ax = fig.subplots()
     finite = [abs(x) for v in verdicts.values() for x in (v.low, v.difference, v.high) if x is not None]
     widest = max([*finite, 1e-9])
     for y, v in enumerate(verdicts.values()):
         low, high = (-2 * widest, 2 * widest) if v.low is None else (v.low, v.high)
-        ax.plot([low, high], [y, y], color=colours[v.verdict], lw=2)
-        ax.plot(widest if v.difference is None else v.difference, y, "o", ms=5, color=colours[v.verdict])
+        ax.plot([low, high], [y, y], color=COLORS[v.verdict], lw=2)
+        ax.plot(widest if v.difference is None else v.difference, y, "o", ms=5, color=COLORS[v.verdict])
         ax.annotate(f"{v.verdict}, n = {v.n}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     delta = next((v.delta for v in verdicts.values() if v.delta is not None), 0.0)
     ax.axvspan(-delta, delta, color="#dddddd", zorder=0, label=f"±delta {delta:.4f}")

@@ -203,7 +203,12 @@ def _parse_metrics(lines, run_dir):
 
 def comparable_metrics(run_dir):
     """What "identical runs" compares: the metrics rows without the fields of time and memory."""
-    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_metrics(run_dir)]
+    return untimed(read_metrics(run_dir))
+
+
+def untimed(rows):
+    """Rows of metrics.jsonl without the fields that differ between two identical runs."""
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
 
 
 def draw_curves(out, curves, reference=None, xlabel="step", ylabel="loss (nats per token)", title=""):
