@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from lingering_train_gpt2 import LINGER_FROM
 
 from gpt2 import checkpoint
 from runlog import comparable_metrics, read_metrics, read_run
@@ -25,8 +26,9 @@ FLAGS = [
 ]
 
 
-def command(corpus, run_dir, *flags, nproc=1, restarts=0):
-    script = ["gpt2/train_gpt2.py", *FLAGS, "--data-dir", str(corpus), "--run-dir", str(run_dir), *flags]
+def command(corpus, run_dir, *flags, nproc=1, restarts=0, lingering=False):
+    script = ["tests/lingering_train_gpt2.py" if lingering else "gpt2/train_gpt2.py", *FLAGS]
+    script += ["--data-dir", str(corpus), "--run-dir", str(run_dir), *flags]
     if nproc == 1:
         return [sys.executable, *script]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
@@ -96,8 +98,8 @@ def kill_and_resume(corpus, run_dir, kills, seed, *flags, nproc=1):
     random_moment = random.Random(seed)
     *killed, last = nproc if isinstance(nproc, tuple) else (nproc,) * (kills + 1)
     for i, n in enumerate(killed):
-        process = start(command(corpus, run_dir, *flags, nproc=n))
-        target = int(MAX_STEPS * (i + random_moment.uniform(0.2, 0.8)) / kills)
+        process = start(command(corpus, run_dir, *flags, nproc=n, lingering=True))
+        target = int(LINGER_FROM * (i + random_moment.uniform(0.2, 0.8)) / kills)
         wait_for(lambda target=target: last_step(run_dir) >= target, process, f"step {target}")
         time.sleep(random_moment.uniform(0, 0.1))
         kill(process)
@@ -119,7 +121,7 @@ def test_killed_three_times_the_run_ends_identical(reference, corpus, tmp_path):
 
 
 def test_sigterm_saves_and_the_next_start_ends_identical(reference, corpus, tmp_path):
-    process = start(command(corpus, tmp_path / "run"))
+    process = start(command(corpus, tmp_path / "run", lingering=True))
     wait_for(lambda: last_step(tmp_path / "run") >= 30, process, "step 30")
     process.send_signal(signal.SIGTERM)
     out = finish(process)
@@ -137,7 +139,7 @@ def test_a_killed_rank_leads_to_a_restart_that_resumes(corpus, tmp_path):
     a, b = (rng["torch"] for rng in checkpoint.load_newest(tmp_path / "reference/ckpt")["rng"])
     assert not torch.equal(a, b)  # ranks draw different dropout masks
     run_dir = tmp_path / "run"
-    process = start(command(corpus, run_dir, nproc=2, restarts=2))
+    process = start(command(corpus, run_dir, nproc=2, restarts=2, lingering=True))
     wait_for(lambda: last_step(run_dir) >= 45, process, "step 45")
     os.kill(workers(process)[-1], signal.SIGKILL)
     wait_for(lambda: "resumed at step" in (run_dir / "log.txt").read_text(encoding="utf-8"), process, "the restart")
@@ -158,7 +160,7 @@ def test_two_nodes_and_another_number_of_processes_on_resume(reference, corpus, 
     run_dir = tmp_path / "run"
     flags = ["--dropout", "0"]  # whose masks would depend on the number of processes
     undisturbed(corpus, tmp_path / "reference", *flags)
-    script = command(corpus, run_dir, *flags)[1:]
+    script = command(corpus, run_dir, *flags, lingering=True)[1:]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
     nodes = [start([*agent, f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", *script]) for _ in range(2)]
     wait_for(lambda: last_step(run_dir) >= 60, nodes[0], "step 60")
