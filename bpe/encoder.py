@@ -1,15 +1,15 @@
-"""Apply merges to bytes, fast, and exactly as `bpe/reference.py` does: lowest rank first, from the left.
+"""Apply merges to bytes: vectorised, with the same result as `bpe/reference.py` (lowest rank first, left to right).
 
-A chunk that was seen before is looked up: a table maps it to a range of a pool of ids, and the ids of a text are one
-gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space; these chunks are cut
-further, between two characters that no token joins, into pieces of which few are new. New ones are merged together, in
-one flat array of linked tokens:
+Chunks seen before come from a cache: a hash table maps a chunk to a range in a pool of ids, and the ids of a text are
+one gather from that pool. Chinese, Japanese, Thai and others write whole clauses without a space; such chunks are cut
+further, between two characters that no token joins, so that most pieces are in the cache. New chunks are merged
+together, in one flat array of linked tokens:
 
-    many chunks that are short   each round merges the best pair of every chunk
-    others                       the ranks that occur are merged in ascending order, each at all its positions
+    many short chunks   in rounds: each merges the best pair of every chunk
+    all others          rank by rank in ascending order, each rank at all its positions
 
-The second one is linear in the length, for "a" * 10**6 and a book without spaces alike: a merge can only bring about
-pairs that hold its new token, so a place is looked at when a neighbour changes and never again.
+The second is linear in the length of the text, whether it is "a" * 10**6 or a book without spaces: a merge creates only
+pairs that contain its new token, so a position is visited again only when a neighbour changes.
 """
 
 import heapq
@@ -23,21 +23,21 @@ from bpe.pretokenizer import PADDED_END
 from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
 NO_RANK = 2**31 - 1
-MANY = 48  # chunks; below it, a round of numpy calls costs more than it saves
-LONG = 64  # bytes; chunks that are longer are merged rank by rank: they would need many rounds
-MAX_CHUNKS = 1 << 19  # remembered at a time: 32 MB of table
-MAX_POOL = 1 << 22  # ids of theirs
-MAX_SHORT = 1 << 16  # the same, of short texts
+MANY = 48  # chunks; with fewer, a round of numpy calls costs more than it saves
+LONG = 64  # mean bytes of a chunk up to which chunks are merged in rounds, and the maximum number of rounds
+MAX_CHUNKS = 1 << 19  # in the cache: a table of 32 MB
+MAX_POOL = 1 << 22  # ids in the cache
+MAX_SHORT = 1 << 16  # chunks in the cache of short texts
 
 
 class Encoder:
     """Merges prepared for encoding.
 
-    merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes; text loses a byte whose
-        id is negative. vocab: {int: bytes}, all tokens. whole: {bytes: id}, the chunks that become one token, whatever
-        the merges say.
+    merges: {(int, int): int} in order of rank. byte_ids: the token id of each of the 256 bytes; a byte whose id is
+        negative is dropped from the text. vocab: {int: bytes}, all tokens. whole: {bytes: id}, chunks that become one
+        token regardless of the merges.
 
-    Inside, ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` maps back to the caller's.
+    Internal ids are dense: 0..255 for the bytes, 256 + k for the k-th new token; `_outer` maps them to the caller's.
     """
 
     def __init__(self, merges, byte_ids, vocab, whole):
@@ -48,10 +48,13 @@ class Encoder:
         self._outer = np.array([*inner, SEP], np.int32)  # SEP is -1: it picks the last entry
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
-        self._tables = _RankTables(self._merges, len(inner))
+        p, q, self._made = np.array(self._merges, np.int64).reshape(-1, 3).T.copy()
+        self._n_ids, self._rank_table = len(inner), Table(1)
+        slots, _ = self._rank_table.insert(self._pair_words(p, q))
+        self._rank_table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # 0, the value of an empty row, means NO_RANK
         self._vocab, self._whole, self._crossed = vocab, whole, None
-        # A call takes a cache out, and puts it back when it is done: threads never share one, no lock is held when a
-        # process forks, and one that an interrupt left half-filled is simply lost.
+        # A call takes a cache from this list and puts it back when it is done: threads never share one, no lock is held
+        # when a process forks, and a cache that an interrupt left half-filled is never used again.
         self._idle = []
         self._short = {}  # chunk of a short text -> list of its ids
 
@@ -66,7 +69,9 @@ class Encoder:
             data, starts = splitter.split([piece for _, piece in block])
             starts, is_part = self._cut(data, starts)
             places = cache.table.values(data, starts, partial(self._add, cache, data))
-            cache.choose(places, is_part)
+            tokens = np.flatnonzero(places < 0)  # see _add
+            token, merged = ~places[tokens] >> 32 << 32 | 1, ~places[tokens] + (1 << 32) - 1
+            places[tokens] = np.where(is_part[tokens], merged, token)
             count = places & 0xFFFFFFFF
             ends = count.cumsum()
             at = np.repeat((places >> 32) - (ends - count), count)
@@ -80,11 +85,11 @@ class Encoder:
         return np.concatenate(ids), lengths
 
     def encode_short(self, splitter, text):
-        """The same for one ASCII text of a few lines -> list of ids; there numpy's calls cost more than the work."""
+        """The same for one ASCII text of a few lines -> list of ids, without the overhead of numpy."""
         chunks, known = splitter.findall(text), self._short
         if new := [chunk for chunk in dict.fromkeys(chunks) if chunk not in known]:
             if len(known) > MAX_SHORT:
-                known = self._short = {}  # begun anew: another thread still reads the old one
+                known = self._short = {}  # a new dict: other threads may still read the old one
                 new = list(dict.fromkeys(chunks))
             encoded = [chunk.encode("ascii") for chunk in new]
             ids, lengths = self._merged(*flat(encoded))
@@ -93,24 +98,26 @@ class Encoder:
         return [token for chunk in chunks for token in known[chunk]]
 
     def _add(self, cache, data, starts, lengths):
-        """Merge the new chunks that start in `data` -> their values in the cache."""
+        """Merge the new chunks that start in `data` -> their values in the cache.
+
+        A chunk of `_whole` has the value ~v: its first id in the pool is its token, the others what the merges make of
+        it where it is a part of a chunk.
+        """
         at = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
         at += np.arange(len(at))
         ids, counts = self._merged(data.take(at), lengths)
-        places = cache.add(ids, counts)
-        if self._whole:
-            names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
-            tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
-            merged = np.append(ids, SEP).take(counts.cumsum() - counts)  # the first id of each
-            at = np.flatnonzero((tokens != SEP) & ((counts != 1) | (merged != tokens)))
-            choices = np.stack([cache.add(tokens[at], np.ones(len(at), np.int64)), places[at]], axis=1)
-            places[at] = ~(len(cache.choices) + np.arange(len(at)))
-            cache.choices = np.append(cache.choices, choices, axis=0)
-        return places
+        if not self._whole:
+            return cache.add(ids, counts)
+        names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
+        tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
+        is_token = tokens != SEP
+        ids = np.insert(ids, (counts.cumsum() - counts)[is_token], tokens[is_token])
+        places = cache.add(ids, counts + is_token)
+        return np.where(is_token, ~places, places)
 
     def _cut(self, data, starts):
-        """Starts of chunks, as Splitter.split returns them -> (starts of pieces, which are but part of a chunk)."""
-        if self._crossed is None:  # made here: who only decodes does not wait for it
+        """Starts of chunks, as Splitter.split returns them -> (starts of pieces, mask of those that are not whole)."""
+        if self._crossed is None:  # on first use: only encoding needs it
             self._crossed = _crossed(self._vocab.values(), self._missing)
         used = data[: len(data) - PADDING]
         at = np.flatnonzero(used >= 0xE0)
@@ -128,56 +135,49 @@ class Encoder:
         return starts, is_part
 
     def _merged(self, data, lengths):
-        """Bytes of chunks one after another, how many each has -> (ids one after another, how many each has)."""
+        """Bytes of chunks concatenated, how many each has -> (their ids concatenated, how many each has)."""
         if self._missing.any():
             kept, of = ~self._missing[data], np.repeat(np.arange(len(lengths)), lengths)
             data, lengths = data[kept], np.bincount(of[kept], minlength=len(lengths))
-        short = lengths <= LONG
-        if not short.any() or np.count_nonzero(short) < MANY:
-            tokens = self._merge_by_rank(data, lengths)
-        elif short.all():
-            tokens = self._merge_by_rounds(data, lengths)
-        else:
-            inside, counts = np.repeat(short, lengths), np.empty(len(lengths), np.int64)
-            parts = self._merged(data[inside], lengths[short]), self._merged(data[~inside], lengths[~short])
-            counts[short], counts[~short] = parts[0][1], parts[1][1]
-            ids, from_short = np.empty(counts.sum(), np.int32), np.repeat(short, counts)
-            ids[from_short], ids[~from_short] = parts[0][0], parts[1][0]
-            return ids, counts
+        tokens = LinkedTokens(data, lengths)
+        are_short = len(lengths) >= MANY and len(data) <= LONG * len(lengths)
+        if not (are_short and self._merge_by_rounds(tokens)):
+            self._merge_by_rank(tokens)
         tokens.compact()
         borders = np.flatnonzero(tokens.tok == SEP)
         return self._outer[tokens.tok[tokens.tok != SEP]], np.diff(borders) - 1
 
-    def _merge_by_rounds(self, data, lengths):
-        """The best pair of each chunk, again and again, until no chunk has one -> LinkedTokens."""
-        tokens, tables = LinkedTokens(data, lengths), self._tables
+    def _merge_by_rounds(self, tokens):
+        """Up to LONG rounds, each of which merges the best pair of every chunk -> whether no chunk has one any more."""
         tok, next_, prev = tokens.tok, tokens.next, tokens.prev
         begins = np.flatnonzero(tok == SEP)[:-1]  # each chunk from the SEP before it
-        rank = np.append(tables.of_pairs(tok[:-1], tok[1:]), NO_RANK)
+        rank = np.append(self._ranks(tok[:-1], tok[1:]), NO_RANK)
         bits = len(tok).bit_length()
-        key = rank << bits | np.arange(len(tok))  # least: the lowest rank, and of equals the first from the left
-        while True:
+        key = rank << bits | np.arange(len(tok))  # the minimum has the lowest rank and is the leftmost of that rank
+        for _ in range(LONG):
             best = np.minimum.reduceat(key, begins)
             best = best[best < NO_RANK << bits]
             if not len(best):
-                return tokens
+                return True
             at = best & ((1 << bits) - 1)
             gone = next_[at]
-            after, before, new = next_[gone], prev[at], tables.made[best >> bits]
+            after, before, new = next_[gone], prev[at], self._made[best >> bits]
             tok[at], tok[gone] = new, DEAD
             next_[at], prev[after] = after, at
             key[gone] = NO_RANK << bits
             changed = np.append(at, before)
-            key[changed] = tables.of_pairs(tok[changed], tok[next_[changed]]) << bits | changed
+            key[changed] = self._ranks(tok[changed], tok[next_[changed]]) << bits | changed
+        return False
 
-    def _merge_by_rank(self, data, lengths):
-        """Rank by rank, each at all positions where it occurs -> LinkedTokens."""
-        tokens, todo, tables, rank_of = LinkedTokens(data, lengths), _Agenda(), self._tables, self._rank.get
-        todo.add(*_ranked(np.arange(len(tokens.tok) - 1), tables.of_pairs(tokens.tok[:-1], tokens.tok[1:])))
+    def _merge_by_rank(self, tokens):
+        """Rank by rank, each at all its positions."""
+        tokens.compact()
+        todo, rank_of = _Agenda(), self._rank.get
+        todo.add(np.arange(len(tokens.tok) - 1), self._ranks(tokens.tok[:-1], tokens.tok[1:]))
         while todo.ranks:
-            rank, where = todo.pop()
+            rank = heapq.heappop(todo.ranks)
             p, q, new = self._merges[rank]
-            where = tokens.occurrences(where, p, q)
+            where = tokens.occurrences(todo.where.pop(rank), p, q)
             if not len(where):
                 continue
             done, before, left, right = tokens.merge(where, p, q, new)
@@ -185,28 +185,29 @@ class Encoder:
                 todo.add(done, [rank_of((new, x), NO_RANK) for x in right])
                 todo.add(before, [rank_of((x, new), NO_RANK) for x in left])
             else:
-                todo.add(*_ranked(done, tables.of_pairs(new, right)))
-                todo.add(*_ranked(before, tables.of_pairs(left, new)))
-        return tokens
+                todo.add(done, self._ranks(new, right))
+                todo.add(before, self._ranks(left, new))
+
+    def _ranks(self, left, right):
+        """Ranks of the pairs (left[i], right[i]), NO_RANK for a pair of no merge; either may be SEP."""
+        found = self._rank_table.rows[self._rank_table.find(self._pair_words(left, right)), -1]
+        return NO_RANK - found.view(np.int64)
+
+    def _pair_words(self, left, right):
+        """The key of each pair in the table. SEP is -1 and in no merge; no other pair has the key of one with SEP."""
+        return [(left * np.int64(self._n_ids + 1) + right + 1).view(np.uint64)]
 
 
 class _Cache:
-    """A ChunkTable whose values say where in a pool the ids of a chunk lie: place << 32 | how many."""
+    """A ChunkTable whose values are ranges in a pool of ids: place << 32 | length."""
 
     def __init__(self):
         self.pool, self.used, self.table = np.zeros(0, np.int32), 0, ChunkTable()
-        # Where a chunk is one token as a whole, but not as a part: both values. ~k stands for row k.
-        self.choices = np.zeros((0, 2), np.int64)
-        # no text holds 0xFF: it stands after each text, for no id
+        # the byte 0xFF, which ends each text and is in none, has no ids
         self.table.values(np.frombuffer(PADDED_END, np.uint8), np.zeros(1, np.int64), lambda *_: 0)
 
-    def choose(self, places, is_part):
-        """Replace the values below 0 by those that they stand for."""
-        at = np.flatnonzero(places < 0)
-        places[at] = self.choices[~places[at], is_part[at].astype(np.int64)]
-
     def add(self, ids, lengths):
-        """Ids of new chunks, one after another, and how many each has -> their values."""
+        """Ids of new chunks concatenated, and how many each has -> their values."""
         if self.used + len(ids) > len(self.pool):
             self.pool = np.append(self.pool, np.empty(self.used + len(ids), np.int32))
         self.pool[self.used : self.used + len(ids)] = ids
@@ -216,21 +217,21 @@ class _Cache:
 
 
 class _Agenda:
-    """Which positions to look at for which rank, lowest rank first."""
+    """The positions at which each rank may occur, as a priority queue of ranks."""
 
     def __init__(self):
         self.ranks = []  # heap
         self.where = {}  # rank -> ascending positions
 
     def add(self, where, ranks):
-        """Add ascending positions, each with the rank of its pair: two arrays, or two lists with NO_RANK among them."""
+        """Add ascending positions, each with the rank of its pair or NO_RANK: two arrays, or two lists."""
         found = {}
         if isinstance(where, list):
             for i, rank in zip(where, ranks):
                 if rank != NO_RANK:
                     found.setdefault(rank, []).append(i)
-        elif len(where):
-            order = ranks.argsort(kind="stable")
+        elif len(order := np.flatnonzero(ranks != NO_RANK)):
+            order = order[ranks[order].argsort(kind="stable")]
             ranks, where = ranks[order], where[order]
             ends = np.flatnonzero(ranks[1:] != ranks[:-1]) + 1
             found = {int(ranks[start]): where[start:end] for start, end in pairwise([0, *ends.tolist(), len(where)])}
@@ -241,21 +242,17 @@ class _Agenda:
                 self.where[rank] = positions
                 heapq.heappush(self.ranks, rank)
 
-    def pop(self):
-        rank = heapq.heappop(self.ranks)
-        return rank, self.where.pop(rank)
-
 
 def _crossed(tokens, missing):
-    """Which windows, two bytes to each side of a border between characters, may lie in a token -> mask by _place.
+    """Which borders between characters, given by the two bytes on each side, may lie inside a token -> mask by _place.
 
-    All, if a byte is missing that could be in one: text that loses it brings others together.
+    All of them if a byte that such characters contain is missing: dropping it from the text makes new neighbours.
     """
     crossed = np.full(1 << 22, missing[0x80:0xC0].any() or missing[0xE0:0xF5].any())
     data = np.frombuffer(b"\0\0".join([b"", *tokens, b""]), np.uint8)
     windows = data.take(np.flatnonzero(data >= 0xE0)[:, None] + np.arange(-2, 2))
     windows = windows[windows[:, 1] & 0xC0 == 0x80]
-    for k in (0, 3):  # beyond the token there may be any of 64 bytes
+    for k in (0, 3):  # outside the token: any of the 64 continuation bytes
         is_open = windows[:, k] & 0xC0 != 0x80
         more = windows[is_open].repeat(64, axis=0)
         more[:, k] = np.resize(np.arange(0x80, 0xC0), len(more))
@@ -265,30 +262,5 @@ def _crossed(tokens, missing):
 
 
 def _place(windows):
-    """Four bytes as uint32 -> a number of 22 bits; two windows with the same one are cut in fewer places, at worst."""
+    """Hash of four bytes (uint32) to 22 bits; a collision can only make the cuts fewer."""
     return windows * np.uint32(0x9E3779B1) >> np.uint32(10)
-
-
-def _ranked(where, ranks):
-    """Those positions that have a rank, and the ranks."""
-    hits = np.flatnonzero(ranks != NO_RANK)
-    return where[hits], ranks[hits]
-
-
-class _RankTables:
-    """Ranks of many pairs at once."""
-
-    def __init__(self, merges, n_ids):
-        p, q, self.made = np.array(merges, np.int64).reshape(-1, 3).T.copy()
-        self._width, self._table = n_ids + 1, Table(1)
-        slots, _ = self._table.insert(self._keys(p, q))
-        self._table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # an empty row has 0 there, which stands for NO_RANK
-
-    def _keys(self, left, right):
-        """A word for each pair. SEP, -1, is in no merge, and a pair with it shares its word with none."""
-        return [(left * np.int64(self._width) + right + 1).view(np.uint64)]
-
-    def of_pairs(self, left, right):
-        """Ranks of pairs (left[i], right[i]); either may be SEP."""
-        found = self._table.rows[self._table.find(self._keys(left, right)), -1]
-        return NO_RANK - found.view(np.int64)
