@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from bpe.chunk_table import PADDING, ChunkTable, Table
-from bpe.pretokenizer import PADDED_END
+from bpe.pretokenizer import BLOCK, PADDED_END
 from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
 NO_RANK = 2**31 - 1
@@ -65,7 +65,7 @@ class Encoder:
         except IndexError:
             cache = _Cache()
         ids, lengths = [self._outer[:0]], np.zeros(len(texts), np.int64)
-        for block in splitter.blocks(texts):
+        for block in splitter.blocks(texts, BLOCK):
             data, starts = splitter.split([piece for _, piece in block])
             starts, is_part = self._cut(data, starts)
             places = cache.table.values(data, starts, partial(self._add, cache, data))

@@ -3,9 +3,9 @@
 A pattern is `"none"` (the whole text is one chunk), `"gpt2"`, `"gpt4"`, or a regular expression in the syntax of the
 `regex` module. The two named ones are those that OpenAI published with GPT-2 and with cl100k_base.
 
-The well-known patterns need no regular expression: each character has a kind (letter, number, whitespace, …), a chunk
-starts where the kind changes, and the exceptions are masks over the whole text, in numpy, some twenty times as fast.
-`chunk_starts` goes through the cases of a pattern in the order of the rows:
+The well-known patterns are split without a regular expression, some twenty times as fast: each character has a kind
+(letter, number, whitespace, …), a chunk starts where the kind changes, and the exceptions are numpy masks over the
+whole text. `chunk_starts` handles the cases of a pattern in the order of the rows:
 
     row                   gpt2         gpt4, cl100k    Llama 3      Qwen         o200k
     whitespace            all: the last one of a run is left to what follows it
@@ -18,8 +18,8 @@ starts where the kind changes, and the exceptions are masks over the whole text,
     numbers               whole runs   by three        by three     one by one   by three
     case                  -            -               -            -            cut before capitals
 
-Which character is of which kind is that of Unicode 16.0, as in the regular expressions of tiktoken 0.14, so that the
-same vocabulary gives the same ids there; `regex`, which splits by all other patterns, may know a later version.
+The kinds of characters are those of Unicode 16.0, as in the regular expressions of tiktoken 0.14, so that the same
+vocabulary gives the same ids there; `regex`, which splits by all other patterns, may use a later version.
 """
 
 import re
@@ -61,7 +61,7 @@ O200K_SPLIT_PATTERN = (
 
 
 class Rules(NamedTuple):
-    """In what the well-known patterns differ; see the table above."""
+    """The differences between the well-known patterns; see the table above."""
 
     letters_join: bool = True  # and newlines join punctuation
     trailing: bool = False  # whitespace at the end of the text is one chunk, newlines or not
@@ -83,29 +83,30 @@ NEWLINE, BLANK, SPACE, OTHER, APOSTROPHE, SLASH, MARK, NUMBER, LOWER, CASELESS, 
     0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14, 16,
 )  # fmt: skip
 WHITE, PUNCTUATION, NUMBERS, LETTERS = 0, 1, 2, 3  # the groups, without END's
-END_CHARACTER = "\ud800"  # no text holds a surrogate; instead of it ASCII text and UTF-8 have 0xFF, which is in neither
+END_CHARACTER = "\ud800"  # a surrogate is in no valid text; in ASCII text and UTF-8 the byte 0xFF takes its place
 
 PADDED_END = b"\xff" + bytes(PADDING)
-BLOCK = 1 << 19  # characters that are split at a time; so few that the arrays stay in the CPU's cache
-# Where a text may be cut: no chunk of these patterns reaches from a visible character to a space, and none looks back.
+BLOCK = 1 << 19  # characters that are split at a time; few enough that the arrays stay in the CPU's cache
+TASK = 1 << 22  # characters that a worker process is given at a time
+# Where a text may be cut: no chunk of these patterns extends from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
 
 
 def check_pattern(pattern):
-    """UsageError for a pattern that is meant as a name ("GPT4", "cl100k_base"): as a regex it would match that word."""
+    """UsageError for a pattern that looks like a name ("GPT4", "cl100k_base"): as a regex it would match that word."""
     if not isinstance(pattern, str):
-        raise UsageError(f"a pattern is a text, not {pattern!r}")
+        raise UsageError(f"a pattern is a str, not {pattern!r}")
     if pattern in ("none", *PATTERNS):
         return
     if re.fullmatch(r"[A-Za-z][\w-]+", pattern):
         raise UsageError(f"there is no pattern named {pattern}; use none, gpt2, gpt4 or a regular expression")
-    # `lossless_pattern` repeats it: behind a comment of (?x), and with its groups numbered further
+    # `lossless_pattern` repeats it, which a comment of (?x) would swallow, and where groups have other numbers
     if _compile(pattern).flags & regex.VERBOSE or re.search(r"\\[1-9]", pattern):
         raise UsageError(f"write the pattern {pattern!r} without (?x) and without backreferences")
 
 
 class Splitter:
-    """Texts -> chunks; those of a text, joined, are the text."""
+    """Texts -> chunks; the chunks of a text, joined, are the text."""
 
     def __init__(self, pattern="none"):
         self.pattern, self.regex = pattern, lossless_pattern(pattern)
@@ -120,7 +121,7 @@ class Splitter:
     def split(self, texts):
         """List of str -> (data, starts): the texts in UTF-8, each followed by a byte 0xFF, and where chunks start.
 
-        That byte is a chunk of its own, which is in no text. PADDING zeros, of no chunk, follow the last one.
+        That byte is a chunk of its own. PADDING zeros, which belong to no chunk, follow the last one.
         """
         data = np.frombuffer(b"\xff".join([text.encode("utf-8") for text in texts]) + PADDED_END, np.uint8)
         if self._rules is None:
@@ -149,7 +150,7 @@ class Splitter:
         return chunks
 
     def _split_again(self, text, kind, start, odd):
-        """Let the regular expression split, between two places where the text may be cut, around each odd position."""
+        """Split around each odd position, from one cut of the text to the next, by the regular expression."""
         cut = (kind[1:] == SPACE) & (kind[:-1] >= OTHER) | (kind[1:] == END) | (kind[:-1] == END)
         cuts, done = np.flatnonzero(cut) + 1, 0
         for i in odd.tolist():
@@ -159,17 +160,17 @@ class Splitter:
                 start[begin:done] = False
                 start[[m.start() for m in self._compiled.finditer(text, begin, done)]] = True
 
-    def blocks(self, texts):
-        """Texts -> lists of (number of the text, piece of it), of some BLOCK characters; no chunk of a text is cut."""
+    def blocks(self, texts, limit):
+        """Texts -> lists of (number of the text, piece of it) of about `limit` characters; no chunk is cut."""
         block, size = [], 0
         for number, text in enumerate(texts):
             start = 0
             while start < len(text) or not text:
-                cut = self._rules and _CUT.search(text, start + BLOCK - size)
+                cut = self._rules and _CUT.search(text, start + limit - size)
                 end = cut.end() if cut else len(text)
                 block.append((number, text[start:end]))
                 size += end - start
-                if size >= BLOCK:
+                if size >= limit:
                     yield block
                     block, size = [], 0
                 if end == len(text):
@@ -186,7 +187,7 @@ class Splitter:
             chunks.extend(data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
             return np.arange(len(chunks) - len(starts), len(chunks))
 
-        for block in self.blocks(texts):
+        for block in self.blocks(texts, BLOCK):
             data, starts = self.split([piece for _, piece in block])
             numbers = table.values(data, starts, number)
             counts = np.append(counts, np.zeros(len(chunks) - len(counts), np.int64))
@@ -212,15 +213,16 @@ class SplitterSequence(Splitter):
 
 
 def chunk_starts(code, kind, rules):
-    """Where chunks start in texts that END follows: code points and kinds, (n,) each -> (mask (n,), odd positions).
+    """Where chunks start in texts that end with END: code points and kinds, (n,) each -> (mask (n,), odd positions).
 
-    Around the odd positions, which are rare, the mask is not to be trusted: they need a look at more than neighbours.
+    Around the odd positions, which are rare, the mask may be wrong: they depend on more than their neighbours.
     """
     group = kind >> 2
     odd = np.zeros(0, np.int64)
     if rules.case:
         kind = kind.copy()
-        odd = np.flatnonzero((kind[1:] == MARK) & (group[:-1] != LETTERS) & (kind[:-1] != MARK)) + 1
+        odd_mark = (kind[1:] == MARK) & (group[:-1] != LETTERS) & (kind[:-1] != MARK)
+        odd = np.flatnonzero(odd_mark | (kind[1:] == SLASH) & (kind[:-1] == NEWLINE)) + 1
         group[kind == MARK] = LETTERS  # marks are part of words; one that does not follow a letter is odd
     start = np.ones(len(kind), bool)
     np.not_equal(group[1:], group[:-1], out=start[1:])  # \p{L}+, \p{N}+, [^\s\p{L}\p{N}]+, \s+
@@ -228,8 +230,7 @@ def chunk_starts(code, kind, rules):
     white = group == WHITE
     last = white[:-1] & ~white[1:]  # the last one of each run of whitespace
     if rules.letters_join:
-        slashes = _newlines(kind, group, start, np.flatnonzero(last), rules)
-        odd = np.append(odd, slashes) if rules.case else odd
+        _newlines(kind, group, start, np.flatnonzero(last), rules)
     last &= kind[1:] != END
     start[:-1] |= last & (kind[:-1] != NEWLINE) if rules.letters_join else last  # \s+(?!\S)
     before = (kind[:-1] == SPACE) & last
@@ -255,7 +256,7 @@ def _runs(mask):
 
 
 def _newlines(kind, group, start, white_ends, rules):
-    r"""[^\s\p{L}\p{N}]+[\r\n]* and \s*[\r\n]+ -> where a slash follows newlines that punctuation took."""
+    r"""Mark the starts that [^\s\p{L}\p{N}]+[\r\n]* and \s*[\r\n]+ make and remove."""
     first, final = _runs(kind == NEWLINE)
     taken = group[first - 1] == PUNCTUATION
     start[first[taken]] = False
@@ -264,12 +265,10 @@ def _newlines(kind, group, start, white_ends, rules):
     if rules.trailing:  # \s++$
         ends_it &= kind[white_ends[run] + 1] != END
     start[final[taken | ends_it] + 1] = True
-    after = final[taken] + 1
-    return after[kind[after] == SLASH]
 
 
 def _contractions(code, kind, group, start, rules):
-    """'(?:[sdmt]|ll|ve|re) -> where one follows another in a pattern that joins them to the word before."""
+    """'(?:[sdmt]|ll|ve|re) -> where one follows another in a pattern that joins them to the word before them."""
     at = np.flatnonzero((kind == APOSTROPHE) & (np.roll(group, 1) == LETTERS if rules.case else start))
     one, two = (code.take(at + k, mode="clip").astype(np.int64) for k in (1, 2))
     ignored = 0x20 if rules.letters_join else 0  # the bit between a capital and a small letter
@@ -290,8 +289,8 @@ def _contractions(code, kind, group, start, rules):
 def _capitals(kind, group, start):
     r"""[\p{Lu}…]*[\p{Ll}…]+ and [\p{Lu}…]+[\p{Ll}…]*, where … stands for letters without case and marks.
 
-    A run of capitals within a word opens a chunk after a small letter, letters without case between them or not; and
-    at the end of the word after letters without case, which are then small letters enough for the first form.
+    A run of capitals within a word starts a chunk after a lower-case letter, with or without caseless letters between
+    them; and at the end of the word after caseless letters, which then match the [\p{Ll}…]+ of the first form.
     """
     capital = kind == UPPER
     first, final = _runs(capital)
@@ -308,8 +307,8 @@ def _capitals(kind, group, start):
 def kinds():
     """The kind of each code point, (0x110000,) uint8.
 
-    unicode16.txt has a line `code point in hex, kind` wherever another kind begins; tests/test_pretokenizer.py asks
-    tiktoken's regular expressions for it again.
+    unicode16.txt has a line `code point in hex, kind` wherever another kind begins; tests/test_pretokenizer.py
+    compares it with tiktoken's regular expressions.
     """
     lines = [line.split() for line in Path(__file__).with_name("unicode16.txt").read_text("ascii").splitlines()]
     begins = np.array([int(code, 16) for code, _ in lines])
@@ -333,7 +332,7 @@ def _compile(pattern):
 
 
 def lossless_pattern(pattern):
-    """Its regular expression, with an alternative for what it does not match, so that no character is lost."""
+    """The regular expression of a pattern, with an alternative for what it does not match: no character is lost."""
     if pattern == "none":
         return r"[\s\S]+"
     source = PATTERNS.get(pattern, pattern)
@@ -350,27 +349,15 @@ def count_chunks(splitter, documents, num_workers, advance):
     """
     total, running = Counter(), deque()
     with ProcessPoolExecutor(num_workers) if num_workers > 1 else nullcontext() as pool:
-        for group in _groups(splitter, documents, advance):
+        for block in splitter.blocks(map(valid, documents), TASK):
+            pieces = [piece for _, piece in block]
+            advance(sum(map(len, pieces)))
             if pool is None:
-                total.update(splitter.count(group))
+                total.update(splitter.count(pieces))
             else:
-                running.append(pool.submit(splitter.count, group))
-            if len(running) > 2 * num_workers:  # so few at a time that memory is bounded for any iterable
+                running.append(pool.submit(splitter.count, pieces))
+            if len(running) > 2 * num_workers:  # few enough that memory is bounded for any iterable
                 total.update(running.popleft().result())
         for counter in running:
             total.update(counter.result())
     return total
-
-
-def _groups(splitter, documents, advance, size=1 << 22):
-    """Documents -> lists of pieces of about `size` characters together."""
-    group, waiting = [], 0
-    for block in splitter.blocks(map(valid, documents)):
-        for _, piece in block:
-            group.append(piece)
-            waiting += len(piece)
-            advance(len(piece))
-        if waiting >= size:
-            yield group
-            group, waiting = [], 0
-    yield group

@@ -92,7 +92,7 @@ def test_long_text_is_split_as_by_the_pattern(pattern, monkeypatch):
             words = [w + "the cat sat on 99 mats; it's so!\n  " * rnd.randint(0, 4) for w in words]
         texts = ["".join(words), "", "".join(words[::-1])]
         monkeypatch.setattr(bpe.pretokenizer, "BLOCK", 1 + case % 50)
-        blocks = list(Splitter(pattern).blocks(texts))
+        blocks = list(Splitter(pattern).blocks(texts, 1 + case % 50))
         for number, text in enumerate(texts):
             pieces = [piece for block in blocks for n, piece in block if n == number]
             assert "".join(pieces) == text
