@@ -1,21 +1,21 @@
-"""A hash table in numpy: a whole text's chunks are looked up together.
+"""A hash table in numpy that looks up all chunks of a text at once.
 
-A chunk of up to 7 bytes is one 64-bit word, read where it lies in the text, with its length in the last byte; one of up
-to LONGEST bytes is three such words. The words are hashed to a row of a table (open addressing: if the row belongs to
-another chunk, the next one). Longer chunks are rare and live in a dict.
+The key of a chunk of up to 7 bytes is one 64-bit word, read from the text in place, with the length in its last byte;
+for up to LONGEST bytes it is three such words. Keys are hashed to the rows of a table with open addressing and linear
+probing. Longer chunks are rare and kept in a dict.
 """
 
 import numpy as np
 
 LONGEST = 23  # bytes of a chunk in the table
-PADDING = 24  # bytes that must follow the last chunk, so that three words can be read from anywhere
+PADDING = 24  # bytes after the last chunk, so that three words can be read at any position
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # odd, random bits
-# For each length the bits of each word that belong to the chunk: (3, LONGEST + 1)
+# The bits of each word that belong to a chunk of each length: (3, LONGEST + 1)
 BITS = np.array([[(1 << 8 * min(max(n - 8 * k, 0), 8)) - 1 for n in range(LONGEST + 1)] for k in range(3)], np.uint64)
 
 
 class ChunkTable:
-    """chunk -> a number."""
+    """Maps chunks to integers."""
 
     def __init__(self):
         self.tables, self.long = (Table(1), Table(3)), {}
@@ -53,26 +53,26 @@ class ChunkTable:
 
 
 class Table:
-    """Rows of n_words words (those of a chunk, or another key) and a value; the last word is 0 in an empty row."""
+    """Rows of a key (n_words words) and a value; the last word of the key is 0 in an empty row."""
 
     def __init__(self, n_words):
         self.n_words, self.used = n_words, 0
         self.rows = np.zeros((1024, n_words + 1), np.uint64)
 
     def insert(self, words):
-        """Words of chunks, a list of n_words (n,) -> (the row of each, which of them are new: of equal ones the first).
+        """Keys, a list of n_words arrays (n,) -> (the row of each, the indices of new keys: of equal ones the first).
 
-        A new one's value, which the caller replaces, is its place in `words`.
+        The value of a new key is its index in `words`; the caller replaces it.
         """
         slots = self.find(words)
         todo, first = np.flatnonzero(self.rows[slots, -2] == 0), [slots[:0]]
         while len(todo):
-            back = todo[::-1]  # of equal ones the first is written last
+            back = todo[::-1]  # the first of equal keys is written last, and stays
             self.rows[slots[back]] = np.stack([*(w[back] for w in words), back.view(np.uint64)], axis=1)
             rows = self.rows.take(slots[todo], axis=0)
             first.append(todo[rows[:, -1].view(np.int64) == todo])
             self.used += len(first[-1])
-            todo = todo[_differ(rows, [w[todo] for w in words])]  # another one has taken its row
+            todo = todo[_differ(rows, [w[todo] for w in words])]  # another key has taken its row
             if 2 * self.used > len(self.rows):
                 self._grow()
                 slots = self.find(words)
@@ -80,7 +80,7 @@ class Table:
         return slots, np.concatenate(first)
 
     def find(self, words):
-        """Words, as for `insert` -> the row that holds each chunk, or the empty one that is its place."""
+        """Keys, as for `insert` -> the row that holds each key, or the empty one where it would be inserted."""
         shift = np.uint64(65 - len(self.rows).bit_length())
         mixed = [w * m for w, m in zip(words, MIX)]
         slots = ((mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1] + mixed[2]) >> shift).view(np.int64)
@@ -98,7 +98,7 @@ class Table:
 
 
 def _differ(rows, words):
-    """Whether the rows hold other chunks."""
+    """Whether the rows hold other keys."""
     differ = rows[:, 0] != words[0]
     for k in range(1, len(words)):
         differ |= rows[:, k] != words[k]
@@ -106,7 +106,7 @@ def _differ(rows, words):
 
 
 def _words(data, starts, lengths, n_words):
-    """The words of each chunk, as a list."""
+    """The key of each chunk: a list of n_words arrays (n,)."""
     at = np.ndarray(len(data) - 7, np.dtype("<u8"), data, strides=(1,))  # the word at each byte
     words = [at.take(starts + 8 * k) & BITS[k].take(lengths) for k in range(n_words)]
     words[-1] |= lengths.view(np.uint64) << np.uint64(56)

@@ -2,11 +2,10 @@
 
     python bpe/compare.py --texts passages.json --tokenizers gpt2 runs/handbook/tokenizer.model
 
-A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tiktoken rank file, a tokenizer.json, or what
-`AutoTokenizer` loads: a Hugging Face folder or hub name. A text is a file; a .json file holds several, {name: text}.
-
-"Result" shows the tokens in alternating colours; one that is not valid UTF-8 by itself (part of a Chinese character,
-say) is shown as �.
+A tokenizer is a tiktoken name (gpt2, cl100k_base, …), a PREFIX.model, a .tiktoken rank file, a tokenizer.json, or
+anything that `AutoTokenizer` loads: a Hugging Face folder or hub name. A text is a file; a .json file holds several,
+{name: text}. "Result" shows the tokens in alternating colours; bytes that are not valid UTF-8 by themselves, as in a
+part of a Chinese character, are shown as �.
 """
 
 import os
@@ -23,7 +22,7 @@ from bpe.train_bpe import read_documents
 from common import UsageError, cli, from_hub, read_json
 from runlog import RunLog
 
-ANSI = 153, 223, 157, 218, 189  # pastels of the 256 colours, with black text on them
+ANSI = 153, 223, 157, 218, 189  # light background colours of the 256, for black text
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Config:
 
 
 def main():
-    """Print each text as each tokenizer cuts it; with --run-dir record it, too."""
+    """Print how each tokenizer splits each text; with --run-dir also record it."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     texts = [named for file in cfg.texts for named in named_texts(file)]
     tokenizers = [load_any(name) for name in cfg.tokenizers]
@@ -92,7 +91,7 @@ def compare(text_name, text, label, encode, n_vocab):
         "bytes_per_token": round(len(text.encode("utf-8")) / n, 3),
         "chars_per_token": round(len(text) / n, 3),
         "vocab_used": round(len({i for i, _ in encoded}) / n_vocab, 5),  # share of the vocabulary that occurs
-        "tokens": [shown for _, shown in encoded],  # as text, for people
+        "tokens": [shown for _, shown in encoded],  # as text
     }
 
 

