@@ -14,6 +14,7 @@ which is not valid text: it becomes U+FFFD.
 """
 
 import codecs
+import math
 import operator
 import sys
 import unicodedata
@@ -117,13 +118,16 @@ class Tokenizer:
         self.vocab, self.special_tokens = vocab, specials
         self.n_vocab = max(vocab) + 1
 
-    def train(self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, min_frequency=1):
+    def train(
+        self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, min_frequency=1, max_token_length=None
+    ):
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
 
         vocab_size: the 256 bytes and the merges; special tokens come on top, and earlier ones are dropped.
         verbose: print each merge with its token and count.
         num_workers: processes that split the text into chunks. The merges do not depend on it.
         min_frequency: a pair that occurs less often is not merged.
+        max_token_length: bytes; a pair whose token would be longer is not merged.
 
         Memory is bounded by the different chunks, not by the length of an iterable. Fewer merges are learned, with a
         message, when no pair is left. On a terminal there are progress bars.
@@ -132,6 +136,9 @@ class Tokenizer:
         if type(vocab_size) is not int:
             raise UsageError(f"vocab_size is a whole number, not {vocab_size!r}")
         check_size(vocab_size, 0)
+        max_token_length = math.inf if max_token_length is None else max_token_length
+        if max_token_length < 2:
+            raise UsageError(f"max_token_length {max_token_length} is too small: a merge makes 2 bytes or more")
         is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str)
         documents = text_or_iterable if is_documents else [text_or_iterable]
         size = len(text_or_iterable) if isinstance(text_or_iterable, str) else None
@@ -139,7 +146,7 @@ class Tokenizer:
             counts = count_chunks(self._split, documents, num_workers, bar.update)
         wanted, merges, vocab = vocab_size - 256, {}, {b: bytes([b]) for b in range(256)}
         with tqdm(total=wanted, unit="merge", desc="merge", disable=None) as bar:
-            for (p, q), token, count in learn_merges(counts, vocab_size):
+            for (p, q), token, count in learn_merges(counts, vocab_size, max_token_length):
                 if count < min_frequency:  # the counts never rise
                     break
                 merges[p, q] = token

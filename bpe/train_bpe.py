@@ -23,6 +23,7 @@ from common import UsageError, cli, file_sha256, open_text, read_texts
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
+SETTINGS = "vocab_size", "pattern", "min_frequency", "max_token_length"  # what decides the merges
 EXPORTS = ".vocab", ".tiktoken", "-hf/tokenizer.json"  # in addition to .model
 ENOUGH = 20_000_000  # characters on which compression is measured
 
@@ -33,6 +34,8 @@ class Config:
     out: Path  # prefix of the files to write: PREFIX.model, PREFIX.vocab, PREFIX.tiktoken, PREFIX-hf/
     vocab_size: int = 4096  # the 256 bytes and the merges; <|endoftext|> comes on top
     pattern: str = "gpt4"  # how text is split before merging: none, gpt2, gpt4 or a regular expression
+    min_frequency: int = 1  # a pair that occurs less often is not merged
+    max_token_length: int | None = None  # bytes; a pair whose token would be longer is not merged
     num_workers: int = 1  # processes that split the text into chunks
     run_dir: Path | None = None  # also write a run directory there
     verbose: bool = False  # print each merge
@@ -41,7 +44,7 @@ class Config:
 def main():
     """Train and write the files in all formats; exit at once if they exist."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    sources = {"input": fingerprint(cfg.input), "vocab_size": cfg.vocab_size, "pattern": cfg.pattern}
+    sources = {"input": fingerprint(cfg.input), **{key: getattr(cfg, key) for key in SETTINGS}}
     if is_done(cfg.out, sources):
         print(f"{cfg.out}.model is already there, made from the same input and settings")
         return
@@ -68,7 +71,8 @@ def main():
 def train(cfg):
     """Config -> Tokenizer with <|endoftext|>."""
     tok, documents = Tokenizer(cfg.pattern), read_documents(cfg.input)
-    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers)
+    limits = {"min_frequency": cfg.min_frequency, "max_token_length": cfg.max_token_length}
+    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, **limits)
     tok.register_special_tokens({END_OF_TEXT: 256 + len(tok.merges)})
     return tok
 
@@ -152,7 +156,7 @@ def replay_run(run, report, *, data=None, **_):
         report.fail(f"{', '.join(f.name for f in files)}: not the bytes that the tokenizer was trained on")
         return
     report.ok(f"{model.name} and {', '.join(f.name for f in files)} are those of the run")
-    again = train(Config(tuple(files), out, settings["vocab_size"], settings["pattern"]))
+    again = train(Config(tuple(files), out, **{key: settings[key] for key in SETTINGS if key in settings}))
     numbers = {"n_vocab": again.n_vocab, "sha256": again.sha256, **round_trip(model, files)}
     recorded = {name: run.result.get(name) for name in numbers if name != "round_trip_seconds"}
     compare_figures(report, "trained again", recorded, numbers, tolerance=0.0)

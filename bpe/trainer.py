@@ -27,6 +27,7 @@ Counts are int64.
 """
 
 import heapq
+import math
 
 import numpy as np
 
@@ -135,13 +136,17 @@ def _without_overlap(where, right):
 class _PairIndex:
     """The positions of each frequent pair, and a lazy heap that yields the most frequent one."""
 
-    def __init__(self, tokens, weights):
+    def __init__(self, tokens, weights, max_token_length):
         """tokens: LinkedTokens. weights: int64 per position, or None for one each."""
-        self.tokens, self.weights = tokens, weights
+        self.tokens, self.weights, self.max_token_length = tokens, weights, max_token_length
         self.where = {}  # (p, q) -> ascending positions, some of them stale
         self.heap = []  # (-count, first position, p, q), each a lower bound
         self.floor = None
-        self.n_ids = 256
+        self.token_lengths = [1] * 256  # bytes of each id
+
+    @property
+    def n_ids(self):
+        return len(self.token_lengths)
 
     def count(self, where):
         if self.weights is None:
@@ -160,16 +165,21 @@ class _PairIndex:
         self.where.clear()
         self.heap.clear()
         where, starts, counts, pairs = _all_pairs(self.tokens, self.n_ids, self.weights)
-        if not len(counts):
+        p, q = np.divmod(pairs, self.n_ids)
+        lengths = np.array(self.token_lengths)
+        counts[lengths[p] + lengths[q] > self.max_token_length] = 0
+        if not counts.any():
             return False
         self.floor = max(int(counts.max()) // 10, 1)
         ends = np.append(starts[1:], len(where))
         for g in np.flatnonzero(counts >= self.floor):
-            self.add(*divmod(int(pairs[g]), self.n_ids), where[starts[g] : ends[g]], int(counts[g]))
+            self.add(int(p[g]), int(q[g]), where[starts[g] : ends[g]], int(counts[g]))
         return True
 
     def add(self, p, q, where, count):
-        """Add a pair to the index and the heap."""
+        """Add a pair to the index and the heap, unless its token would be too long."""
+        if self.token_lengths[p] + self.token_lengths[q] > self.max_token_length:
+            return
         if not isinstance(where, list) and len(where) <= FEW:
             where = where.tolist()
         self.where[p, q] = where
@@ -189,7 +199,7 @@ class _PairIndex:
 
     def merge(self, p, q, where, new_id):
         """Merge a pair and index the frequent ones among the new pairs."""
-        self.n_ids = max(self.n_ids, new_id + 1)
+        self.token_lengths.append(self.token_lengths[p] + self.token_lengths[q])
         done, before, left, right = self.tokens.merge(where, p, q, new_id)
         find = self._find_few if isinstance(done, list) else self._find_many
         for x, positions, count in find(done, done, right):
@@ -250,11 +260,12 @@ def check_size(vocab_size, positions):
         raise UsageError(f"vocab_size {vocab_size} is too large: with {positions:,} bytes of text it can be {limit:,}")
 
 
-def learn_merges(chunk_counts, vocab_size):
+def learn_merges(chunk_counts, vocab_size, max_token_length=math.inf):
     """Yield ((p, q), new_id, count) for each merge in order, until the vocabulary is full or no pair is left.
 
     chunk_counts: {chunk as bytes: how often it occurs}, in order of first appearance.
     vocab_size: the 256 bytes and the merges.
+    max_token_length: bytes; a pair whose token would be longer is not merged.
     """
     chunks = [c for c in chunk_counts if len(c) > 1]
     check_size(vocab_size, sum(map(len, chunks)) + len(chunks) + 1)
@@ -265,7 +276,7 @@ def learn_merges(chunk_counts, vocab_size):
     if (numbers != 1).any():
         weights = np.concatenate(([0], np.repeat(numbers, lengths + 1)))  # position 0 is a separator
     del chunks, data, lengths
-    index = _PairIndex(tokens, weights)
+    index = _PairIndex(tokens, weights, max_token_length)
     for new_id in range(256, vocab_size):
         best = index.pop() or (index.rebuild() and index.pop())
         if not best:

@@ -8,6 +8,7 @@ import pytest
 from bpe import Tokenizer, train_bpe
 from common import UsageError
 from runlog import read_run
+from runlog.__main__ import main as runlog_main
 
 TEXT = "It is a truth universally acknowledged, that a tokenizer must be in want of a text.\n" * 5
 EXPORTS = ("tok.vocab", "tok.tiktoken", "tok-hf/tokenizer.json", "tok-hf/tokenizer_config.json")
@@ -67,6 +68,17 @@ def test_compression_is_measured_on_the_input(corpus, train):
     assert result["tokens"] == n and result["bytes_per_token"] == round(len(text.encode()) / n, 4)
 
 
+def test_rare_and_long_tokens_are_left_out(corpus, train, in_process):
+    args = ("--input", corpus / "c.txt", "--vocab-size", 400, "--min-frequency", 3, "--max-token-length", 4)
+    train(*args, "--run-dir", corpus / "run")
+    tok, same = Tokenizer.load(corpus / "tok.model"), Tokenizer("gpt4")
+    same.train((corpus / "c.txt").read_text(encoding="utf-8"), 400, min_frequency=3, max_token_length=4)
+    assert tok.merges == same.merges and 256 < tok.n_vocab - 1 < 400
+    code, out, err = in_process(runlog_main, "verify", corpus / "run")
+    assert code == 0 and "trained again" in out, out + err
+    assert "already" in train(*args)
+
+
 def test_the_model_is_saved_even_if_an_export_fails(corpus, train, in_process, monkeypatch):
     """And what an earlier tokenizer left there does not stay beside it."""
     train("--input", corpus / "c.txt", "--vocab-size", 300)
@@ -98,6 +110,7 @@ def test_all_kinds_of_input_give_the_same_documents(corpus):
         (("--input", "bad.jsonl"), "line 2"),
         (("--input", "not.gz"), "damaged gzip"),
         (("--vocab-size", 100), "too small"),
+        (("--max-token-length", 1), "max_token_length 1 is too small"),
         (("--pattern", "("), "pattern"),
         (("--pattern", "gpt-4"), "no pattern named gpt-4"),
         (("--pattern", r"\p{Script=Han}+|\s"), "Hugging Face's tokenizers cannot express the pattern"),

@@ -84,6 +84,38 @@ def test_linked_tokens_merge_without_overlap(few):
     assert tokens.tok.tolist() == [-1, 256, 256, 97, -1, 256, -1]
 
 
+def naive_train(tok, chunks, vocab_size, max_token_length=10**6):
+    """The merges of an existing tokenizer, then those that the naive algorithm adds to them."""
+    merges, vocab = dict(tok.merges), dict(tok.vocab)
+    chunks = [reference.encode(chunk, merges) for chunk in chunks]
+    while len(vocab) < vocab_size:
+        counts = {}
+        for ids in chunks:
+            reference.compute_bigram_statistics(ids, counts)
+        short = [(p, q) for p, q in counts if len(vocab[p] + vocab[q]) <= max_token_length]
+        if not short:
+            break
+        p, q = best = max(short, key=counts.get)
+        merges[best] = len(vocab)
+        chunks = [reference.replace_bigram(ids, best, len(vocab)) for ids in chunks]
+        vocab[len(vocab)] = vocab[p] + vocab[q]
+    return merges
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("limit", [2, 3, 4, 7, 30])
+def test_no_token_is_longer_than_allowed(few, limit):
+    rnd = random.Random(limit)
+    for case in range(20):
+        text = "".join(rnd.choices(["ab", "aab", "the cat ", "北", "1234", "\n"], k=rnd.randint(0, 60)))
+        tok = Tokenizer("none" if case % 2 else "gpt4")
+        with redirect_stderr(io.StringIO()):
+            tok.train(text, 256 + 60, max_token_length=limit)
+        expected = naive_train(Tokenizer(), [chunk.encode() for chunk in tok._split(text)], 256 + 60, limit)
+        assert list(tok.merges.items()) == list(expected.items())
+        assert max(map(len, tok.vocab.values())) <= limit
+
+
 @pytest.mark.parametrize("size, says", [(255, "too small"), (0, "too small"), (-1, "too small"), (10**10, "too large")])
 def test_a_vocabulary_that_cannot_be_is_refused(size, says):
     with pytest.raises(UsageError, match=says):
