@@ -92,7 +92,7 @@ class Encoder:
                 known = self._short = {}  # a new dict: other threads may still read the old one
                 new = list(dict.fromkeys(chunks))
             encoded = [chunk.encode("ascii") for chunk in new]
-            ids, lengths = self._merged(*flat(encoded))
+            ids, lengths = self.merge(*flat(encoded))
             for chunk, data, part in zip(new, encoded, np.split(ids, lengths.cumsum()[:-1])):
                 known[chunk] = [self._whole[data]] if data in self._whole else part.tolist()
         return [token for chunk in chunks for token in known[chunk]]
@@ -105,7 +105,7 @@ class Encoder:
         """
         at = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
         at += np.arange(len(at))
-        ids, counts = self._merged(data.take(at), lengths)
+        ids, counts = self.merge(data.take(at), lengths)
         if not self._whole:
             return cache.add(ids, counts)
         names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
@@ -134,7 +134,7 @@ class Encoder:
             is_part[:-1] |= is_part[1:]
         return starts, is_part
 
-    def _merged(self, data, lengths):
+    def merge(self, data, lengths):
         """Bytes of chunks concatenated, how many each has -> (their ids concatenated, how many each has)."""
         if self._missing.any():
             kept, of = ~self._missing[data], np.repeat(np.arange(len(lengths)), lengths)

@@ -114,7 +114,7 @@ def _ranks(tok):
     if len(ranks) != len(tok.vocab) - len(special):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
     # tiktoken looks up whole chunks first, and merges any pair whose bytes are a token
-    _, lengths = tok._encoder._merged(*flat([tok.vocab[token] for token in ids]))
+    _, lengths = tok._encoder.merge(*flat([tok.vocab[token] for token in ids]))
     extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b)
     if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
         raise UsageError("tiktoken would use tokens that these merges do not make")

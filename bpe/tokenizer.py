@@ -119,8 +119,9 @@ class Tokenizer:
         self.n_vocab = max(vocab) + 1
 
     def train(
-        self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, min_frequency=1, max_token_length=None
-    ):
+        self, text_or_iterable, vocab_size, verbose=False, *, num_workers=1, min_frequency=1, max_token_length=None,
+        init=None,
+    ):  # fmt: skip
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
 
         vocab_size: the 256 bytes and the merges; special tokens come on top, and earlier ones are dropped.
@@ -128,6 +129,7 @@ class Tokenizer:
         num_workers: processes that split the text into chunks. The merges do not depend on it.
         min_frequency: a pair that occurs less often is not merged.
         max_token_length: bytes; a pair whose token would be longer is not merged.
+        init: Tokenizer whose vocabulary is continued: its merges keep their order and ids, new ones follow.
 
         Memory is bounded by the different chunks, not by the length of an iterable. Fewer merges are learned, with a
         message, when no pair is left. On a terminal there are progress bars.
@@ -139,14 +141,17 @@ class Tokenizer:
         max_token_length = math.inf if max_token_length is None else max_token_length
         if max_token_length < 2:
             raise UsageError(f"max_token_length {max_token_length} is too small: a merge makes 2 bytes or more")
+        base = _from_state({"pattern": self.pattern}) if init is None else init
+        vocab = _vocab_to_continue(base, self.pattern, vocab_size)
         is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str)
         documents = text_or_iterable if is_documents else [text_or_iterable]
         size = len(text_or_iterable) if isinstance(text_or_iterable, str) else None
         with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=None) as bar:
             counts = count_chunks(self._split, documents, num_workers, bar.update)
-        wanted, merges, vocab = vocab_size - 256, {}, {b: bytes([b]) for b in range(256)}
-        with tqdm(total=wanted, unit="merge", desc="merge", disable=None) as bar:
-            for (p, q), token, count in learn_merges(counts, vocab_size, max_token_length):
+        wanted, merges, token_lengths = vocab_size - 256, dict(base.merges), [*map(len, vocab.values())]
+        learned = learn_merges(counts, vocab_size, max_token_length, token_lengths, init and init._encoder.merge)
+        with tqdm(total=vocab_size - len(vocab), unit="merge", desc="merge", disable=None) as bar:
+            for (p, q), token, count in learned:
                 if count < min_frequency:  # the counts never rise
                     break
                 merges[p, q] = token
@@ -158,7 +163,7 @@ class Tokenizer:
         if len(merges) < wanted:
             outcome = f"the vocabulary has {len(vocab)} tokens, not {vocab_size}"
             tqdm.write(f"no pair is left after {len(merges)} merges: {outcome}", file=sys.stderr)
-        self.__setstate__({"pattern": self.pattern, "merges": merges})
+        self.__setstate__({"pattern": self.pattern, "merges": merges, "byte_ids": base.byte_ids})
 
     def encode(self, text, allowed_special="none_raise", disallowed_special=None):
         """str -> list of ids.
@@ -315,6 +320,20 @@ def _from_state(state):
     tok = Tokenizer()
     tok.__setstate__(state)
     return tok
+
+
+def _vocab_to_continue(tok, pattern, vocab_size):
+    """{id: bytes}, in ascending order, of a tokenizer that training may extend; else UsageError."""
+    if not isinstance(tok, Tokenizer):
+        raise UsageError(f"init is a Tokenizer, not {tok!r:.60}")
+    if tok.pattern != pattern:
+        raise UsageError(f"init splits text by the pattern {tok.pattern!r}, not by {pattern!r}")
+    ids = sorted(tok.vocab.keys() - tok.special_tokens.values())
+    if ids != [*range(256 + len(tok.merges))] or tok.normalizer or tok.ignore_merges:
+        raise UsageError("init cannot be continued: its tokens are not the 256 bytes and one for each merge")
+    if vocab_size < len(ids):
+        raise UsageError(f"vocab_size {vocab_size} is too small: init has {len(ids)} tokens")
+    return {token: tok.vocab[token] for token in ids}
 
 
 def load_tokenizer(name_or_file):

@@ -36,6 +36,7 @@ class Config:
     pattern: str = "gpt4"  # how text is split before merging: none, gpt2, gpt4 or a regular expression
     min_frequency: int = 1  # a pair that occurs less often is not merged
     max_token_length: int | None = None  # bytes; a pair whose token would be longer is not merged
+    init: Path | None = None  # PREFIX.model to continue: its merges are kept, new ones follow
     num_workers: int = 1  # processes that split the text into chunks
     run_dir: Path | None = None  # also write a run directory there
     verbose: bool = False  # print each merge
@@ -45,6 +46,7 @@ def main():
     """Train and write the files in all formats; exit at once if they exist."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     sources = {"input": fingerprint(cfg.input), **{key: getattr(cfg, key) for key in SETTINGS}}
+    sources["init"] = cfg.init and file_sha256(cfg.init)
     if is_done(cfg.out, sources):
         print(f"{cfg.out}.model is already there, made from the same input and settings")
         return
@@ -71,8 +73,9 @@ def main():
 def train(cfg):
     """Config -> Tokenizer with <|endoftext|>."""
     tok, documents = Tokenizer(cfg.pattern), read_documents(cfg.input)
-    limits = {"min_frequency": cfg.min_frequency, "max_token_length": cfg.max_token_length}
-    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, **limits)
+    more = {"min_frequency": cfg.min_frequency, "max_token_length": cfg.max_token_length}
+    more["init"] = cfg.init and Tokenizer.load(cfg.init)
+    tok.train(documents, cfg.vocab_size, cfg.verbose, num_workers=cfg.num_workers, **more)
     tok.register_special_tokens({END_OF_TEXT: 256 + len(tok.merges)})
     return tok
 
@@ -156,7 +159,8 @@ def replay_run(run, report, *, data=None, **_):
         report.fail(f"{', '.join(f.name for f in files)}: not the bytes that the tokenizer was trained on")
         return
     report.ok(f"{model.name} and {', '.join(f.name for f in files)} are those of the run")
-    again = train(Config(tuple(files), out, **{key: settings[key] for key in SETTINGS if key in settings}))
+    init = locate_input(settings["init"]) if settings.get("init") else None
+    again = train(Config(tuple(files), out, init=init, **{key: settings[key] for key in SETTINGS if key in settings}))
     numbers = {"n_vocab": again.n_vocab, "sha256": again.sha256, **round_trip(model, files)}
     recorded = {name: run.result.get(name) for name in numbers if name != "round_trip_seconds"}
     compare_figures(report, "trained again", recorded, numbers, tolerance=0.0)

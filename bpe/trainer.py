@@ -136,13 +136,13 @@ def _without_overlap(where, right):
 class _PairIndex:
     """The positions of each frequent pair, and a lazy heap that yields the most frequent one."""
 
-    def __init__(self, tokens, weights, max_token_length):
-        """tokens: LinkedTokens. weights: int64 per position, or None for one each."""
-        self.tokens, self.weights, self.max_token_length = tokens, weights, max_token_length
+    def __init__(self, tokens, weights, token_lengths, max_token_length):
+        """tokens: LinkedTokens. weights: int64 per position, or None for one each. token_lengths: bytes of each id."""
+        self.tokens, self.weights = tokens, weights
+        self.token_lengths, self.max_token_length = token_lengths, max_token_length
         self.where = {}  # (p, q) -> ascending positions, some of them stale
         self.heap = []  # (-count, first position, p, q), each a lower bound
         self.floor = None
-        self.token_lengths = [1] * 256  # bytes of each id
 
     @property
     def n_ids(self):
@@ -260,24 +260,26 @@ def check_size(vocab_size, positions):
         raise UsageError(f"vocab_size {vocab_size} is too large: with {positions:,} bytes of text it can be {limit:,}")
 
 
-def learn_merges(chunk_counts, vocab_size, max_token_length=math.inf):
+def learn_merges(chunk_counts, vocab_size, max_token_length=math.inf, token_lengths=(1,) * 256, merge=None):
     """Yield ((p, q), new_id, count) for each merge in order, until the vocabulary is full or no pair is left.
 
     chunk_counts: {chunk as bytes: how often it occurs}, in order of first appearance.
     vocab_size: the 256 bytes and the merges.
     max_token_length: bytes; a pair whose token would be longer is not merged.
+    token_lengths, merge: of a vocabulary to continue, the bytes of each id, and a function that applies its merges to
+        what `flat` returns -> ids and lengths, as Encoder.merge.
     """
     chunks = [c for c in chunk_counts if len(c) > 1]
     check_size(vocab_size, sum(map(len, chunks)) + len(chunks) + 1)
     numbers = np.fromiter((chunk_counts[c] for c in chunks), np.int64, len(chunks))
-    data, lengths = flat(chunks)
-    tokens = LinkedTokens(data, lengths)
+    ids, lengths = merge(*flat(chunks)) if merge else flat(chunks)
+    tokens = LinkedTokens(ids, lengths)
     weights = None
     if (numbers != 1).any():
         weights = np.concatenate(([0], np.repeat(numbers, lengths + 1)))  # position 0 is a separator
-    del chunks, data, lengths
-    index = _PairIndex(tokens, weights, max_token_length)
-    for new_id in range(256, vocab_size):
+    del chunks, ids, lengths
+    index = _PairIndex(tokens, weights, [*token_lengths], max_token_length)
+    for new_id in range(len(token_lengths), vocab_size):
         best = index.pop() or (index.rebuild() and index.pop())
         if not best:
             return

@@ -202,7 +202,7 @@ def test_an_interrupt_leaves_the_cache_sound(tok, monkeypatch):
         return
     tok._encoder._idle.clear()
     with monkeypatch.context() as m:
-        m.setattr(tok._encoder, "_merged", lambda *chunks: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(tok._encoder, "merge", lambda *chunks: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tok.encode(TEXT)
     assert tok.encode(TEXT) == naive_ids(tok, TEXT)

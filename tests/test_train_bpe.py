@@ -79,6 +79,21 @@ def test_rare_and_long_tokens_are_left_out(corpus, train, in_process):
     assert "already" in train(*args)
 
 
+def test_it_continues_a_vocabulary(corpus, train, in_process):
+    args, first = ("--input", corpus / "c.txt", "--run-dir", corpus / "run"), corpus / "first.model"
+    train("--input", corpus / "c.jsonl", "--vocab-size", 280)
+    (corpus / "tok.model").rename(first)
+    train(*args, "--vocab-size", 300, "--init", first)
+    tok, before = Tokenizer.load(corpus / "tok.model"), Tokenizer.load(first)
+    assert tok.n_vocab == 301 and list(tok.merges)[:24] == list(before.merges)
+    assert "already" in train(*args, "--vocab-size", 300, "--init", first)
+    code, out, err = in_process(runlog_main, "verify", corpus / "run")
+    assert code == 0 and "trained again" in out, out + err
+    refused = ("--input", corpus / "c.txt", "--out", corpus / "x", "--init", first, "--pattern", "gpt2")
+    code, _, err = in_process(train_bpe.main, *refused)
+    assert code == 2 and "init splits text by" in err and err.count("\n") == 1 and not list(corpus.glob("x*"))
+
+
 def test_the_model_is_saved_even_if_an_export_fails(corpus, train, in_process, monkeypatch):
     """And what an earlier tokenizer left there does not stay beside it."""
     train("--input", corpus / "c.txt", "--vocab-size", 300)

@@ -15,6 +15,10 @@ from bpe import Tokenizer, reference
 from bpe.trainer import LinkedTokens, check_size, flat, learn_merges
 from common import UsageError
 
+TRAINED, WITH_GAP = Tokenizer("gpt4"), Tokenizer("gpt4")
+TRAINED.train("the cat sat on the mat " * 9, 262)
+WITH_GAP.__setstate__({"pattern": "gpt4", "merges": {(97, 98): 300}})
+
 
 def learn(chunks, num_merges):
     return {pair: token for pair, token, _ in learn_merges(Counter(chunks), 256 + num_merges)}
@@ -114,6 +118,46 @@ def test_no_token_is_longer_than_allowed(few, limit):
         expected = naive_train(Tokenizer(), [chunk.encode() for chunk in tok._split(text)], 256 + 60, limit)
         assert list(tok.merges.items()) == list(expected.items())
         assert max(map(len, tok.vocab.values())) <= limit
+
+
+@pytest.mark.core
+def test_a_vocabulary_is_continued(few):
+    rnd = random.Random(5)
+    for limit in [None, 4, 7] * 10:
+        pieces = rnd.choice([["a", "b"], ["the ", "cat", "北大", "12", "\n"], ["aa", "aaa", " "]])
+        first, second = ("".join(rnd.choices(pieces, k=rnd.randint(0, 80))) for _ in range(2))
+        tok, more = Tokenizer(pattern := rnd.choice(["none", "gpt4"])), Tokenizer(pattern)
+        with redirect_stderr(io.StringIO()):
+            tok.train(first, 256 + rnd.randint(0, 12))
+            expected = naive_train(tok, [c.encode() for c in tok._split(second)], 290, limit or 10**6)
+            tok.register_special_tokens({"<s>": tok.n_vocab})
+            more.train(second, 290, init=tok, max_token_length=limit)
+        assert list(more.merges.items()) == list(expected.items()) and not more.special_tokens
+        assert list(more.merges.items())[: len(tok.merges)] == list(tok.merges.items())
+        assert more.encode(second) == [i for c in tok._split(second) for i in reference.encode(c.encode(), expected)]
+
+
+def test_gpt2s_vocabulary_is_continued():
+    """Its bytes are in another order than their values."""
+    gpt2, more, text = Tokenizer.from_tiktoken("gpt2"), Tokenizer("gpt2"), "zxqv zxqv vqxz!"
+    more.train(text, 50258, init=gpt2)
+    assert list(more.merges.items())[:50000] == list(gpt2.merges.items()) and more.n_vocab == 50258
+    assert more.decode([50256]) in text and more.decode(more.encode(text)) == text
+    assert len(more.encode(text)) < len(gpt2.encode(text))
+
+
+@pytest.mark.parametrize(
+    "init, size, says",
+    [
+        (Tokenizer("gpt2"), 300, "init splits text by the pattern 'gpt2', not by 'gpt4'"),
+        ("tok.model", 300, "init is a Tokenizer"),
+        (TRAINED, 260, "vocab_size 260 is too small: init has 262 tokens"),
+        (WITH_GAP, 300, "init cannot be continued"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_continued_is_refused(init, size, says):
+    with pytest.raises(UsageError, match=says):
+        Tokenizer("gpt4").train("hello", size, init=init)
 
 
 @pytest.mark.parametrize("size, says", [(255, "too small"), (0, "too small"), (-1, "too small"), (10**10, "too large")])
