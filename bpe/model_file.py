@@ -9,10 +9,12 @@ import re
 from functools import partial
 from pathlib import Path
 
+from bpe.pretokenizer import PATTERNS
 from bpe.reference import render_token
-from common import UsageError, atomic_open, read_json
+from common import UsageError, atomic_open, open_text, read_json
 
 FORMAT, VERSION = "byte-level-bpe", 1
+MINBPE = "minbpe v1\n"  # the first line of a .model of karpathy/minbpe
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_BYTES = 1 << 31  # a hundred merges can describe a token of 2**100 bytes
 NORMALIZERS = "NFC", "NFD", "NFKC", "NFKD", "prefix_space"
@@ -90,6 +92,9 @@ def write_vocab(file, vocab, merges):
 
 def read_model(file):
     """Read and check a model file -> state. Nothing in it is executed; a damaged or edited file is a UsageError."""
+    with open_text(file) as f:
+        if f.readline() == MINBPE:
+            return _read_minbpe(file, f.read().split("\n"))
     model, check = read_json(file), partial(require, file)
     check(isinstance(model, dict) and model.get("format") == FORMAT, "it is not a tokenizer of this repository")
     version = model.get("version")
@@ -99,6 +104,20 @@ def read_model(file):
     state = checked_state(fields, file, name=Path(file).stem)
     check(state_sha256(state) == fields.get("sha256"), "its sha256 does not match its content")
     return state
+
+
+def _read_minbpe(file, lines):
+    """The lines after the first of minbpe's format -> state: pattern, number of special tokens, those, and merges."""
+    try:
+        pattern, n, *rest, end = lines
+        special = [line.rsplit(" ", 1) for line in rest[: int(n)]]
+        fields = {"special_tokens": {text: int(token) for text, token in special}}
+        fields["merges"] = [[*map(int, line.split())] for line in rest[int(n) :]]
+    except ValueError as e:
+        raise UsageError(f"{file} cannot be used: it is a damaged model of minbpe ({e})") from None
+    require(file, not end, "its last line is not complete")
+    names = {source: name for name, source in PATTERNS.items()} | {"": "none"}
+    return checked_state(fields | {"pattern": names.get(pattern, pattern)}, file, Path(file).stem)
 
 
 def checked_state(fields, source, name):

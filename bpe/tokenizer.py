@@ -290,7 +290,7 @@ class Tokenizer:
     def load(self, model_file=None):
         """Read PREFIX.model: `Tokenizer.load(file)` -> new Tokenizer; `tok.load(file)` makes `tok` the one in the file.
 
-        A damaged, edited or foreign file is a UsageError.
+        A .model of karpathy/minbpe is read, too. A damaged, edited or foreign file is a UsageError.
         """
         if model_file is None:  # called on the class
             return _from_state(read_model(self))

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 
 import bpe.encoder
 import bpe.trainer
 from bpe import Tokenizer, model_file, reference
+from bpe.pretokenizer import GPT4_SPLIT_PATTERN
 from bpe.tokenizer import load_tokenizer
 from common import UsageError
 
@@ -291,6 +293,44 @@ def test_a_damaged_model_is_refused_wherever_the_damage(tmp_path):
         Tokenizer.load(file)
     with pytest.raises(UsageError, match="does not exist"):
         Tokenizer.load(tmp_path / "none.model")
+
+
+MINBPE = "minbpe v1\n" + r"\w+| ?[^\w\s]+|\s+" + "\n1\n<|end of text|> 300\n97 98\n256 99\n256 256\n"
+
+
+@pytest.mark.parametrize("pattern", ["", GPT4_SPLIT_PATTERN, r"\w+| ?[^\w\s]+|\s+"])
+def test_a_model_of_minbpe_is_read(tmp_path, pattern):
+    lines = MINBPE.split("\n")
+    (tmp_path / "m.model").write_text("\n".join([lines[0], pattern, *lines[2:]]), encoding="utf-8")
+    tok = load_tokenizer(tmp_path / "m.model")
+    assert list(tok.merges.items()) == [((97, 98), 256), ((256, 99), 257), ((256, 256), 258)]
+    text = "abcab ababab! abab\n"
+    chunks = regex.findall(pattern, text) if pattern else [text]
+    assert tok.encode(text) == [i for chunk in chunks for i in reference.encode(chunk.encode(), tok.merges)]
+    assert tok.encode("ab<|end of text|>", "all") == [256, 300] and tok.pattern in ("none", "gpt4", pattern)
+    assert Tokenizer.load(tok.save(tmp_path / "ours")[0]).sha256 == tok.sha256
+
+
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        ("\n1\n", "\none\n", "damaged model of minbpe"),
+        ("> 300", ">", "damaged model of minbpe"),
+        ("97 98", "97 b", "damaged model of minbpe"),
+        ("97 98", "97", "merge 0 is not 2 ids"),
+        ("\n1\n", "\n2\n", "merge 0 refers"),
+        ("97 98", "97 300", "merge 0 refers"),
+        ("256 256\n", "256 25", "last line is not complete"),
+        (r"\w+|", "(", "valid regular expression"),
+        ("> 300", "> 97", "id of another token"),
+    ],
+)
+def test_a_damaged_model_of_minbpe_is_refused(tmp_path, old, new, says):
+    assert old in MINBPE
+    (tmp_path / "m.model").write_text(MINBPE.replace(old, new), encoding="utf-8")
+    with pytest.raises(UsageError, match=says) as caught:
+        Tokenizer.load(tmp_path / "m.model")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
