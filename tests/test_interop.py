@@ -4,15 +4,17 @@ import gzip
 import json
 import random
 import threading
+import unicodedata
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import regex
 import tiktoken
 from conftest import SPLIT_PARTS
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
 
-from bpe import Tokenizer, interop
+from bpe import Tokenizer, interop, pretokenizer
 from common import UsageError
 
 TEXT = "The cat's 1234 hats\n  don't fit; 北京大学的大学生。😀 naïve\x1c\x1f\r\n\t tab\n\n  " * 8
@@ -148,6 +150,37 @@ def test_random_text_gives_the_same_ids_everywhere(tok, tmp_path):
         assert tok.encode(text) == encoding.encode(text) == theirs.encode(text).ids, text
     with_surrogate = "a\ud800b"
     assert tok.encode(with_surrogate) == encoding.encode(with_surrogate)
+
+
+def texts_of_a_patterns_alphabet(pattern, n, rnd):
+    """Texts of the literals of a pattern and of members and non-members of each of its classes, as of Unicode 14."""
+    everything = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    names = sorted(set(regex.findall(r"\\p\{\w+\}|\\s", pattern)))
+    classes = [regex.findall(f"[{sign}{name}]", "".join(everything)) for name in names for sign in ("", "^")]
+    contractions = ["'s", "'ll", "'LL", "'lL", "'re", "'Ve", "'ſ", "'", "s", "L"]
+    literals = [*contractions, *"aB7 \t\r\n/!", " ", " ", "\n", "\r\n", "  "]
+    for _ in range(n):
+        few = [rnd.choice(rnd.choice(classes)) for _ in range(rnd.randint(1, 5))] + rnd.choices(literals, k=4)
+        yield "".join(rnd.choices(few, k=rnd.randint(1, 30)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT2", "GPT4", "O200K", "LLAMA3", "QWEN"])
+def test_5000_texts_of_a_patterns_own_alphabet_give_the_same_ids(name, tmp_path):
+    import tokenizers
+
+    pattern = getattr(pretokenizer, f"{name}_SPLIT_PATTERN")
+    texts = list(texts_of_a_patterns_alphabet(pattern, 5000, random.Random(9)))
+    unsplit = Tokenizer()
+    unsplit.train("".join(texts), 4000)  # its merges cross the borders of chunks: ids differ where the chunks do
+    tok = Tokenizer(pattern)
+    tok.__setstate__({**unsplit.__getstate__(), "pattern": pattern})
+    tok.save_huggingface(tmp_path)
+    theirs, encoding = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tok.to_tiktoken()
+    ours, whole = tok.encode_batch(texts), unsplit.encode_batch(texts)
+    assert sum(a != b for a, b in zip(ours, whole)) > 2500
+    assert [text for text, ids in zip(texts, ours) if encoding.encode(text) != ids] == []
+    assert [text for text, ids in zip(texts, ours) if theirs.encode(text).ids != ids] == []
 
 
 def test_a_vocabulary_that_tokenizers_trained_is_read(tmp_path):
