@@ -115,7 +115,7 @@ def _ranks(tok):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
     # tiktoken looks up whole chunks first, and merges any pair whose bytes are a token
     _, lengths = tok._encoder.merge(*flat([tok.vocab[token] for token in ids]))
-    extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b)
+    extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b, math.inf)
     if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
         raise UsageError("tiktoken would use tokens that these merges do not make")
     return ranks
@@ -157,7 +157,7 @@ def _state_of_ranks(ranks, pattern, special_tokens, name):
         raise UsageError(f"{name} is not a byte-level vocabulary: it has no token for byte {byte_ids.index(None)}")
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = _parts(token, lambda a, b: ranks.get(a + b))
+            parts = _parts(token, lambda a, b: ranks.get(a + b, math.inf))
             if len(parts) == 2:
                 merges.append([ranks[parts[0]], ranks[parts[1]], rank])
             else:
@@ -169,17 +169,21 @@ def _state_of_ranks(ranks, pattern, special_tokens, name):
 def _parts(token, rank_of):
     """Encode the bytes of a token up to its last merge -> the two parts of that merge, or more if no merge makes it.
 
+    rank_of: two neighbouring parts -> the rank of their merge, infinite if there is none.
+
     How a token is merged does not depend on its context, so these are its parts wherever it occurs.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        ranks = [math.inf if (rank := rank_of(a, b)) is None else rank for a, b in pairwise(parts)]
-        best = min(ranks)
-        if best == math.inf:
-            break
+    ranks = [rank_of(a, b) for a, b in pairwise(parts)]
+    while len(ranks) > 1 and (best := min(ranks)) < math.inf:
         i = ranks.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts if len(parts) > 2 or rank_of(*parts) is not None else [*parts, b""]
+        parts[i] += parts.pop(i + 1)
+        del ranks[i]
+        if i > 0:
+            ranks[i - 1] = rank_of(parts[i - 1], parts[i])
+        if i < len(ranks):
+            ranks[i] = rank_of(parts[i], parts[i + 1])
+    return parts if min(ranks) < math.inf else [*parts, b""]
 
 
 def bytes_to_unicode():
@@ -363,7 +367,8 @@ def _without_dead_merges(fields):
         todo = [m for m in todo if m[2] not in data]
     order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
     makes = {
-        token: tuple(_parts(data[token], lambda a, b: order.get((a, b)))) for token in {m[2] for m in fields["merges"]}
+        token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf)))
+        for token in {m[2] for m in fields["merges"]}
     }
     merges = [m for k, m in enumerate(fields["merges"]) if order.get(makes[m[2]]) == k]
     lost = makes.keys() - {token for _, _, token in merges}
