@@ -5,13 +5,13 @@
     python bench/bench_bpe.py compression --input english.txt chinese.jsonl
 
 Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), a checkout of
-karpathy/minbpe, and where they are installed `rustbpe`, `fastokens` and `gigatoken` (encoding only; who cannot read the
-pattern fails). Each turn is a process of its own. Ours, `tiktoken` and minbpe use one thread, the others as many as
-they like, unless --threads says otherwise. Timed is training from a str in memory
-to the merges, and encoding of text that the tokenizer has not seen before: "cold" with an empty cache, "warm" after the
-preceding part of the file went through it. Peak memory is what the process needed beyond its imports and the text.
+karpathy/minbpe, and if installed `rustbpe`, `fastokens` and `gigatoken` (encoding only; those that cannot read the
+pattern fail). Each turn is a process of its own. Ours, `tiktoken` and minbpe use one thread, the others --threads,
+which defaults to all cores. Timed are training, from a str in memory to the merges, and encoding of text that the
+tokenizer has not seen before: "cold" with an empty cache, "warm" after encoding the preceding part of the file. Peak
+memory is that of the process beyond its imports and the text.
 
-compression: each text gets a tokenizer of its own, trained on nine tenths; bytes per token are those of the last tenth.
+compression: each text gets its own tokenizer, trained on nine tenths; bytes per token are measured on the last tenth.
 One training serves all sizes, since the first merges of a large vocabulary are the smaller vocabulary.
 """
 
@@ -56,7 +56,7 @@ class Config(BenchConfig):
 
 
 def speed(cfg):
-    """Training, encoding and growth; what ours learns must equal what the naive algorithm learns."""
+    """Training, encoding and growth; our merges must equal those of the naive algorithm."""
     text, tok = "".join(read_documents(cfg.input)), Tokenizer(cfg.pattern)  # which refuses a wrong pattern
     trainers, encoders = baselines(cfg.minbpe)
     cfg.threads = cfg.threads or os.cpu_count()
@@ -84,7 +84,7 @@ def speed(cfg):
 
 
 def compare(cfg, log, name, make, functions, text, args):
-    """Turns of all trainers, or of all encoders -> their facts, their rows."""
+    """Turns of all trainers or all encoders -> their facts, their rows."""
     contestants = {who: Contestant(make, (function, text, *args)) for who, function in functions.items()}
     facts, rows, size = take_turns(contestants, cfg, log, name), [], len(text.encode())
     for who, f in facts.items():
@@ -96,15 +96,15 @@ def compare(cfg, log, name, make, functions, text, args):
 
 
 def training(train, text, vocab_size, pattern):
-    """A trainer -> its `turn`, after a warm-up for imports and patterns, which sees nothing of the text."""
+    """A trainer -> its `turn`, after a warm-up for imports and patterns on other text."""
     train("warm up", 260, pattern)
     return timed(lambda: train(text, vocab_size, pattern), "merges")
 
 
 def encoding(encoder, text, before, merges, pattern):
-    """An encoder -> its `turn`. before: what has gone through its cache."""
+    """An encoder -> its `turn`. before: text that it encodes first, to fill its cache."""
     encode = encoder(with_merges(Tokenizer(pattern), merges))
-    encode(" ".join(f"x{k}y" for k in range(99)))  # builds tables that are made at the first call; nothing of the text
+    encode(" ".join(f"x{k}y" for k in range(99)))  # builds the tables of the first call, on other text
     encode(before)
     return timed(lambda: encode(text), "ids")
 
@@ -117,7 +117,7 @@ def with_merges(tok, merges):
 
 
 def python_source(size):
-    """`size` bytes of the Python files installed here, in order of their path; UsageError if there are not so many."""
+    """`size` bytes of the installed Python files, in order of their paths; UsageError if there are fewer."""
     data = bytearray()
     for folder in map(Path, (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))):
         for file in sorted(folder.rglob("*.py")):
@@ -127,14 +127,14 @@ def python_source(size):
     raise UsageError(f"only {len(data):,} bytes of Python source are installed here; ask for less with --growth")
 
 
-# who trains: function of (text, vocab_size, pattern) -> merges, or None from those that keep them to themselves
-# who encodes: function of (our Tokenizer) -> a function text -> ids, with the same merges
+# trainers: function of (text, vocab_size, pattern) -> merges, or None from libraries that do not expose them
+# encoders: function of (our Tokenizer) -> a function text -> ids, with the same merges
 
 NAIVE = "naive (bpe/reference.py)"
 
 
 def baselines(minbpe):
-    """Trainers and encoders by name with version, ours first. minbpe: a folder or None; rustbpe: where installed."""
+    """Trainers and encoders by name with version, ours first. minbpe: a folder or None."""
     hf, tiktoken = f"tokenizers {version('tokenizers')}", f"tiktoken {version('tiktoken')}"
     trainers = {"ours": train_ours, NAIVE: train_naive, hf: train_tokenizers}
     encoders = {"ours": attrgetter("encode_ordinary"), tiktoken: encoder_tiktoken}
@@ -143,14 +143,14 @@ def baselines(minbpe):
     if find_spec("rustbpe"):
         trainers[f"rustbpe {version('rustbpe')}"] = train_rustbpe
     if minbpe:
-        minbpe_tokenizer(minbpe, "none")  # refused now, not in its turn
+        minbpe_tokenizer(minbpe, "none")  # fail now, not in its turn
         trainers["minbpe"] = partial(train_ours, make=partial(minbpe_tokenizer, minbpe))
         encoders["minbpe"] = partial(encoder_minbpe, minbpe)
     return trainers, encoders
 
 
 def train_ours(text, vocab_size, pattern, make=Tokenizer):
-    """Our tokenizer, or another one of the same interface, which is minbpe's."""
+    """Our tokenizer, or minbpe's, which has the same interface."""
     tok = make(pattern)
     tok.train(text, vocab_size)
     return list(tok.merges)
@@ -182,7 +182,7 @@ def encoder_tiktoken(tok):
 
 
 def encoder_of_json(library, tok):
-    """A library through the tokenizer.json that we export."""
+    """A library that reads the tokenizer.json that we export."""
     make = importlib.import_module(library).Tokenizer
     with tempfile.TemporaryDirectory() as folder:
         tok.save_huggingface(folder)
@@ -193,7 +193,7 @@ def encoder_of_json(library, tok):
 
 
 def minbpe_tokenizer(folder, pattern):
-    """A tokenizer of the minbpe in a checkout."""
+    """A tokenizer of a minbpe checkout."""
     spec = spec_from_file_location("minbpe", folder / "minbpe" / "__init__.py")
     sys.modules["minbpe"] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -207,7 +207,7 @@ def encoder_minbpe(folder, tok):
 
 
 def compression(cfg):
-    """Bytes per token on held-out text, against the size of the vocabulary; for each text GPT-2's, too."""
+    """Bytes per token on held-out text by vocabulary size, and for each text those of GPT-2's vocabulary."""
     if min(cfg.vocab_sizes) < 256:
         raise UsageError("--vocab-sizes are sizes of at least the 256 bytes")
     texts, gpt2, rows = [halves(file) for file in cfg.input], Tokenizer.from_tiktoken("gpt2"), []
@@ -216,14 +216,14 @@ def compression(cfg):
             name, tok = file.name.split(".")[0], Tokenizer(cfg.pattern)
             tok.train(seen, max(cfg.vocab_sizes))
             for size in sorted({min(size, tok.n_vocab) for size in cfg.vocab_sizes}):
-                merges = islice(tok.merges.items(), size - 256)  # merging is greedy, so a prefix it is
+                merges = islice(tok.merges.items(), size - 256)  # merging is greedy: a smaller vocabulary is a prefix
                 rows.append(compressed(name, "ours", with_merges(tok, dict(merges)), unseen))
             rows.append(compressed(name, "gpt2", gpt2, unseen))
         finish(log, rows, "bytes_per_token")
 
 
 def halves(file):
-    """A text -> (documents to train on, documents held out); UsageError where there are less than ten."""
+    """A text -> (documents to train on, documents held out); UsageError if it has fewer than ten."""
     docs = list(documents("jsonl" if ".jsonl" in file.suffixes else "files", [file]))
     if len(docs) < HELD_OUT:
         raise UsageError(f"{file} is too short: it has {len(docs)} documents of a few kB, and every tenth is held out")
@@ -231,7 +231,7 @@ def halves(file):
 
 
 def compressed(name, who, tok, docs):
-    """One row: how the tokenizer does on the documents."""
+    """The row of a tokenizer on the documents."""
     encoded = [tok.encode_ordinary(text) for text in tqdm(docs, desc=f"{name}, {who}", leave=False, disable=None)]
     tokens, size = sum(map(len, encoded)), sum(len(text.encode("utf-8")) for text in docs)
     more = {"n_vocab": tok.n_vocab, "bytes": size, "tokens": tokens, "bytes_per_token": size / tokens}
