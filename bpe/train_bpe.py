@@ -45,6 +45,8 @@ class Config:
 def main():
     """Train and write the files in all formats; exit at once if they exist."""
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    if cfg.init and cfg.init.resolve() == Path(f"{cfg.out}.model").resolve():
+        raise UsageError(f"--init and --out are both {cfg.init}, which would be replaced; choose another --out")
     sources = {"input": fingerprint(cfg.input), **{key: getattr(cfg, key) for key in SETTINGS}}
     sources["init"] = cfg.init and file_sha256(cfg.init)
     if is_done(cfg.out, sources):

@@ -144,10 +144,6 @@ class _PairIndex:
         self.heap = []  # (-count, first position, p, q), each a lower bound
         self.floor = None
 
-    @property
-    def n_ids(self):
-        return len(self.token_lengths)
-
     def count(self, where):
         if self.weights is None:
             return len(where)
@@ -164,8 +160,9 @@ class _PairIndex:
             self._weights = memoryview(self.weights)
         self.where.clear()
         self.heap.clear()
-        where, starts, counts, pairs = _all_pairs(self.tokens, self.n_ids, self.weights)
-        p, q = np.divmod(pairs, self.n_ids)
+        n_ids = len(self.token_lengths)
+        where, starts, counts, pairs = _all_pairs(self.tokens, n_ids, self.weights)
+        p, q = np.divmod(pairs, n_ids)
         lengths = np.array(self.token_lengths)
         counts[lengths[p] + lengths[q] > self.max_token_length] = 0
         if not counts.any():
@@ -219,7 +216,7 @@ class _PairIndex:
                 yield x, where, count
 
     def _find_many(self, done, positions, neighbours):
-        counts = np.zeros(self.n_ids + 1, np.int64)  # shifted by one: index 0 takes the separators
+        counts = np.zeros(len(self.token_lengths) + 1, np.int64)  # shifted by one: index 0 takes the separators
         np.add.at(counts, neighbours + 1, 1 if self.weights is None else self.weights[done])
         counts[0] = 0
         for x in (np.flatnonzero(counts >= self.floor) - 1).tolist():
