@@ -1,4 +1,4 @@
-"""Cut text into the chunks that merges never cross.
+"""Split text into the chunks that merges never cross.
 
 A pattern is `"none"` (the whole text is one chunk), `"gpt2"`, `"gpt4"`, or a regular expression in the syntax of the
 `regex` module. The two named ones are those that OpenAI published with GPT-2 and with cl100k_base.

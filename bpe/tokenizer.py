@@ -129,7 +129,7 @@ class Tokenizer:
         num_workers: processes that split the text into chunks. The merges do not depend on it.
         min_frequency: a pair that occurs less often is not merged.
         max_token_length: bytes; a pair whose token would be longer is not merged.
-        init: Tokenizer whose vocabulary is continued: its merges keep their order and ids, new ones follow.
+        init: Tokenizer to continue: its merges keep their order and ids, new ones follow. No special token is kept.
 
         Memory is bounded by the different chunks, not by the length of an iterable. Fewer merges are learned, with a
         message, when no pair is left. On a terminal there are progress bars.
