@@ -17,8 +17,6 @@ Runs that are not finished or contradict their own checksums are named and left 
 candidate with a diverged run is never called better, and one without any other run is worse.
 """
 
-import contextlib
-import io
 import math
 from dataclasses import asdict, dataclass, field
 
@@ -78,19 +76,14 @@ def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, 
     baseline, candidate = usable(baseline, "baseline", notes), usable(candidate, "candidate", notes)
     if not baseline or not (candidate or diverged):
         raise UsageError("no run is left to judge: " + ("; ".join(notes) or "none was named"))
+    facts = compare_sides(baseline, candidate or baseline, metric, at, alpha, delta, fixed)
     if not candidate:
-        facts = compare_outcomes(baseline, baseline, metric, at, alpha, delta, fixed)
         facts.update(verdict="worse", difference=None, low=None, high=None, candidate=None, n=0, more=0)
-        candidate = named
-    elif all(run.kind == "hellaswag" for run in [*baseline, *candidate]):
-        facts = compare_items(baseline, candidate, metric or "acc_norm", alpha)
-    else:
-        facts = compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed)
-    if diverged and facts["verdict"] in ("better", "no difference"):
+    elif diverged and facts["verdict"] in ("better", "no difference"):
         facts["verdict"] = "undecided"
-    frame = differences([*baseline, *candidate]).drop(columns=["seed"], errors="ignore")
-    settings = {name: [frame[name].iloc[0], frame[name].iloc[-1]] for name in frame}
-    settings = {name: pair for name, pair in settings.items() if pair[0] != pair[1]}
+    frame = differences([*baseline, *(candidate or named)]).drop(columns=["seed"], errors="ignore")
+    old, new = frame.iloc[0], frame.iloc[-1]
+    settings = {name: [old[name], new[name]] for name in frame if old[name] != new[name]}
     return Verdict(**facts, alpha=alpha, settings=settings, notes=notes)
 
 
@@ -104,16 +97,16 @@ def usable(runs, side, notes):
     """The runs that can be averaged; what is wrong with the others, or cannot be verified, is appended to `notes`."""
     kept, open_ = [], []
     for run in runs:
-        report = Report()
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            check_metrics(run, report)
-            check_result(run, report)
+        said = []
+        report = Report(say=said.append)
+        check_metrics(run, report)
+        check_result(run, report)
         if run.status == "diverged":
             notes.append(f"{side} {run.name} diverged: left out")
         elif run.status in ("running", "stale", "preempted", "failed"):
             notes.append(f"{side} {run.name} is not finished ({run.status}): left out")
         elif report.failed:
-            why = next(line.split(maxsplit=1)[1] for line in said.getvalue().splitlines() if line.startswith("FAIL"))
+            why = next(line.split(maxsplit=1)[1] for line in said if line.startswith("FAIL"))
             notes.append(f"{side} {run.name} contradicts its record: left out ({why})")
         else:
             kept.append(run)
@@ -125,41 +118,49 @@ def usable(runs, side, notes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# figures by seed
+# figures by seed, or by item of HellaSwag
 
 
-def compare_outcomes(baseline, candidate, metric, at, alpha, delta, fixed):
-    """The test on one figure a run -> the fields of a Verdict."""
-    runs = [*baseline, *candidate]
-    metric, where, values = outcomes(runs, metric, at)
-    a, b = by_seed(baseline, values), by_seed(candidate, values[len(baseline) :])
-    noise = float(np.std([*a.values()], ddof=1)) if len(a) > 1 else None
+def compare_sides(baseline, candidate, metric, at, alpha, delta, fixed):
+    """The test on the figures of both sides -> the fields of a Verdict.
+
+    Of HellaSwag runs the items are the pairs, all of them at one look, and the p-value is that of McNemar's exact test.
+    """
+    items = all(run.kind == "hellaswag" for run in [*baseline, *candidate])
+    metric, where, a, b = (answers if items else outcomes)(baseline, candidate, metric, at)
+    noise = float(np.std([*a.values()], ddof=1)) if len(a) > 1 and not items else None
     delta = noise if delta is None else delta
-    shared = [seed for seed in a if seed in b]
+    shared = [key for key in a if key in b]
     paired = len(shared) >= min(2, len(b))
     if paired:
-        a, b = {seed: a[seed] for seed in shared}, {seed: b[seed] for seed in shared}
-    sample = Sample.of([*a.values()], [*b.values()], paired)
+        a, b = {key: a[key] for key in shared}, {key: b[key] for key in shared}
+    sample, fixed = Sample.of([*a.values()], [*b.values()], paired), fixed or items
     low, high = sample.interval(alpha, fixed)
-    verdict = decide(low, high, delta, higher=metric.split()[-1] in HIGHER_IS_BETTER)
-    rows = [
-        {run.settings.get("seed"): untimed(run.metrics) or run.result for run in side} for side in (baseline, candidate)
-    ]
-    if paired and all(rows[0][seed] == rows[1][seed] for seed in shared):
+    verdict, p = decide(low, high, delta, higher=metric.split()[-1] in HIGHER_IS_BETTER), sample.p_value(fixed)
+    if items:
+        same, gained, lost = a == b, sum(b[i] > a[i] for i in shared), sum(b[i] < a[i] for i in shared)
+        p = 1.0 if same else float(stats.binomtest(gained, gained + lost).pvalue)
+        verdict = "undecided" if p > alpha and verdict != "no difference" else verdict
+    else:
+        rows = [
+            {run.settings.get("seed"): untimed(run.metrics) or run.result for run in s} for s in (baseline, candidate)
+        ]
+        same = paired and all(rows[0][seed] == rows[1][seed] for seed in shared)
+    if same:
         verdict, low, high = "no difference", 0.0, 0.0
+    more = 0 if verdict != "undecided" else None if items else sample.more(alpha, fixed, delta)
     low, high = (bound if math.isfinite(bound) else None for bound in (low, high))
     return {
         "verdict": verdict, "metric": metric, "at": where, "difference": sample.mean, "low": low, "high": high,
-        "p": sample.p_value(fixed), "n": sample.n, "paired": sample.paired, "noise": noise, "delta": delta,
-        "more": sample.more(alpha, fixed, delta) if verdict == "undecided" else 0,
+        "p": p, "n": sample.n, "paired": sample.paired, "noise": noise, "delta": delta, "more": more,
         "baseline": float(np.mean([*a.values()])), "candidate": float(np.mean([*b.values()])),
-        "values": {"baseline": a, "candidate": b},
+        "values": {} if items else {"baseline": a, "candidate": b},
     }  # fmt: skip
 
 
-def outcomes(runs, metric, at):
-    """One figure a run -> (name of the metric, place, [value]). Rows are read where all runs have arrived."""
-    kinds = ["val"]
+def outcomes(baseline, candidate, metric, at):
+    """One figure a seed, read from rows where all runs have arrived -> (metric's name, place, {seed: figure} twice)."""
+    kinds, runs = ["val"], [*baseline, *candidate]
     if metric:
         kinds = dict.fromkeys(["val", "hellaswag", *(row["kind"] for run in runs for row in run.metrics)])
     elif len({run.settings.get("tokenizer_sha256") for run in runs}) > 1:
@@ -172,12 +173,15 @@ def outcomes(runs, metric, at):
             end = min(xs[-1] for xs, _ in curves)
             if late := [run.name for run, (xs, _) in zip(runs, curves) if xs[0] > end]:
                 raise UsageError(f"{late[0]} has no {kind} {metric} before {at} {end:,.6g}, where another run ends")
-            return f"{kind} {metric}", f"{at} {end:,.6g}", [float(np.interp(end, xs, ys)) for xs, ys in curves]
-    values = [run.result.get(metric) for run in runs]
-    if not all(isinstance(value, int | float) for value in values):
-        fields = sorted({k for run in runs for row in run.metrics for k in row} | {k for r in runs for k in r.result})
-        raise UsageError(f"not all of these runs record {metric}; fields: {', '.join(fields)}")
-    return metric, "the end", [float(value) for value in values]
+            metric, where = f"{kind} {metric}", f"{at} {end:,.6g}"
+            values = [np.interp(end, xs, ys) for xs, ys in curves]
+            break
+    else:
+        where, values = "the end", [run.result.get(metric) for run in runs]
+        if not all(isinstance(value, int | float) for value in values):
+            fields = sorted({k for r in runs for row in [*r.metrics, r.result] for k in row})
+            raise UsageError(f"not all of these runs record {metric}; fields: {', '.join(fields)}")
+    return metric, where, by_seed(baseline, values), by_seed(candidate, values[len(baseline) :])
 
 
 def by_seed(runs, values):
@@ -186,6 +190,23 @@ def by_seed(runs, values):
     for run, value in zip(runs, values):
         groups.setdefault(run.settings.get("seed"), []).append(value)
     return {seed: float(np.mean(group)) for seed, group in groups.items()}
+
+
+def answers(baseline, candidate, metric, at):
+    """The items that both HellaSwag runs answered -> (metric's name, place, {item: answered rightly} twice)."""
+    if len(baseline) > 1 or len(candidate) > 1:
+        raise UsageError("HellaSwag's items are compared between one baseline run and one candidate run")
+    metric, sides = metric or "acc_norm", []
+    for run in (*baseline, *candidate):
+        path = next(iter(sorted(run.run_dir.glob("hellaswag.jsonl*"))), None)
+        rows = [row for _, row in read_jsonl(path)] if path else []
+        if not rows or any(metric not in row for row in rows):
+            raise UsageError(f"{run.run_dir} has no hellaswag.jsonl with answers by {metric} (acc, acc_norm, acc_char)")
+        sides.append({row["item"]: int(row[metric] == row["label"]) for row in rows})
+    a, b = ({item: side[item] for item in sides[0] if item in sides[1]} for side in sides)
+    if not a:
+        raise UsageError(f"{baseline[0].name} and {candidate[0].name} have no items in common")
+    return f"hellaswag {metric}", f"{len(a):,} items", a, b
 
 
 @dataclass
@@ -272,65 +293,25 @@ def holm(p_values, alpha):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# items of HellaSwag
-
-
-def compare_items(baseline, candidate, field_name, alpha):
-    """McNemar's exact test on the items that both answered -> the fields of a Verdict. It is valid for one look."""
-    if len(baseline) > 1 or len(candidate) > 1:
-        raise UsageError("HellaSwag's items are compared between one baseline run and one candidate run")
-    a, b = answers(baseline[0], field_name), answers(candidate[0], field_name)
-    items = a.keys() & b.keys()
-    if not items:
-        raise UsageError(f"{baseline[0].name} and {candidate[0].name} have no items in common")
-    gained, lost = sum(b[i] and not a[i] for i in items), sum(a[i] and not b[i] for i in items)
-    n, difference = len(items), (gained - lost) / len(items)
-    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    # Agresti and Min 2005: the interval of a difference of paired proportions, half an answer added to each cell
-    total = n + 2
-    variance = (gained + lost + 1 - (gained - lost) ** 2 / total) / total**2
-    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt(variance)
-    low, high = ((gained - lost) / total + side * half for side in (-1, 1))
-    verdict = "undecided" if p > alpha else "better" if gained > lost else "worse"
-    if gained + lost == 0:
-        verdict, low, high = "no difference", 0.0, 0.0
-    return {
-        "verdict": verdict, "metric": f"hellaswag {field_name}", "at": f"{n:,} items", "difference": difference,
-        "low": low, "high": high, "p": p, "n": n, "paired": True, "noise": None, "delta": None, "more": None,
-        "baseline": sum(a[i] for i in items) / n, "candidate": sum(b[i] for i in items) / n,
-    }  # fmt: skip
-
-
-def answers(run, field_name):
-    """{item: answered rightly} of a HellaSwag run."""
-    path = next(iter(sorted(run.run_dir.glob("hellaswag.jsonl*"))), None)
-    if path is None:
-        raise UsageError(f"{run.run_dir} has no hellaswag.jsonl: its items cannot be paired")
-    rows = [row for _, row in read_jsonl(path)]
-    if any(field_name not in row for row in rows):
-        raise UsageError(f"{path} has no answers by {field_name} (acc, acc_norm, acc_char)")
-    return {row["item"]: row[field_name] == row["label"] for row in rows}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # for people
 
 
 def describe(v):
     """A Verdict in lines of text."""
+    of_items = v.at.endswith(" items")
     lines = [f"{v.verdict}: {v.metric} at {v.at}, baseline {number(v.baseline)}"]
     if v.difference is not None:
         low, high = ("unbounded" if bound is None else f"{bound:+.4f}" for bound in (v.low, v.high))
-        unit = "seeds on either side, not paired" if not v.paired else "pairs of runs with the same seed"
+        unit = "pairs of runs with the same seed" if v.paired else "seeds on either side, not paired"
         lines[0] += f", candidate {number(v.candidate)}"
         lines.append(f"difference {v.difference:+.4f}, {1 - v.alpha:.4g} interval {low} … {high}, p = {v.p:.2g}")
-        lines.append(f"{v.n:,} {'items' if v.metric.startswith('hellaswag') and v.noise is None else unit}")
+        lines.append(v.at if of_items else f"{v.n:,} {unit}")
     if v.noise is not None:
         source = "the noise" if v.delta == v.noise else "given"
         lines.append(f"noise of the baseline over seeds {v.noise:.4f}; delta {v.delta:.4f} ({source})")
-    if v.verdict == "undecided" and v.delta is None:
+    if v.verdict == "undecided" and v.delta is None and not of_items:
         lines.append("one seed of the baseline does not tell the noise; add seeds, or say with --delta what counts")
-    if v.verdict == "undecided" and v.noise is not None:
+    if v.more or (v.more is None and v.low is not None and not of_items):
         more = f"about {v.more} more" if v.more else f"more than {MOST_SEEDS:,}"
         lines.append(f"with this mean and spread, a decision takes {more} seeds")
     lines += [f"differs: {name} {old} -> {new}" for name, (old, new) in v.settings.items()]

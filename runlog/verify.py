@@ -6,6 +6,7 @@ Every run is checked for its checksums and for figures that its files state twic
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,17 +24,18 @@ class Report:
     failed: int = 0  # checks that contradict the record
     unproved: int = 0  # checks that could not be made
     reasons: list = field(default_factory=list)  # why a replay here may differ in the last bits
+    say: Callable = lambda text: print(text, flush=True)  # where a line goes
 
     def ok(self, text):
-        print(f"ok        {text}", flush=True)
+        self.say(f"ok        {text}")
 
     def fail(self, text):
         self.failed += 1
-        print(f"FAIL      {text}", flush=True)
+        self.say(f"FAIL      {text}")
 
     def open(self, text):
         self.unproved += 1
-        print(f"unproved  {text}", flush=True)
+        self.say(f"unproved  {text}")
 
 
 def verify(run, steps=5, whole=False, data=None):

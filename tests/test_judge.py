@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 from runlog import RunLog, read_run
 from runlog.__main__ import main
-from runlog.judge import PRIOR_VARIANCE, Sample, critical_t, decide, draw_verdicts, holm, judge
+from runlog.judge import PRIOR_VARIANCE, Sample, critical_t, decide, describe, draw_verdicts, holm, judge
 
 
 def train(folder, name, seed, loss, status="success", wobble=0.0, steps=(0, 10, 20), **settings):
@@ -119,7 +119,22 @@ def test_hellaswag_by_mcnemar(tmp_path):
     gained, lost = (right_b & ~right_a).sum(), (right_a & ~right_b).sum()
     assert verdict.p == pytest.approx(2 * stats.binom.cdf(lost, gained + lost, 0.5))
     assert verdict.verdict == "better" and verdict.difference == pytest.approx((gained - lost) / 400)
-    assert judge([a], [a]).verdict == "no difference"
+    assert verdict.low == pytest.approx(
+        stats.ttest_rel(right_b.astype(int), right_a.astype(int)).confidence_interval().low
+    )
+    assert "\n400 items" in describe(verdict) and judge([a], [a]).verdict == "no difference"
+    undecided = judge([a], [b], alpha=1e-9)
+    assert undecided.verdict == "undecided" and "seed" not in describe(undecided)
+    assert judge([a], [b], alpha=1e-9, delta=0.9).verdict == "no difference"
+
+
+def test_what_is_not_known_of_the_seeds_to_come_is_not_said(tmp_path):
+    """The spread of one pair is not known, and more seeds do not mend a run that diverged."""
+    baseline, candidate = arms(tmp_path, [4.0, 4.4, 3.7], [3.0, 3.4, 2.7])
+    assert "a decision takes" not in describe(judge(baseline, candidate[:1]))
+    diverged = train(tmp_path, "b", 4, 9.0, status="diverged")
+    assert "a decision takes" not in describe(judge(baseline, [*candidate, diverged], fixed=True))
+    assert "a decision takes about" in describe(judge(baseline, candidate, alpha=1e-3))
 
 
 @pytest.mark.core
