@@ -335,34 +335,22 @@ def refuse_another_corpus(out, source):
         raise UsageError(f"{out} already holds a corpus from another source ({there['source']}); name another folder")
 
 
-def download(
-    corpus: tyro.conf.Positional[Literal["fineweb", "fineweb-edu"]],
-    out: Path,
-    shards: int = 10,
-    input: Path | None = None,
-):
+def download(corpus: tyro.conf.Positional[Literal["fineweb", "fineweb-edu"]], out: Path, shards: int = 10):
     """Download a validation shard and SHARDS training shards of GPT-2 tokens (100M, 200 MB each), and adopt them.
 
-    Complete files are not downloaded again. INPUT is a folder that has them, instead of the hub.
+    Complete files are not downloaded again. `adopt` alone takes in a folder of them from elsewhere.
     """
     repo, prefix, available = READY_MADE[corpus]
     if not 1 <= shards <= available:
         raise UsageError(f"{repo} has {available} training shards; --shards {shards} is not among them")
     refuse_another_corpus(out, {"source": "download", "hub": repo})
     names = [f"{prefix}_val_000000.bin", *(f"{prefix}_train_{i:06d}.bin" for i in range(1, shards + 1))]
-    for name in tqdm(names, desc="downloading", unit="shard", disable=None):
-        with suppress(UsageError):
+    with from_hub(repo, f"bring its files to {out} and take them in with `adopt`"):
+        huggingface_hub.snapshot_download(repo, repo_type="dataset", local_dir=out, allow_patterns=names)
+        for name in names:  # without a network, the hub's library returns a folder as it is
             read_shard(out / name)
-            continue
-        if input is None:
-            with from_hub(repo, "name a folder with --input"):
-                huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=out)
-        else:
-            with open(input / name, "rb") as source, atomic_open(out / name, "wb") as target:
-                shutil.copyfileobj(source, target)
     adopt(out, hub=repo)
-    if input is None:
-        fetch_hellaswag()
+    fetch_hellaswag()
 
 
 def main():

@@ -391,7 +391,7 @@ def test_foreign_shards_are_adopted(foreign, undisturbed, script, assert_refuses
 def test_two_corpora_do_not_share_a_folder(undisturbed, foreign, assert_refuses):
     ours = undisturbed["jsonl"]
     before = (ours / "meta.json").read_bytes()
-    args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 1, "--input", foreign)
+    args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 1)
     assert_refuses(*args, "--out", ours, says="another source (jsonl)")
     assert (ours / "meta.json").read_bytes() == before and not list(ours.glob("finewebedu_*"))
     (foreign / "blocks").mkdir()
@@ -404,21 +404,33 @@ def test_shards_of_another_tokenizer_are_not_adopted(foreign, assert_refuses):
     assert not (foreign / "meta.json").exists()
 
 
-def test_ready_made_shards_are_fetched(foreign, script, assert_refuses, tmp_path, monkeypatch):
+def test_ready_made_shards_are_fetched(foreign, in_process, tmp_path, monkeypatch):
     """nanoGPT#202: shards that others have made, instead of hours of tokenizing."""
-    args = ("data/prepare.py", "download", "fineweb-edu", "--shards", 2, "--out", tmp_path / "got")
-    script(*args, "--input", foreign)
-    assert sorted(p.name for p in (tmp_path / "got").glob("*.bin")) == [
-        "finewebedu_train_000001.bin", "finewebedu_train_000002.bin", "finewebedu_val_000000.bin",
-    ]  # fmt: skip
-    verify(tmp_path / "got")
-    shutil.rmtree(foreign)  # what is there is not fetched again: neither from the folder nor from the hub
-    script(*args)
-    assert_refuses(
-        "data/prepare.py", "adopt", tmp_path / "got", says="already holds a corpus from another source (download)"
-    )
-    assert_refuses(*args[:3], "--shards", 200, "--out", tmp_path / "got", says="has 99")
-    assert_refuses(*args[:3], "--shards", 3, "--out", tmp_path / "got", says="name a folder with --input")
+    wanted = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
+    out = tmp_path / "got"
+
+    def snapshot(repo, *, repo_type, local_dir, allow_patterns):
+        assert (repo, repo_type, allow_patterns) == ("kjj0/finewebedu10B-gpt2", "dataset", wanted)
+        out.mkdir()
+        for name in wanted:
+            shutil.copy(foreign / name, local_dir)
+
+    def download(shards, hub=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "fetch_hellaswag", lambda: None)
+            if hub:
+                patch.setattr("huggingface_hub.snapshot_download", hub)
+            code, _, err = in_process(prepare.main, "download", "fineweb-edu", "--shards", shards, "--out", out)
+        return err if code else ""
+
+    assert not download(2, snapshot)
+    assert sorted(p.name for p in out.glob("*.bin")) == sorted(wanted)
+    assert verify(out)["source"] == {"source": "download", "hub": "kjj0/finewebedu10B-gpt2"}
+    assert not download(2)  # what is there is not fetched again
+    assert "already holds a corpus from another source (download)" in in_process(prepare.main, "adopt", out)[2]
+    assert "has 99" in download(200)
+    message = download(3)
+    assert "finewebedu_train_000003.bin is missing" in message and message.endswith("with `adopt`\n")
 
 
 @pytest.mark.parametrize("reachable", [True, False])
