@@ -18,6 +18,7 @@ from common.files import (
     atomic_folder,
     atomic_open,
     file_sha256,
+    locked,
     open_text,
     plain,
     portable,

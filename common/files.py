@@ -1,11 +1,13 @@
 """Atomic file writing, UTF-8 text, standard JSON and checksums."""
 
+import errno
 import gzip
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -53,6 +55,29 @@ def atomic_folder(path):
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def locked(path, what):
+    """Hold the operating system's lock `path` on the folder `what`; UsageError if another process, on any host, does.
+
+    The lock is dropped when its holder dies; the file that remains has no meaning.
+    """
+    import filelock  # not above: doctor.py runs before anything is installed
+
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0.3)  # who only asks may hold it for an instant
+    except filelock.Timeout:
+        raise UsageError(f"{what} is being written by another process; wait for it, or name another folder") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        print(f"warning: the file system of {what} has no locks; start one process on it at a time", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

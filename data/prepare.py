@@ -27,7 +27,7 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -35,14 +35,13 @@ from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
 
-import filelock
 import huggingface_hub
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
-from common import UsageError, atomic_open, available_cores, cli, file_sha256, from_hub, read_json, write_json
+from common import UsageError, atomic_open, available_cores, cli, file_sha256, from_hub, locked, read_json, write_json
 from data import sources
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, summary, verify, write_meta, write_shard
 from data.sources import Corpus, is_validation
@@ -84,7 +83,7 @@ def prepare(cfg):
         return print("nothing to do")
     if not next(blocks(cfg.documents(), cfg.block_chars), None):  # fails before anything is written
         raise UsageError(f"{cfg.source} gave no document")
-    with locked(cfg.out, f"part_{part}_of_{parts}"):
+    with locked(cfg.out / f"blocks/part_{part}_of_{parts}.lock", cfg.out):
         tokenizer.save(cfg.out / "tokenizer")
         write_json(cfg.out / "blocks/plan.json", plan)  # for the other machines and the merge
         tokenize(cfg, part, parts)
@@ -137,7 +136,7 @@ def is_finished(out, plan, overwrite):
             verify(out)
             shutil.rmtree(out / "blocks", ignore_errors=True)  # a kill may have come just before
             return True
-        if any((out / "blocks").glob("*.npz")):
+        if (out / "blocks/plan.json").exists():
             if read_json(out / "blocks/plan.json") != plan:
                 raise UsageError(f"{out} holds an unfinished corpus of another source, tokenizer or options")
         elif any(out.glob("*.bin")):
@@ -145,21 +144,13 @@ def is_finished(out, plan, overwrite):
     except UsageError as e:
         if not overwrite:
             raise UsageError(f"{e}; choose another --out, or replace it with --overwrite") from None
+        for path in (out / "blocks").glob("*.lock"):  # of a process that would go on writing its own blocks here
+            with locked(path, out):
+                pass
         shutil.rmtree(out / "blocks", ignore_errors=True)
         for path in (out / "meta.json", *out.glob("*.bin")):
             path.unlink(missing_ok=True)
     return False
-
-
-@contextmanager
-def locked(out, what):
-    """Lock a part against a second process; the operating system drops the lock of a process that died."""
-    (out / "blocks").mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(out / "blocks" / f"{what}.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UsageError(f"{out} is being written by another process; wait for it") from None
 
 
 def block_path(out, index):
@@ -235,7 +226,7 @@ def merge(out: tyro.conf.Positional[Path]):
     if not (out / "blocks/plan.json").exists():
         raise UsageError(f"{out} has no parts to merge: no blocks/plan.json")
     plan, tokenizer = read_json(out / "blocks/plan.json"), Tokenizer.load(out / "tokenizer.model")
-    with locked(out, "merge"):
+    with locked(out / "blocks/merge.lock", out):
         for path in out.glob(".*.part"):  # left by a merge that was killed
             path.unlink()
         counts, paths = count_tokens(out), []

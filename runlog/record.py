@@ -1,6 +1,5 @@
 """Write a run directory, mirror it to TensorBoard and Weights & Biases, and export it as a compact record."""
 
-import errno
 import importlib.util
 import json
 import os
@@ -12,12 +11,12 @@ import sys
 import time
 import traceback
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
-import filelock
 from tqdm import tqdm
 
-from common import ROOT, UsageError, atomic_folder, plain, write_json
+from common import ROOT, UsageError, atomic_folder, locked, plain, write_json
 from runlog.run import draw_curves, read_metrics, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
@@ -54,7 +53,8 @@ class RunLog:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--{name} needs the package {name}, which is not installed: pip install {name}")
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.run_dir)
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.run_dir / "run.lock", self.run_dir))
         if not self.resume:
             for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ class RunLog:
             if exc is None:
                 raise
         finally:
-            self._lock.release()
+            self._lock.close()
 
     def metric(self, step, kind, **fields):
         """Append one row and flush it, so that a kill loses at most the row being written."""
@@ -139,24 +139,6 @@ class RunLog:
 
     def _write_result(self, status, numbers):
         write_json(self.run_dir / "result.json", {"status": status, "kind": self.kind, **numbers})
-
-
-def _lock(run_dir):
-    """Take the operating system's lock of a run directory; UsageError if another process, on any host, has it.
-
-    The lock is dropped when its holder dies; the file that remains has no meaning.
-    """
-    lock = filelock.FileLock(run_dir / "run.lock", fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0.3)  # `is_locked` may hold it for an instant
-    except filelock.Timeout:
-        message = f"{run_dir} is being written by another process; wait for it or choose another --run-dir"
-        raise UsageError(message) from None
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        print(f"warning: the file system of {run_dir} has no locks; start one process on it at a time", file=sys.stderr)
-    return lock
 
 
 def git(*args, seconds=10):

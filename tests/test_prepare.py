@@ -14,7 +14,7 @@ import tiktoken
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
-from common import UsageError
+from common import UsageError, locked
 from data import prepare
 from data.prepare import blocks
 from data.shards import open_split, read_meta, read_shard, unigram_counts, verify, write_shard
@@ -326,6 +326,17 @@ def test_another_corpus_is_not_overwritten(finished, corpus, assert_refuses, tmp
     assert_refuses(*command("jsonl", tmp_path / "other.jsonl", finished), says="--overwrite")
     assert_refuses(*command("jsonl", corpus, finished, "--val-share", "0.5"), says="--overwrite")
     assert files_of(finished) == before
+
+
+def test_a_corpus_that_is_being_written_is_not_replaced(corpus, in_process, tmp_path):
+    """Its process would go on writing blocks, which would be taken for those of the other corpus."""
+    out = tmp_path / "mine"
+    argv = command("jsonl", corpus, out, "--shard", "0/2", "--workers", 1)[1:]
+    assert in_process(prepare.main, *argv)[0] == 0
+    before = files_of(out)
+    with locked(out / "blocks/part_1_of_2.lock", out):
+        code, _, err = in_process(prepare.main, *argv, "--val-share", 0.5, "--overwrite")
+    assert code == 2 and "being written by another process" in err and before.items() <= files_of(out).items()
 
 
 def test_a_damaged_block_is_named(corpus, script, assert_refuses, tmp_path):
