@@ -77,6 +77,10 @@ class Corpus:
     def located(self):
         """The files in order, and what to record about the hub -> (list of Path, dict)."""
         if self.source == "pydocs":
+            if self.input:
+                raise UsageError(
+                    "pydocs is the documentation installed here; for --input name the source files or jsonl"
+                )
             return [pydocs_rows()], {}
         if self.input:
             return list(chain.from_iterable(_expand(Path(p)) for p in self.input)), {}
@@ -158,8 +162,11 @@ def stream(cfg):
 
 
 def _expand(path):
-    """A file, or the files in a folder -> list of Path."""
-    files = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
+    """A file, or the files in a folder that are not hidden (as .cache/ is, which downloads leave) -> list of Path."""
+    files = [path]
+    if path.is_dir():
+        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+        files = [path / name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not files or not files[0].exists():
         raise UsageError(f"{path} holds no files" if path.is_dir() else f"{path} does not exist")
     return files
@@ -201,12 +208,13 @@ def read_parquet(path, text_field=None):
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field and text_field not in file.schema_arrow.names:
-                raise UsageError(f"{path} has no column {text_field}, but {', '.join(file.schema_arrow.names)}")
+            texts = [f.name for f in file.schema_arrow if f.type in (pyarrow.string(), pyarrow.large_string())]
+            if text_field and text_field not in texts:
+                raise UsageError(f"{path} has no column {text_field} of text, but {', '.join(texts) or 'none'}")
             for batch in file.iter_batches(batch_size=256, columns=text_field and [text_field]):
                 rows = batch.to_pylist()
                 yield from (row[text_field] if text_field else json.dumps(row, ensure_ascii=False) for row in rows)
-    except pyarrow.ArrowInvalid as e:
+    except (pyarrow.ArrowException, OSError) as e:  # the latter without a number where a page is damaged
         raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
 
 

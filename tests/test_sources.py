@@ -149,8 +149,31 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
 def test_another_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, column="content")
     assert list(documents("jsonl", [tmp_path / "a.parquet"], text_field="content")) == TEXTS
-    with pytest.raises(UsageError, match="no column text, but content"):
+    with pytest.raises(UsageError, match="no column text of text, but content"):
         list(documents("jsonl", [tmp_path / "a.parquet"]))
+
+
+def test_a_column_of_numbers_and_a_damaged_page_are_named(tmp_path, assert_refuses):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, list(range(9)), column="id")
+    args = ("data/sources.py", "jsonl", "--input", path, "--out", tmp_path / "out.jsonl")
+    assert_refuses(*args, "--text-field", "id", says="no column id of text, but none")
+    write_parquet(path, [str(i) * 500 for i in range(100)])
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 30 + path.read_bytes()[34:])
+    assert_refuses(*args, says="is not a readable parquet file")
+
+
+def test_hidden_files_of_a_folder_are_no_documents(tmp_path):
+    """The hub's library leaves .cache/huggingface/download/*.metadata in the folder of a download."""
+    for name in ("b/2.txt", "a.txt", ".cache/huggingface/a.metadata", ".hidden.txt"):
+        (tmp_path / ".in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".in" / name).write_text(name)
+    assert list(documents("files", [tmp_path / ".in"])) == ["a.txt", "b/2.txt"]
+
+
+def test_pydocs_takes_no_files(tmp_path, assert_refuses):
+    args = ("data/sources.py", "pydocs", "--input", tmp_path / "book.txt", "--out", tmp_path / "out.jsonl")
+    assert_refuses(*args, says="name the source files or jsonl")
 
 
 # --- the hub
