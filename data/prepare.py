@@ -315,6 +315,8 @@ def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.co
         raise UsageError(f"{out} holds no *.bin")
     if other := [path for path in paths if not SHARD_NAME.fullmatch(path.name)]:
         raise UsageError(f"{other[0]} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
+    if len(names := {SHARD_NAME.fullmatch(path.name)[1] for path in paths}) > 1:
+        raise UsageError(f"{out} holds shards of several corpora ({', '.join(sorted(names))}); keep those of one")
     write_manifest(out, source, *load(tokenizer), paths)
 
 

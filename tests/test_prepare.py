@@ -415,6 +415,12 @@ def test_shards_of_another_tokenizer_are_not_adopted(foreign, assert_refuses):
     assert not (foreign / "meta.json").exists()
 
 
+def test_shards_of_two_corpora_are_not_adopted_as_one(foreign, assert_refuses):
+    shutil.copy(foreign / "finewebedu_train_000001.bin", foreign / "fineweb_train_000001.bin")
+    assert_refuses("data/prepare.py", "adopt", foreign, says="several corpora (fineweb, finewebedu)")
+    assert not (foreign / "meta.json").exists()
+
+
 def test_ready_made_shards_are_fetched(foreign, in_process, tmp_path, monkeypatch):
     """nanoGPT#202: shards that others have made, instead of hours of tokenizing."""
     wanted = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
