@@ -74,7 +74,7 @@ class Run:
     def status(self):
         """That of result.json; "stale" for a run that says running although no process holds it any more."""
         status = self.result.get("status", "?")
-        if status == "running" and not is_locked(self.run_dir) and time.time() - self.written > FRESH:
+        if status == "running" and not is_locked(self.run_dir) and time.time() - (self.written or 0.0) > FRESH:
             return "stale"
         return status
 

@@ -195,6 +195,12 @@ def test_a_sweeps_record_has_its_adapters_in_one_table(tmp_path):
         assert record.settings == run.settings | {"inputs": {"base_sha256": "12ab"}}
 
 
+def test_the_record_of_a_run_without_rows_that_never_ended_reads(tmp_path):
+    with RunLog(tmp_path / "run", "bpe", {}):
+        export_record(tmp_path / "run", tmp_path / "record")
+    assert read_run(tmp_path / "record").status == "stale" and read_run(tmp_path / "record").written is None
+
+
 def test_an_evaluations_record_keeps_its_items(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "run/hellaswag.jsonl").write_text("{}\n", encoding="utf-8")
