@@ -31,23 +31,21 @@ from runlog.verify import verify
 COLUMNS = ("run", "kind", "status", "step", "val loss", "best", "tokens", "hours", "commit", "written")
 
 
-def locate(name):
-    """A folder, or the name of one in runs/ or records/ -> its path."""
-    for path in (Path(name), ROOT / "runs" / name, ROOT / "records" / name):
-        if any((path / file).exists() for file in ("config.json", "record.json")):
-            return path
-    raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
-
-
 def find_named(name):
-    """[Run] of a name; of SWEEP/adapters/PATTERN the adapters whose names fit, in the record of a sweep, too."""
+    """A folder, or the name of one in runs/ or records/ -> [Run].
+
+    SWEEP/adapters/PATTERN names the adapters of a sweep that fit, in its record, too.
+    """
     path = Path(name)
-    if path.parent.name == "adapters":
-        found = [run for run in read_run(locate(path.parent.parent)).adapters() if fnmatch(run.name, path.name)]
-        if not found:
-            raise UsageError(f"no adapter of {path.parent.parent} is called {path.name}")
-        return found
-    return [read_run(locate(name))]
+    for folder in (path, ROOT / "runs" / path, ROOT / "records" / path):
+        if any((folder / file).exists() for file in ("config.json", "record.json")):
+            return [read_run(folder)]
+    if path.parent.name != "adapters":
+        raise UsageError(f"{name} is not a run directory (`python -m runlog ls` lists them)")
+    found = [run for run in find_named(path.parent.parent)[0].adapters() if fnmatch(run.name, path.name)]
+    if not found:
+        raise UsageError(f"no adapter of {path.parent.parent} is called {path.name}")
+    return found
 
 
 def list_runs(folder, sort):
@@ -90,7 +88,7 @@ def show(run):
     print(f"command   {shlex.join(run.config.get('argv') or ['?'])}")
     print(f"code      {run.config.get('git_commit') or 'not known'}{dirty.get(run.config.get('git_dirty'), '')}")
     print(f"hardware  {', '.join(f'{k} {v}' for k, v in run.env.items() if v not in (None, []))}")
-    print(f"files     {', '.join(sorted(path.name for path in run.run_dir.iterdir()))}")
+    print(f"files     {', '.join(sorted(path.name for path in run.run_dir.glob('*'))) or '-'}")
     for title, values in (("setting", run.settings), ("result", run.result)):
         print(f"\n{title}", *(f"  {k:<24} {_text(v)}" for k, v in values.items() if k != "rows"), sep="\n")
     if rows := [row for row in run.result.get("rows") or () if isinstance(row, dict)]:
@@ -126,9 +124,8 @@ def ending(run):
 
 def parse(argv=None):
     """The command line -> Namespace."""
-    first, _, more = __doc__.partition("\n")
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m runlog", description=first, epilog=more, **raw)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m runlog", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, about, runs="+"):
@@ -168,23 +165,25 @@ def main():
     """The command that follows `python -m runlog`; a failed verify exits with 1."""
     args = parse()
     if args.command == "ls":
-        return list_runs(Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder, args.sort)
+        folder = Path(args.folder) if Path(args.folder).is_dir() else ROOT / args.folder
+        if not folder.is_dir() and args.folder != "runs":  # which a fresh clone has not yet
+            raise UsageError(f"{args.folder} is not a folder")
+        return list_runs(folder, args.sort)
     if args.command == "judge":
         options = {"metric": args.metric, "at": args.at, "alpha": args.alpha, "delta": args.delta, "fixed": args.fixed}
         sides = [[run for name in names for run in find_named(name)] for names in (args.baseline, args.candidate)]
         verdict = judge(*sides, **options)
         return print(json.dumps(verdict.as_dict(), ensure_ascii=False) if args.json else describe(verdict))
-    folders = [locate(name) for name in args.run]
+    runs = [run for name in args.run for run in find_named(name)]
     if args.command == "export":
-        export_record(folders[0], args.out)
-    elif args.command == "verify":
-        good = [verify(read_run(folder), args.steps, args.whole, args.data) for folder in folders]
-        return None if all(good) else sys.exit(1)
+        export_record(runs[0].run_dir, args.out)
     elif args.command == "compare":
-        compare([read_run(folder) for folder in folders], args.x, args.kind, args.y, args.out)
-    else:
-        for folder in folders:
-            show(read_run(folder))
+        compare(runs, args.x, args.kind, args.y, args.out)
+    elif args.command == "show":
+        for run in runs:
+            show(run)
+    elif [run for run in runs if not verify(run, args.steps, args.whole, args.data)]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

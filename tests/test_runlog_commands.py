@@ -99,6 +99,19 @@ def test_ls_without_runs_points_to_the_records(tmp_path, runlog, monkeypatch):
     assert runlog("ls") == "no runs in runs/ yet; records of the report: python -m runlog ls records\n"
 
 
+def test_ls_of_a_folder_that_is_not_there_says_so(in_process):
+    code, out, err = in_process(main, "ls", "nowhere")
+    assert (code, out, err) == (2, "", "error: nowhere is not a folder\n")
+
+
+def test_a_sweeps_adapters_are_named_by_a_pattern_in_every_command(runlog, tmp_path):
+    sweep = next(path for path in RECORDS if (path / "adapters.jsonl").exists())
+    names = [run.name for run in read_run(sweep).adapters()][:2]
+    assert names[0] in runlog("show", sweep / "adapters" / names[0])
+    out = runlog("compare", *(sweep / "adapters" / name for name in names), "--out", tmp_path / "c.png")
+    assert all(name in out for name in names)
+
+
 def test_show_prints_settings_figures_and_rows(runs, runlog):
     out = runlog("show", runs / "gpt", runs / "bench")
     assert cells(out, "total_batch_size") == ["256"] and cells(out, "flops_per_token") == ["60000"]
