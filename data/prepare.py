@@ -311,12 +311,10 @@ def adopt(out: tyro.conf.Positional[Path], tokenizer: str = "gpt2", hub: tyro.co
     source = {"source": "download", "hub": hub} if hub else {"source": "adopted"}
     refuse_another_corpus(out, source)
     paths = sorted(out.glob("*.bin"), key=lambda p: ("_val_" not in p.name, p.name))
-    if not paths:
-        raise UsageError(f"{out} holds no *.bin")
-    if other := [path for path in paths if not SHARD_NAME.fullmatch(path.name)]:
-        raise UsageError(f"{other[0]} is neither NAME_train_000001.bin nor NAME_val_000000.bin; rename it")
-    if len(names := {SHARD_NAME.fullmatch(path.name)[1] for path in paths}) > 1:
-        raise UsageError(f"{out} holds shards of several corpora ({', '.join(sorted(names))}); keep those of one")
+    names = {SHARD_NAME.sub(r"\1", path.name) for path in paths}
+    if len(names) != 1 or not SHARD_NAME.fullmatch(paths[0].name):
+        there = f"there are {', '.join(sorted(names))}" if names else "there is no *.bin"
+        raise UsageError(f"{out} must hold NAME_train_000001.bin … and NAME_val_000000.bin of one NAME; {there}")
     write_manifest(out, source, *load(tokenizer), paths)
 
 

@@ -417,7 +417,10 @@ def test_shards_of_another_tokenizer_are_not_adopted(foreign, assert_refuses):
 
 def test_shards_of_two_corpora_are_not_adopted_as_one(foreign, assert_refuses):
     shutil.copy(foreign / "finewebedu_train_000001.bin", foreign / "fineweb_train_000001.bin")
-    assert_refuses("data/prepare.py", "adopt", foreign, says="several corpora (fineweb, finewebedu)")
+    assert_refuses("data/prepare.py", "adopt", foreign, says="of one NAME; there are fineweb, finewebedu")
+    (foreign / "fineweb_train_000001.bin").rename(foreign / "fineweb.bin")
+    assert_refuses("data/prepare.py", "adopt", foreign, says="of one NAME; there are fineweb.bin, finewebedu")
+    assert_refuses("data/prepare.py", "adopt", foreign / "nowhere", says="there is no *.bin")
     assert not (foreign / "meta.json").exists()
 
 
