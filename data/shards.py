@@ -185,10 +185,8 @@ def summary(shards):
     for split in SPLITS:
         rows = [s for s in shards if s["split"] == split]
         documents, tokens, size = (sum(s[k] for s in rows) for k in ("documents", "tokens", "bytes"))
-        lines.append(
-            f"{split:<5} {len(rows):>5} shards {documents:>12,} documents {tokens:>15,} tokens "
-            f"{size / max(tokens, 1):.2f} bytes/token"
-        )
+        figures = f"{len(rows):>5} shards {documents:>12,} documents {tokens:>15,} tokens"
+        lines.append(f"{split:<5} {figures} {size / max(tokens, 1):.2f} bytes/token")
     return "\n".join(lines)
 
 
