@@ -70,8 +70,8 @@ def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, 
     alpha: the error rate, over all looks. delta: None takes the noise. fixed: the number of seeds was decided before
     the first look: a t interval instead, which is narrower.
     """
-    if not 0 < alpha < 1:
-        raise UsageError(f"alpha must lie between 0 and 1, not {alpha:g}")
+    if not 0 < alpha < 1 or (delta is not None and delta <= 0):
+        raise UsageError(f"alpha {alpha:g} must lie between 0 and 1, and delta {delta} above 0")
     notes, diverged, named = [], any(run.status == "diverged" for run in candidate), candidate
     baseline, candidate = usable(baseline, "baseline", notes), usable(candidate, "candidate", notes)
     if not baseline or not (candidate or diverged):
@@ -101,13 +101,11 @@ def usable(runs, side, notes):
         report = Report(say=said.append)
         check_metrics(run, report)
         check_result(run, report)
-        if run.status == "diverged":
-            notes.append(f"{side} {run.name} diverged: left out")
-        elif run.status in ("running", "stale", "preempted", "failed"):
-            notes.append(f"{side} {run.name} is not finished ({run.status}): left out")
+        if run.status in ("running", "stale", "preempted", "failed", "diverged"):
+            notes.append(f"{side} {run.name} is left out: its status is {run.status}")
         elif report.failed:
             why = next(line.split(maxsplit=1)[1] for line in said if line.startswith("FAIL"))
-            notes.append(f"{side} {run.name} contradicts its record: left out ({why})")
+            notes.append(f"{side} {run.name} is left out: it contradicts its record ({why})")
         else:
             kept.append(run)
             if report.unproved or not (run.run_dir / "ckpt").exists():

@@ -93,7 +93,9 @@ def test_runs_that_cannot_be_averaged_are_named(tmp_path):
     assert judge(baseline, candidate, fixed=True).verdict == "better"
     bad = train(tmp_path, "b", 4, 9.0, status="diverged")
     verdict = judge(baseline, [*candidate, bad], fixed=True)
-    assert verdict.verdict == "undecided" and any("b-seed4 diverged" in note for note in verdict.notes)
+    assert verdict.verdict == "undecided" and any(
+        "b-seed4 is left out: its status is diverged" in note for note in verdict.notes
+    )
     assert any("not verified by a replay" in note for note in verdict.notes)
     assert judge(baseline, [bad]).verdict == "worse"
     with (candidate[0].run_dir / "result.json").open("r+", encoding="utf-8") as f:
@@ -102,7 +104,7 @@ def test_runs_that_cannot_be_averaged_are_named(tmp_path):
         json.dump(result, f)
         f.truncate()
     verdict = judge(baseline, [read_run(run.run_dir) for run in candidate])
-    assert verdict.n == 2 and any("contradicts its record" in note for note in verdict.notes)
+    assert verdict.n == 2 and any("b-seed1 is left out: it contradicts its record" in note for note in verdict.notes)
 
 
 def test_hellaswag_by_mcnemar(tmp_path):
@@ -205,7 +207,11 @@ def test_the_command(tmp_path, in_process):
     assert {"verdict", "difference", "low", "high", "n", "noise", "metric"} <= shown.keys()
     code, out, _ = in_process(main, "judge", *sides, "--metric", "bits_per_byte")
     assert code == 0 and "pairs of runs with the same seed" in out and "val bits_per_byte at step 20" in out
-    for wrong, says in ((["--metric", "glue"], "record glue; fields:"), (["--alpha", "2"], "alpha")):
+    for wrong, says in (
+        (["--metric", "glue"], "record glue; fields:"),
+        (["--alpha", "2"], "alpha 2"),
+        (["--delta", "-1"], "delta -1"),
+    ):
         code, _, err = in_process(main, "judge", *sides, *wrong)
         assert code == 2 and says in err and len(err.strip().splitlines()) == 1
     draw_verdicts(tmp_path / "v.png", {"b": judge(baseline, candidate), "c": judge(baseline, candidate[:1])})
