@@ -363,6 +363,7 @@ def test_a_damaged_block_is_named(corpus, script, assert_refuses, tmp_path):
         (("jsonl", "--input", "{tiny}"), "no document fell to validation"),
         (("jsonl", "--input", "{tiny}", "--shard", "2/2"), "--shard 2/2"),
         (("jsonl", "--input", "{tiny}", "--val-share", "1.5"), "--val-share"),
+        (("jsonl", "--input", "{tiny}", "--shard-tokens", "2147483648"), "--shard-tokens"),
         (("jsonl", "--input", "{tiny}", "--tokenizer", "nowhere.model"), "nowhere.model"),
     ],
 )
