@@ -349,6 +349,8 @@ def select(cfg):
 def main():
     """Write a source's documents and print their count, size and sha256."""
     cfg = tyro.cli(Config)
+    if cfg.out.suffix in (".gz", ".parquet"):
+        raise UsageError(f"{cfg.out}: what is written is neither gzipped nor parquet; name a .jsonl or .txt file")
     count = size = 0
     with atomic_open(cfg.out) as f, tqdm(total=cfg.max_bytes, unit="B", unit_scale=True, disable=None) as bar:
         for text in select(cfg):

@@ -171,9 +171,10 @@ def test_hidden_files_of_a_folder_are_no_documents(tmp_path):
     assert list(documents("files", [tmp_path / ".in"])) == ["a.txt", "b/2.txt"]
 
 
-def test_pydocs_takes_no_files(tmp_path, assert_refuses):
-    args = ("data/sources.py", "pydocs", "--input", tmp_path / "book.txt", "--out", tmp_path / "out.jsonl")
-    assert_refuses(*args, says="name the source files or jsonl")
+def test_pydocs_takes_no_files_and_nothing_is_written_under_a_wrong_name(tmp_path, assert_refuses):
+    args = ("data/sources.py", "pydocs", "--input", tmp_path / "book.txt", "--out")
+    assert_refuses(*args, tmp_path / "out.jsonl", says="name the source files or jsonl")
+    assert_refuses(*args, tmp_path / "out.jsonl.gz", says="name a .jsonl or .txt file")
 
 
 # --- the hub
