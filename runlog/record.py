@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -52,44 +52,41 @@ class RunLog:
         for name in self._mirror_names:  # a missing package is reported before anything is written
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--{name} needs the package {name}, which is not installed: pip install {name}")
+        settings, self._losses = plain(self.config), {"train": {}, "val": {}}  # {kind: {step: loss}}, for the picture
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = ExitStack()
-        self._lock.enter_context(locked(self.run_dir / "run.lock", self.run_dir))
-        if not self.resume:
-            for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
-                (self.run_dir / name).unlink(missing_ok=True)
-        metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists():  # without an incomplete last line
-            os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
-        self._losses = {"train": {}, "val": {}}  # {kind: {step: loss}}, for the picture
-        for row in read_metrics(self.run_dir):
-            self._remember_loss(row)
-        settings = plain(self.config)
-        write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
-        write_json(self.run_dir / "env.json", environment())
-        self._metrics = open(metrics, "a", encoding="utf-8", newline="\n")
-        self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n")
-        self._mirrors = [MIRRORS[name](self, settings) for name in self._mirror_names]
-        self.started = time.time()
-        self._write_result("running", {})
+        with ExitStack() as stack:  # a start that fails releases what it holds
+            stack.enter_context(locked(self.run_dir / "run.lock", self.run_dir))
+            self._mirrors = [stack.enter_context(closing(MIRRORS[name](self, settings))) for name in self._mirror_names]
+            if not self.resume:
+                for name in ("metrics.jsonl", "log.txt", "samples.txt", "loss.png", "result.json"):
+                    (self.run_dir / name).unlink(missing_ok=True)
+            metrics = self.run_dir / "metrics.jsonl"
+            if metrics.exists():  # without an incomplete last line
+                os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
+            for row in read_metrics(self.run_dir):
+                self._remember_loss(row)
+            write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
+            write_json(self.run_dir / "env.json", environment())
+            self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8", newline="\n"))
+            self._log = stack.enter_context(open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n"))
+            self.started = time.time()
+            self._write_result("running", {})
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, exc_type, exc, tb):
         if not self.enabled:
             return
         try:
-            if exc is not None and not self.finished:
-                status = "preempted" if exc_type is KeyboardInterrupt else "failed"
-                if status == "failed" and exc_type is not UsageError:  # for runs without a terminal
-                    self._log.write("".join(traceback.format_exception(exc)).replace(f"{ROOT}{os.sep}", ""))
-                self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
-            for file in (*self._mirrors, self._metrics, self._log):
-                file.close()
+            with self._held:
+                if exc is not None and not self.finished:
+                    status = "preempted" if exc_type is KeyboardInterrupt else "failed"
+                    if status == "failed" and exc_type is not UsageError:  # for runs without a terminal
+                        self._log.write("".join(traceback.format_exception(exc)).replace(f"{ROOT}{os.sep}", ""))
+                    self.finish(status, reason=f"{exc_type.__name__}: {exc}".splitlines()[0])
         except OSError:  # a full disk: the first error is the better one
             if exc is None:
                 raise
-        finally:
-            self._lock.close()
 
     def metric(self, step, kind, **fields):
         """Append one row and flush it, so that a kill loses at most the row being written."""

@@ -271,6 +271,19 @@ def test_wandb_gets_the_rows_and_a_resumed_run_has_the_same_id(tmp_path, monkeyp
     assert first.about["id"] == resumed.about["id"] != fresh.about["id"] and first.about["resume"] == "allow"
 
 
+def test_a_mirror_that_does_not_start_leaves_the_earlier_run_and_its_lock(tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("no network")
+
+    write_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    log = RunLog(tmp_path, "test", {}, wandb=True)
+    with pytest.raises(UsageError, match="wandb did not start"):
+        log.__enter__()
+    assert read_run(tmp_path).status == "success" and len(read_metrics(tmp_path)) == 2
+    write_run(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_mirror_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, name):
     find_spec = importlib.util.find_spec

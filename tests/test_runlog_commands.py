@@ -210,7 +210,7 @@ def test_show_tells_a_killed_run_from_a_running_one(tmp_path, runlog, monkeypatc
     log = RunLog(tmp_path, "gpt2", {**SHAPE, "seed": 1}).__enter__()
     log.metric(3, "train", loss=5.0, grad_norm=1.0, lr=1e-3)
     assert "gpt2, running, step 3 of 20" in runlog("show", tmp_path) and read_run(tmp_path).status == "running"
-    log._lock.close()  # what the operating system does for a process that died
+    log._held.close()  # what the operating system does for a process that died
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 4, "ki')
     out = runlog("show", tmp_path)
@@ -221,7 +221,7 @@ def test_show_tells_a_killed_run_from_a_running_one(tmp_path, runlog, monkeypatc
 
 def test_a_run_whose_lock_is_not_seen_counts_as_running_while_it_is_fresh(tmp_path):
     log = RunLog(tmp_path, "gpt2", {}).__enter__()
-    log._lock.close()
+    log._held.close()
     assert read_run(tmp_path).status == "running"
 
 
