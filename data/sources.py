@@ -264,29 +264,27 @@ def _render(row):
 
 def pydocs_rows():
     """The jsonl of docstrings, made once per set of versions, which its name says -> its path in data/cache."""
-    found = "".join(f"-{name}{importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name))
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}  # does not import a top-level package
+    roots = {name: Path(spec.origin).parent for name, spec in specs.items() if spec}
+    found = "".join(f"-{name}{importlib.metadata.version(name)}" for name in roots)
     path = CACHE / f"pydocs{PYDOCS_FORMAT}-python{platform.python_version()}{found}.jsonl"
     if not path.exists():
         unique = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about invalid escapes in the source
-            for row in _collect():
+            for row in _collect({"": Path(sysconfig.get_paths()["stdlib"]), **roots}):
                 unique.setdefault(row["doc"], row)  # without aliases and inherited docstrings
         with atomic_open(path) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in unique.values())
     return path
 
 
-def _collect():
-    """Rows of the topics, the standard library and the packages. Nothing but pydoc_data is imported: `ast` reads."""
+def _collect(roots):
+    """Rows of the topics and of {package: its folder}. Nothing but pydoc_data is imported: `ast` reads."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield {"module": "topics", "name": name, "kind": "topic", "signature": "", "doc": topics[name].strip()}
-    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
-    for name in PACKAGES:
-        if spec := importlib.util.find_spec(name):  # does not import a top-level package
-            roots[name] = Path(spec.origin).parent
     for package, root in roots.items():
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
         for name in tqdm(names, desc=f"reading {package or 'the standard library'}", unit="file", disable=None):
