@@ -49,7 +49,7 @@ def find_named(name):
 
 
 def list_runs(folder, sort):
-    """A line for each run in a folder; those that cannot be read are named below."""
+    """A line for each run in a folder, * behind a commit with changes; those that cannot be read are named below."""
     rows, notes = [], []
     for run_dir in find_runs(folder):
         try:
@@ -58,7 +58,12 @@ def list_runs(folder, sort):
             notes.append(f"unreadable: {e}")
             continue
         name = run.name if run_dir == folder else run_dir.relative_to(folder).as_posix()
-        rows.append([name, *summary(run)])
+        losses = run.curve("val")[1] or [None]
+        commit = (run.config.get("git_commit") or "-")[:9] + "*" * bool(run.config.get("git_dirty"))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)) if run.written else None
+        rows.append(
+            [name, run.kind, run.status, run.step, losses[-1], min(losses), run.tokens, run.hours, commit, written]
+        )
         if run.status == "stale":
             notes.append(f"{name} is stale: nothing says how it ended, and no process holds it")
     if rows:
@@ -68,17 +73,6 @@ def list_runs(folder, sort):
         print(f"no runs in {folder.name}/ yet; records of the report: python -m runlog ls records")
     for note in notes:
         print(note)
-
-
-def summary(run):
-    """The cells of one run in `ls`, after its name; * behind a commit: with changes that were not committed."""
-    losses, written = run.curve("val")[1], run.written
-    last, best = (losses[-1], min(losses)) if losses else (None, None)
-    return (
-        run.kind, run.status, run.step, last, best, run.tokens, run.hours,
-        (run.config.get("git_commit") or "-")[:9] + ("*" if run.config.get("git_dirty") else ""),
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(written)) if written else None,
-    )  # fmt: skip
 
 
 def show(run):
