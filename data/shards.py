@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from bpe.tokenizer import Tokenizer
 from common import UsageError, atomic_open, cli, file_sha256, read_json, write_json
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -110,6 +111,8 @@ def read_meta(data_dir):
     found = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else None
     if found != (FORMAT, FORMAT_VERSION):
         raise UsageError(f"{path} is a manifest of {found}; this code reads {(FORMAT, FORMAT_VERSION)}")
+    if lacking := {"name", "source", "tokenizer", "vocab_size", "eot", "shards"} - meta.keys():
+        raise UsageError(f"{path} is damaged: it lacks {', '.join(sorted(lacking))}")
     return meta
 
 
@@ -159,7 +162,7 @@ def unigram_counts(data_dir, meta):
 
 
 def verify(data_dir: tyro.conf.Positional[Path]):
-    """Read every byte of a folder of shards: checksums, ids below vocab_size, the tokenizer's presence -> manifest.
+    """Read every byte of a folder of shards: checksums, ids below vocab_size, the tokenizer -> manifest.
 
     UsageError names the first file that is corrupt, truncated, foreign or missing.
     """
@@ -172,8 +175,7 @@ def verify(data_dir: tyro.conf.Positional[Path]):
         if highest >= meta["vocab_size"]:
             raise UsageError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}")
     tokenizer = data_dir / "tokenizer.model"
-    sha256 = read_json(tokenizer).get("sha256")
-    if sha256 != meta["tokenizer"]["sha256"]:
+    if Tokenizer.load(tokenizer).sha256 != meta["tokenizer"]["sha256"]:
         raise UsageError(f"{tokenizer} is not the tokenizer of these shards: its sha256 is not the one in meta.json")
     print(f"{summary(meta['shards'])}\n{data_dir}: checksums match")
     return meta

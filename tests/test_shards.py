@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from bpe.tokenizer import Tokenizer
 from common import UsageError, file_sha256, read_json, write_json
 from data import shards
 from data.shards import (
@@ -26,8 +27,9 @@ def corpus(tmp_path):
         write_shard(tmp_path / file, ids)
         row = {"file": file, "split": split, "documents": 1, "tokens": len(ids), "bytes": len(ids) - 1}
         rows.append({**row, "sha256": file_sha256(tmp_path / file)})
-    tokenizer = {"name": "tiny", "sha256": "0" * 64}
-    write_json(tmp_path / "tokenizer.model", {"sha256": "0" * 64})
+    saved = Tokenizer()
+    saved.save(tmp_path / "tokenizer")
+    tokenizer = {"name": "tiny", "sha256": saved.sha256}
     write_meta(tmp_path, name="tiny", source={}, tokenizer=tokenizer, vocab_size=300, eot=299, shards=rows)
     return tmp_path
 
@@ -106,12 +108,19 @@ def damage(corpus, how):
     elif how == "foreign":
         write_shard(corpus / "tiny_train_000009.bin", [1])
         return
+    elif how == "lacking field":
+        write_json(corpus / "meta.json", {k: v for k, v in read_meta(corpus).items() if k != "shards"})
+        return
     elif how == "beyond the vocabulary":
         meta = read_meta(corpus)
         write_json(corpus / "meta.json", {**meta, "vocab_size": 200})
         return
     elif how == "another tokenizer":
-        write_json(corpus / "tokenizer.model", {"sha256": "1" * 64})
+        Tokenizer("gpt2").save(corpus / "tokenizer")
+        return
+    elif how == "altered tokenizer":
+        path = corpus / "tokenizer.model"
+        path.write_text(path.read_text().replace('"none"', '"gpt2"'))
         return
     shard.write_bytes(bytes(raw))
 
@@ -124,8 +133,10 @@ SEEN_AT_START = {
     "another length": "meta.json says 51",
     "missing": "missing",
     "foreign": "tiny_train_000009.bin is not in meta.json",
+    "lacking field": "damaged: it lacks shards",
 }
-SEEN_BY_VERIFY = {"flipped": "corrupt", "beyond the vocabulary": "vocabulary of 200", "another tokenizer": "tokenizer"}
+SEEN_BY_VERIFY = {"flipped": "corrupt", "beyond the vocabulary": "vocabulary of 200"}
+SEEN_BY_VERIFY |= {"another tokenizer": "not the tokenizer of these shards", "altered tokenizer": "tokenizer.model"}
 
 
 @pytest.mark.parametrize("how", [*SEEN_AT_START, *SEEN_BY_VERIFY])
