@@ -147,8 +147,8 @@ def read_run(run_dir):
         env, result = (read_json(p) if p.exists() else {} for p in (run_dir / "env.json", run_dir / "result.json"))
     else:
         raise UsageError(f"{run_dir} is not a run directory: it has no config.json or record.json")
-    if not isinstance(config, dict) or not {"kind", "settings"} <= config.keys():
-        raise UsageError(f"{run_dir} is not a run directory: its config has no kind and settings")
+    if not all(isinstance(part, dict) for part in (config, env, result)) or not {"kind", "settings"} <= config.keys():
+        raise UsageError(f"{run_dir} is not a run directory: its config has no kind and settings, or a file is damaged")
     return _make_run(run_dir, config, env, result, _metrics_lines(run_dir))
 
 

@@ -88,8 +88,9 @@ def test_ls_sorts(runs, runlog):
 def test_ls_names_what_it_cannot_read_and_lists_the_rest(runs, runlog):
     (runs / "gpt/metrics.jsonl").write_text('{"step": 1\n{"step": 2, "kind": "val", "loss": 1.0}\n')
     (runs / "lora/config.json").write_text("{")
+    (runs / "bench/result.json").write_text("[]")
     out = runlog("ls", runs)
-    assert "unreadable: " in out and "line 1 is not a metrics row" in out and "not valid JSON" in out
+    assert "bench is not a run directory" in out and "line 1 is not a metrics row" in out and "not valid JSON" in out
     assert cells(out, "bpe")[1] == "success"
 
 
