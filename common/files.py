@@ -123,7 +123,7 @@ def read_jsonl(path):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as e:
+                except (json.JSONDecodeError, RecursionError) as e:
                     raise UsageError(f"{path}, line {number} is not valid JSON ({e})") from None
 
 

@@ -105,8 +105,6 @@ def check(cfg):
     """Refuse settings out of range -> (part, parts) of --shard: "1/4" -> (1, 4)"""
     if not 1 <= cfg.shard_tokens < 1 << 31 or cfg.block_chars < 1 or cfg.workers < 0:  # a header counts in int32
         raise UsageError("--shard-tokens must lie in 1…2147483647, --block-chars be at least 1, --workers at least 0")
-    if cfg.val_share is not None and not 0 < cfg.val_share < 1:
-        raise UsageError(f"--val-share {cfg.val_share} is not between 0 and 1")
     match = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not match or int(match[1]) >= int(match[2]):
         raise UsageError(f"--shard {cfg.shard} is not a part i/n with i from 0 to n-1")

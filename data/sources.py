@@ -76,6 +76,8 @@ class Corpus:
     @cached_property
     def located(self):
         """The files in order, and what to record about the hub -> (list of Path, dict)."""
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise UsageError(f"--val-share {self.val_share} is not between 0 and 1")
         if self.source == "pydocs":
             if self.input:
                 raise UsageError(

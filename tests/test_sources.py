@@ -267,12 +267,15 @@ def test_without_a_network_the_local_way_is_named(assert_refuses, tmp_path):
 # --- the command line
 
 
-def test_the_parts_are_disjoint_and_complete(tmp_path, script):
+def test_the_parts_are_disjoint_and_complete(tmp_path, script, assert_refuses):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(2000)))
     for part in ("all", "train", "val"):
         script("data/sources.py", "jsonl", "--input", tmp_path / "in.jsonl", "--part", part, "--out", tmp_path / part)
     everything, train, val = (lines_of(tmp_path / part) for part in ("all", "train", "val"))
     assert len(everything) == 2000 and sorted(train + val) == sorted(everything) and not set(train) & set(val)
+    assert_refuses(
+        "data/sources.py", "jsonl", "--part", "val", "--val-share", 2, "--out", tmp_path / "x", says="--val-share 2"
+    )
     assert 15 < len(val) < 70 and all(is_validation(t, 0.02) for t in val)
 
 
@@ -297,6 +300,7 @@ USAGE_ERRORS = {
     "not JSON": (b'{"text": "a"}\n{"text": \n', "line 2"),
     "no text": (b'{"txt": "a"}\n', "line 1"),
     "text not a string": (b'{"text": 5}\n', "line 1"),
+    "too deep": (b"[" * 100_000, "line 1"),
     "empty": (b"", "no document"),
 }
 
