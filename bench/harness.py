@@ -164,7 +164,9 @@ def timed(work, key, device="cpu"):
 
 
 def open_log(cfg, name, **options):
-    """The RunLog of a benchmark; UsageError where a finished one would be replaced without --overwrite."""
+    """The RunLog of a benchmark; UsageError without a round, or where it would replace a finished one unasked."""
+    if getattr(cfg, "rounds", 1) < 1:
+        raise UsageError(f"--rounds {cfg.rounds} measures nothing; it must be at least 1")
     folder = cfg.run_dir or ROOT / "runs" / name
     done = (folder / "result.json").exists() and read_json(folder / "result.json")["status"] == "success"
     if (folder / "record.json").exists() or (done and not cfg.overwrite):
