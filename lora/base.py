@@ -8,13 +8,14 @@ import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import peft
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -44,13 +45,14 @@ class AdapterConfig:
     seed: int = 0  # of initial weights, data order and dropout
 
     def lr_at(self, step):
-        """Learning rate of a step, counted from 0, as transformers' schedules have it."""
-        if step < self.warmup_steps:
-            return self.lr * step / max(1, self.warmup_steps)
-        done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        if self.lr_scheduler == "linear":
-            return self.lr * max(0.0, 1 - done)
-        return self.lr if self.lr_scheduler == "constant" else self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+        """Learning rate of a step, counted from 0."""
+        return self.lr * schedule(self.lr_scheduler, self.warmup_steps, self.max_steps)(step)
+
+
+@cache
+def schedule(name, warmup_steps, max_steps):
+    """A schedule of transformers: step -> factor of the learning rate."""
+    return get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), warmup_steps, max_steps).lr_lambdas[0]
 
 
 # Smallest and largest value of settings of all LoRA scripts; of those not named here: from 0 to LIMIT.
@@ -58,18 +60,21 @@ LIMIT = 2**31
 RANGES = {
     "r": (1, 4096), "lora_dropout": (0, 0.99), "lr": (0, math.inf), "max_grad_norm": (0, math.inf),
     "lora_alpha": (0, math.inf), "batch_size": (1, LIMIT), "grad_accum_steps": (1, LIMIT), "log_every": (1, LIMIT),
-    "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "top_p": (0, 1), "repetition_penalty": (0.01, 100),
+    "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "repetition_penalty": (0.01, 100),
 }  # fmt: skip
 
 
-def validate(cfg):
-    """UsageError for a setting of another type than its field's, an unknown choice, or a number outside RANGES."""
+def validate(cfg, prefix="--"):
+    """UsageError for a setting of another type than its field's, an unknown choice, or a number outside RANGES.
+
+    prefix: of a setting's name in the message.
+    """
     for field in fields(cfg):
         value, kind = getattr(cfg, field.name), field.type
-        flag, (low, high) = f"--{field.name.replace('_', '-')}", RANGES.get(field.name, (0, LIMIT))
+        flag, (low, high) = f"{prefix}{field.name.replace('_', '-')}", RANGES.get(field.name, (0, LIMIT))
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise UsageError(f"unknown {field.name} {value}; choose from {', '.join(get_args(kind))}")
-        if kind in (str, bool, int, float) and type(value) is not kind and (kind, type(value)) != (float, int):
+        if isinstance(kind, type) and type(value) is not kind and (kind, type(value)) != (float, int):
             raise UsageError(f"{flag} should be {kind.__name__}, not {value!r}")
         if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
             raise UsageError(f"{flag} {value} should be a number from {low} to {high}")
@@ -106,22 +111,19 @@ def load_tokenizer(base):
     return _load(AutoTokenizer, base)
 
 
-def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
+def load_base(base, dtype="float32", device="cpu"):
     """A causal LM to put adapters on -> model in eval mode, on `device`.
 
-    Its own noise is switched off (GPT-2 is published with a dropout of 0.1): only the adapter's `lora_dropout` acts, so
-    that an adapter learns the same alone and beside others. load_in_4bit: NF4 through bitsandbytes, CUDA only.
+    Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
+    adapter learns the same alone and in a batch with others.
     """
-    options = {"config": without_noise(_load(AutoConfig, base)), "dtype": getattr(torch, dtype)}
-    if load_in_4bit:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
-    model = _load(AutoModelForCausalLM, base, **options)
+    config = without_noise(_load(AutoConfig, base))
+    model = _load(AutoModelForCausalLM, base, config=config, dtype=getattr(torch, dtype))
     if "gguf_file" in locate(base)[1]:  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
         model.config.name_or_path = model.name_or_path = base
-    model = (model if load_in_4bit else model.to(device)).eval()
+    model = model.to(device).eval()
     first, changed = probe(model, [[1, 2, 3, 4], [1, 2, 3, 5]], "text alone")  # (T, V) each
     if (first[:3] - changed[:3]).abs().max() > (1e-4 if first.dtype.itemsize > 2 else 3e-2) * first.abs().max():
         raise UsageError(f"{base} ({type(model).__name__}) reads tokens before it predicts them: it is no causal LM")
@@ -226,8 +228,6 @@ def add_adapter(cfg, model):
     """Wrap `model` with a fresh adapter -> PeftModel whose adapter alone is trained, in float32."""
     if cfg.loraplus_lr_ratio != 1:
         raise UsageError("--loraplus-lr-ratio is of adapters trained at once; use lora/sweep.py")
-    if cfg.load_in_4bit:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=cfg.gradient_checkpointing)
     set_seed(cfg.seed)
     wrapped = wrap(model, peft_config(cfg, model))
     probe(wrapped, [[1, 2, 3]], f"adapters on {cfg.target_modules}")

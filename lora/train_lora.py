@@ -19,7 +19,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile, ZipFile
@@ -63,7 +62,6 @@ class TrainConfig(AdapterConfig):
     prompt: str = ""  # text to continue before and after; empty: as the task has it
     max_new_tokens: int = 60  # tokens of a sample
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    load_in_4bit: bool = False  # a 4-bit base (NF4), where bitsandbytes is installed
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the base (float16 overflows); adapters train in float32
     device: str = "auto"  # auto, cuda, mps or cpu
     tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
@@ -83,8 +81,6 @@ def check(cfg):
     if cfg.max_steps == 0 and cfg.epochs == 0:
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
     base.locate(cfg.base)
-    if cfg.load_in_4bit and (find_spec("bitsandbytes") is None or pick_device(cfg.device).type != "cuda"):
-        raise UsageError("--load-in-4bit needs a CUDA GPU and the package bitsandbytes; leave it out here")
 
 
 def settings(cfg, inputs=None):
@@ -125,7 +121,7 @@ def run_state(run_dir, wanted, overwrite):
 def load(cfg):
     """What a run trains on -> (tokenizer, model, TaskData)."""
     tokenizer = base.load_tokenizer(cfg.base)
-    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device), cfg.load_in_4bit)
+    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device))
     return tokenizer, model, tasks.load_task(cfg, tokenizer, block_size(model.config))
 
 

@@ -322,7 +322,6 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
         ({"data_file": "no.json"}, "no.json is not a file"),
         ({"task": "poetry"}, "unknown task poetry"),
         ({"base": "./no"}, "./no does not exist"),
-        ({"load_in_4bit": True}, "bitsandbytes"),
         ({"r": 0}, "--r 0 should be a number from 1"),
         ({"log_every": 0}, "--log-every 0 should be a number from 1"),
         ({"bias": "lora"}, "unknown bias lora; choose from none"),
