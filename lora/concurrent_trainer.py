@@ -20,12 +20,13 @@ from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
 from lora.multi_lora import MultiLora, memory_per_adapter, pack
-from lora.tasks import IGNORE, batch_rows, collate, pad_id
+from lora.tasks import IGNORE, batch_rows, collate, mean_loss, pad_id
 from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan_steps, settings, task_metric
 from runlog import RunLog, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
 VARIABLE = {"run_dir", "epochs", *(field.name for field in fields(AdapterConfig))} - {"target_modules"}
+RUNGS = (0.125, 0.25, 0.5)  # of successive halving, as fractions of an adapter's steps
 SMOOTHING, WARM = 0.95, 20  # of the loss that tells divergence: its decay, and steps before it is judged
 
 
@@ -82,9 +83,8 @@ class Group:
         self.slots, self.queue, self.trained = [], list(range(len(configs))), 0
 
     def rung_steps(self, i):
-        """{step: rung} at which halving compares slot i: the rungs are shares of all steps."""
-        rungs = self.sweep.rungs.split(",") if self.sweep.halving else []
-        return {max(1, round(float(rung) * self.slots[i].cfg.max_steps)): rung for rung in rungs}
+        """{step: rung} at which halving compares slot i."""
+        return {max(1, round(rung * self.slots[i].cfg.max_steps)): rung for rung in RUNGS if self.sweep.halving}
 
     def is_due(self, i):
         """Whether the held-out loss of slot i is taken at its step."""
@@ -191,7 +191,7 @@ class Group:
 
         At a rung those in the worse half of all that have come this far are to stop.
         """
-        losses, texts, gone = self.engine.held_out(self.held_out, self.pad), [None] * len(self.slots), {}
+        losses, texts, gone = mean_loss(self.engine.nll, self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
             texts = generate(self.model, self.tokenizer, self.data.prompt_ids, len(self.slots), **options)

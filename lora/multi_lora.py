@@ -6,20 +6,19 @@
     engine.step(losses)                   # backward, clip, AdamW and schedule, each adapter by itself
     engine.save(0, "adapter")             # as PEFT saves it
 
-How. The rows of all adapters lie one behind the other in one batch, (k·b, T, C), so the base's matrix products are done
-once, on k times as many rows. In each adapted layer the k updates are two batched products over stacked matrices
-A (k, r_max, in) and B (k, out, r_max). Smaller ranks are padded with zeros; padding in A meets zeros in B and the other
-way round, so its gradient is exactly zero and it stays zero. The base is frozen and works row by row, hence nothing of
-one adapter reaches another, not even a NaN: gradients are those of k separate runs. All weights are views of one tensor
-(k, P), and so are gradients: clipping is a norm over rows, AdamW a handful of operations however many layers there are.
+The rows of all adapters form one batch, (k·b, T, C), so the base's matmuls run once, on k times as many rows. In each
+adapted layer the k updates are two batched matmuls with stacked A (k, r_max, in) and B (k, out, r_max). Smaller ranks
+are padded with zeros, whose gradient is exactly zero. The base is frozen and works row by row, so nothing of one
+adapter reaches another, not even a NaN: gradients are those of k separate runs. All weights are views of one tensor
+(k, P), and so are gradients: clipping takes a norm over rows, AdamW a few operations however many layers there are.
 
-Works on every causal LM whose adapted layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and
-whose logits are its output layer on its last hidden states. Which layers those are PEFT says, and every engine first
-compares its loss with that of PEFT's model: what it cannot train exactly (fused experts, say) is refused by name.
+Supports causal LMs whose adapted layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and whose
+logits are the output layer of the last hidden states. PEFT names the layers, and every engine first compares its loss
+with that of PEFT's model: what it cannot train exactly (fused experts, say) is refused by name.
 
-Dropout masks are a function of an adapter's seed, its step and the layer, so an adapter's training does not depend on
-its company. The gain is largest where the base is small or batches are short; once the base alone keeps the hardware
-busy there is none (bench/bench_lora.py shows it).
+Dropout masks are a function of an adapter's seed, its step and the layer, so an adapter trains alike in any group. The
+speedup is largest for small bases and short batches; where the base alone saturates the hardware there is none
+(bench/bench_lora.py).
 """
 
 import math
@@ -39,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common import UsageError, atomic_folder, free_memory
 from lora.base import AdapterConfig, check_adapter, one_line, peft_config, wrap
-from lora.tasks import IGNORE, mean_loss
+from lora.tasks import IGNORE
 
 __all__ = ["AdapterConfig", "MultiLora"]
 # Only layers and losses are compared with PEFT's, so the rank is small.
@@ -292,11 +291,6 @@ class MultiLora:
         """Mean loss per target token of each adapter -> (k,)."""
         sums, counts = self.nll(batch)
         return sums / counts.clamp(min=1).to(sums)
-
-    @torch.no_grad()
-    def held_out(self, rows, pad, batch_size=8):
-        """Mean loss per target token over `rows`, for each adapter -> list of k floats."""
-        return mean_loss(self.nll, rows, pad, batch_size)
 
     def gradients(self, losses):
         """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""

@@ -18,9 +18,9 @@ SEARCHES = ("random", "tpe")  # independent draws; tree-structured Parzen estima
 def check_space(space, trials, check):
     """UsageError for what is neither list nor range, what check({setting: value}) refuses, or too few points."""
     for name, values in space.items():
-        is_range = isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}
+        is_range = trials and isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}
         if not is_range and not (isinstance(values, list) and values):
-            raise UsageError(f'{name} should be a list of values or a range {{"low": …, "high": …, "log": …}}')
+            raise UsageError(f'{name} should be a list of values, or with trials {{"low": …, "high": …, "log": …}}')
         ends = [values["low"], values["high"]] if is_range else values
         for value in ends:
             check({name: value})
@@ -47,21 +47,23 @@ def draw(space, rng):
     """A random point: each choice alike, ranges uniform, or with "log" their logarithm."""
     point = {}
     for name, values in space.items():
+        u = rng.random()
         if isinstance(values, list):
-            point[name] = values[int(rng.random() * len(values))]
+            point[name] = values[int(u * len(values))]
         else:
-            low, high, u = values["low"], values["high"], rng.random()
+            low, high = values["low"], values["high"]
             point[name] = low * (high / low) ** u if values.get("log") else low + (high - low) * u
-    return {name: rounded(space[name], value) for name, value in point.items()}
+    return rounded(space, point)
 
 
-def rounded(values, value):
-    """A value of a range as a whole number where both ends are, else with four digits, as tables show it."""
-    if isinstance(values, list):
-        return value
-    low, high = values["low"], values["high"]
-    whole = type(low) is type(high) is int
-    return min(max(round(value) if whole else float(f"{value:.4g}"), low), high)
+def rounded(space, point):
+    """A point whose values in ranges are whole numbers where both ends are, else have four digits, as in tables."""
+    for name, values in space.items():
+        if isinstance(values, dict):
+            low, high = values["low"], values["high"]
+            value = round(point[name]) if type(low) is type(high) is int else float(f"{point[name]:.4g}")
+            point[name] = min(max(value, low), high)
+    return point
 
 
 def propose(space, points, losses, n):
@@ -76,5 +78,4 @@ def propose(space, points, losses, n):
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=len(points), constant_liar=True))
     for point, loss in zip(points, losses):
         study.add_trial(optuna.trial.create_trial(params=point, distributions=kinds, value=loss))
-    asked = [study.ask(kinds).params for _ in range(n)]
-    return [{name: rounded(space[name], value) for name, value in point.items()} for point in asked]
+    return [rounded(space, study.ask(kinds).params) for _ in range(n)]

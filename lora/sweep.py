@@ -6,15 +6,15 @@
     python lora/sweep.py GRID.json --shard 3/16                    fourth of sixteen jobs on a shared folder
     python lora/sweep.py GRID.json --seeds 0 1 2 3 --judge         which configurations differ from the first one?
 
-A grid file names the task and holds `settings` (fields of train_lora's TrainConfig, the same for all), `grid` (lists,
-all combinations), `configs` (single ones) and `seeds`. With `trials`, a number, it is a search: `grid` may hold ranges
-(search.py), and so many of its points are trained, drawn at random, or with `"search": "tpe"` proposed by Optuna, in
-rounds of `--adapters-at-once` (0: eight), from the held-out losses of the rounds before. In a group (`--engine
-concurrent`) adapters share the base's forward and backward pass. One that diverges (a loss that is not finite, or whose
-smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights kept, and its place given to
-the next configuration; so are those that `--patience` or `--halving` stops. Configurations beyond the engine (DoRA,
-initialisations that change the base, bias "all") train one after another with the Trainer. Killed at any moment and
-started again with the same command, a sweep resumes from its last checkpoint and gives the same results.
+A grid file is JSON with the fields of `Grid`; its settings are those of train_lora's TrainConfig. With `trials` it is a
+search: so many configurations are drawn at random from lists and ranges (search.py), or with `"search": "tpe"` proposed
+by Optuna, in rounds of `--adapters-at-once` (0: eight), from the held-out losses of earlier rounds.
+
+The adapters of a group share the base's forward and backward pass. One that diverges (a loss that is not finite, or
+whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights are kept, and the next
+configuration takes its slot; likewise where `patience` or `--halving` stops one. What the engine does not support
+(DoRA, initializations that change the base, bias "all") is trained by the Trainer, one adapter after another. Killed at
+any moment and started again with the same command, a sweep resumes from its last checkpoint with the same results.
 
 Leaves in the run directory: adapters/NAME/ (a run directory each: metrics, samples, result, ckpt/adapter in PEFT's
 format), table.md (held-out losses with confidence intervals over seeds, and what each hyper-parameter does with all
@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -50,7 +50,7 @@ from runlog.run import is_locked
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
-DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "rungs", "sample_tokens")
+DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "sample_tokens")
 
 
 @dataclass
@@ -59,13 +59,12 @@ class SweepConfig:
     run_dir: str = ""  # where the records and adapters go; empty: runs/lora-NAME, as the grid file is called
     base: str = ""  # hub name or Hugging Face folder; empty: as the file says
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
-    engine: Literal["auto", "concurrent", "trainer"] = "auto"  # auto: concurrent where it can
+    engine: Literal["auto", "trainer"] = "auto"  # auto: adapters share the base where the engine supports them
     adapters_at_once: int = 0  # adapters in one batch; 0: as many as memory allows
     packing: bool = False  # adapters at once: a batch as one row each, no padding, attention only within its rows
     shard: str = ""  # "i/n", i from 0: this is one of n jobs on the same run directory
     divergence_factor: float = 1.5  # stop an adapter whose smoothed loss exceeds its best by this factor; 0: only NaN
-    halving: bool = False  # stop the worse half, by held-out loss, at every rung
-    rungs: str = "0.125,0.25,0.5"  # fractions of an adapter's steps at which `halving` decides
+    halving: bool = False  # stop the worse half, by held-out loss, after an eighth, a quarter and half of the steps
     judge: bool = False  # is each configuration better or worse than the first one? a verdict over the seeds
     sample_tokens: int = 40  # tokens of the sample at every held-out loss; 0: none
     max_steps: int = 0  # optimizer steps of every adapter; 0: as the file says
@@ -79,12 +78,18 @@ class SweepConfig:
 
 @dataclass
 class Grid:
-    """A grid file with the flags over it."""
+    """A grid file; `read_grid` adds the flags to its settings, and all combinations of its lists to its configs."""
 
-    shared: dict  # settings of all configurations
-    seeds: list  # each point is trained with each
-    points: list  # what a configuration sets besides, {setting: value}; of a search those proposed so far
-    search: dict  # {"kind": one of SEARCHES, "space": lists and ranges, "trials": points it will have}; else empty
+    about: str = ""  # for people
+    task: str = ""  # as base and data_file, a setting that all configurations share
+    base: str = ""
+    data_file: str = ""
+    settings: dict = field(default_factory=dict)  # {setting: value} that all configurations share
+    grid: dict = field(default_factory=dict)  # {setting: values}; in a search ranges, too
+    configs: list = field(default_factory=list)  # single configurations, {setting: value}
+    seeds: list = field(default_factory=lambda: [0])  # each configuration is trained with each
+    search: Literal[SEARCHES] = "random"
+    trials: int = 0  # configurations that a search tries; 0: no search, but all combinations
 
 
 def read_grid(cfg):
@@ -92,62 +97,57 @@ def read_grid(cfg):
     validate(cfg)
     if cfg.judge and cfg.halving:
         raise UsageError("--judge compares whole runs; leave out --halving")
-    if not all(re.fullmatch(r"\s*0?\.\d*[1-9]\d*\s*", rung) for rung in cfg.rungs.split(",")):
-        raise UsageError(f"--rungs {cfg.rungs} should be fractions between 0 and 1, separated by commas")
-    grid = read_json(cfg.grid, object_pairs_hook=unique_keys)
-    known = {*INPUTS, "settings", "grid", "configs", "seeds", "search", "trials", "about"}
-    if not isinstance(grid, dict) or set(grid) - known:
+    content, known = read_json(cfg.grid, object_pairs_hook=unique_keys), {field.name for field in fields(Grid)}
+    if not isinstance(content, dict) or set(content) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
-    axes, single, seeds = grid.get("grid", {}), grid.get("configs", []), list(cfg.seeds) or grid.get("seeds", [0])
-    search, trials = grid.get("search", "random" if "trials" in grid else ""), grid.get("trials", 0)
-    lists = axes.items() if isinstance(axes, dict) and not search else ()
-    kinds = {"settings": (dict, grid.get("settings", {})), "grid": (dict, axes), "configs": (list, single)}
-    kinds |= {name: (list, values or None) for name, values in [("seeds", seeds), *lists]}
-    for name, (kind, value) in kinds.items():
-        if not isinstance(value, kind):
-            raise UsageError(f"{cfg.grid}: {name} should be {'an object' if kind is dict else 'a list of values'}")
-    shared = {"device": cfg.device, **grid.get("settings", {}), **assignments(cfg.set)}
-    shared |= {name: grid[name] for name in INPUTS & set(grid)}
-    flags = ("base", "data_file", "max_steps", "tensorboard", "wandb")
-    shared |= {name: getattr(cfg, name) for name in flags if getattr(cfg, name)}
-    if not shared.get("base"):
+    grid, over = Grid(**content), assignments(cfg.set)
+    validate(grid, f"{cfg.grid}: ")
+    grid.settings, grid.seeds = {"device": cfg.device} | grid.settings | over, list(cfg.seeds) or grid.seeds
+    for source, names in (grid, INPUTS), (cfg, ("base", "data_file", "max_steps", "tensorboard", "wandb")):
+        grid.settings |= {name: getattr(source, name) for name in names if getattr(source, name)}
+    if not grid.settings.get("base"):
         raise UsageError(f"{cfg.grid} names no base; give one with --base")
-    if wrong := (set(shared) - SETTINGS) | (set(assignments(cfg.set)) & set(axes)):
+    if not grid.seeds or not all(isinstance(point, dict) for point in grid.configs):
+        raise UsageError(f"{cfg.grid}: seeds should be a list of numbers, configs a list of objects")
+    wrong = set().union(grid.grid, *grid.configs) - (SETTINGS - INPUTS)
+    if wrong := wrong | (set(grid.settings) - SETTINGS) | (set(over) & set(grid.grid)):
         raise UsageError(f"{', '.join(sorted(wrong))}: an unknown setting, or one with --set that the grid varies")
-    check(TrainConfig(run_dir="", **shared))
-    if wrong := set().union(axes, *single) - (SETTINGS - INPUTS):
-        raise UsageError(f"{cfg.grid}: unknown setting {', '.join(sorted(wrong))} of a configuration")
-    if search:
-        if search not in SEARCHES or type(trials) is not int or trials < 1 or not axes or single:
-            raise UsageError(f"{cfg.grid}: a search ({' or '.join(SEARCHES)}) needs grid and trials, and no configs")
-        check_space(axes, trials, lambda point: check(TrainConfig(run_dir="", **shared | point)))
-        return Grid(shared, seeds, [], {"kind": search, "space": axes, "trials": trials})
-    points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())] if axes else []
-    return Grid(shared, seeds, points + single or [{}], {})
+    check(TrainConfig(run_dir="", **grid.settings))
+    check_space(grid.grid, grid.trials, lambda point: check(TrainConfig(run_dir="", **grid.settings | point)))
+    if "search" in content or grid.trials:
+        if not (grid.grid and grid.trials) or grid.configs:
+            raise UsageError(f"{cfg.grid}: a search needs grid and trials, and no configs")
+        if grid.search == "random":
+            grid.configs = next_points("random", grid.grid, [], [], grid.trials)
+    else:
+        points = [dict(zip(grid.grid, values)) for values in itertools.product(*grid.grid.values())]
+        grid.configs = (points if grid.grid else []) + grid.configs or [{}]
+    return grid
 
 
 def make_configs(cfg, grid):
     """[TrainConfig] of a Grid, one an adapter, its run_dir named after its number and what it varies."""
     configs = []
-    for point, seed in itertools.product(grid.points, grid.seeds):
+    for point, seed in itertools.product(grid.configs, grid.seeds):
         varied = point | ({"seed": seed} if len(grid.seeds) > 1 else {})
         name = [f"{len(configs):03d}"] + [f"{SHORT.get(k, k)}{v}".replace("/", "-") for k, v in varied.items()]
         folder = Path(cfg.run_dir) / "adapters" / "_".join(name)
-        configs.append(TrainConfig(run_dir=str(folder), **grid.shared | {"seed": seed} | point))
+        configs.append(TrainConfig(run_dir=str(folder), **grid.settings | {"seed": seed} | point))
         check(configs[-1])
     if len({repr(replace(one, run_dir="")) for one in configs}) < len(configs):
         raise UsageError(f"{cfg.grid} lists the same configuration twice")
     return configs
 
 
-def add_round(cfg, grid):
-    """Give a search its next points: all of a random one; of TPE a round, from the results of those before."""
-    results = [read_run(one.run_dir).result["held_out_loss"] for one in make_configs(cfg, grid)]
-    losses = [math.inf if loss is None else loss for loss in results]
-    n, kind, size = len(grid.seeds), grid.search["kind"], grid.search["trials"] - len(grid.points)
-    means = [sum(losses[at : at + n]) / n for at in range(0, len(losses), n)]  # over the seeds of a point
-    size = min(size, cfg.adapters_at_once or 8) if kind == "tpe" else size
-    grid.points += next_points(kind, grid.search["space"], grid.points, means, size)
+def next_round(cfg, grid, configs):
+    """What to train after `configs`: at first all, in a TPE search some; nothing at the end -> [TrainConfig]."""
+    if grid.search == "tpe":
+        losses = [read_run(one.run_dir).result["held_out_loss"] for one in configs]
+        losses, n = [math.inf if loss is None else loss for loss in losses], len(grid.seeds)
+        means = [sum(losses[at : at + n]) / n for at in range(0, len(losses), n)]  # over the seeds of a configuration
+        size = min(grid.trials - len(grid.configs), cfg.adapters_at_once or 8)
+        grid.configs += next_points("tpe", grid.grid, grid.configs, means, size)
+    return make_configs(cfg, grid)[len(configs) :]
 
 
 def unique_keys(pairs):
@@ -171,8 +171,6 @@ def make_groups(configs, engine, n):
     alike = {}
     for i, cfg in enumerate(configs):
         concurrent = cfg.grad_accum_steps == 1 and not unsupported(cfg)
-        if engine == "concurrent" and not concurrent:
-            raise UsageError(f"{Path(cfg.run_dir).name} is beyond the concurrent engine; use --engine auto or trainer")
         kind = "concurrent" if concurrent and engine != "trainer" else "trainer"
         rest = {k: v for k, v in asdict(cfg).items() if k not in VARIABLE}
         alike.setdefault((kind, repr(rest)), []).append(i)
@@ -204,12 +202,12 @@ def agree(cfg, grid, folder, configs, n):
 
     The first one writes it into the folder's config.json, beside the settings; a sweep with other settings is refused.
     """
-    more = {"optuna": version("optuna")} if grid.search.get("kind") == "tpe" else {}
+    search = {"space": grid.grid, "trials": grid.trials} if grid.search == "tpe" else {}
     wanted = {
         "configs": [{k: v for k, v in asdict(c).items() if k not in (*NO_EFFECT, "device")} for c in configs],
         "settings": {name: getattr(cfg, name) for name in DECISIVE},
-        "inputs": fingerprint(configs[0]) | more,
-        "search": grid.search,
+        "inputs": fingerprint(configs[0]) | ({"optuna": version("optuna")} if search else {}),
+        "search": search,
     }
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
@@ -258,19 +256,17 @@ def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
     grid = read_grid(cfg)
     index, n = take_place(cfg)
-    folder, configs, trials = Path(cfg.run_dir), [], grid.search.get("trials", 0)
-    while not configs or len(grid.points) < trials:  # once, but for TPE's rounds
-        where, done = folder / "rounds" / f"{len(grid.points):03d}" if configs else folder, len(configs)
-        if grid.search:
-            add_round(cfg, grid)
-        configs = make_configs(cfg, grid)
-        groups = agree(cfg, grid, where, configs[done:], n)
-        while left := work_through(cfg, where, configs[done:], groups, index, n):
+    folder, configs = Path(cfg.run_dir), []
+    while new := next_round(cfg, grid, configs):
+        where = folder / "rounds" / f"{len(configs):03d}" if configs else folder
+        groups = agree(cfg, grid, where, new, n)
+        while left := work_through(cfg, where, new, groups, index, n):
             print(f"{len(left)} of {len(groups)} groups are still being trained elsewhere")
-            if len(grid.points) >= trials:
+            if grid.search != "tpe":
                 return
             with filelock.FileLock(left[0].with_suffix(".lock")):  # the next round needs its results
                 pass
+        configs += new
     with filelock.FileLock(folder / "sweep.lock"):
         if is_done(folder) and not cfg.judge:
             return print(f"{folder} is already done: {(folder / 'table.md').as_posix()}")

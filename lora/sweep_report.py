@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import t
 
 from common import atomic_open
 from lora.train_lora import NO_EFFECT, mean_train_loss, write_experiment
 from runlog import RunLog, read_run
 from runlog.judge import judge_all
 
-# Student's t, two-sided 95 %, by number of values; beyond, the normal's.
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 1.96)
 FIRST = ("lr", "r", "lora_alpha", "lora_dropout")  # columns of the table, before all others that vary
 
 
@@ -65,7 +64,7 @@ def held_out_table(frame, names):
     """Markdown: a line for each configuration, best first, its held-out loss as mean ± 95 % interval over seeds."""
     rows = []
     for values, same in frame.groupby(names, sort=False):
-        loss, half = same["loss"].mean(), T95[min(len(same), len(T95)) - 1] * same["loss"].sem()
+        loss, half = same["loss"].mean(), t.ppf(0.975, len(same) - 1) * same["loss"].sem()
         scores = pd.DataFrame([run.result.get("after") or {} for run in same["run"]]).mean()
         last = [run.curve("val")[1][-1:] for run in same["run"]]
         rows.append({

@@ -343,6 +343,7 @@ def collate(rows, pad):
     return {name: pad_sequence(column, batch_first=True, padding_value=fill[name]) for name, column in columns.items()}
 
 
+@torch.no_grad()
 def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
     """Mean loss per target token over `rows`, whatever the batch size and the number of processes -> list of k floats.
 

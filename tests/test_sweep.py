@@ -299,8 +299,6 @@ def test_what_the_engine_cannot_do_goes_to_the_trainer(base, rows, tmp_path):
     kinds = [read_run(folder).kind for folder in sorted((tmp_path / "run/groups").glob("0??"))]
     assert kinds == ["lora_group_concurrent", "lora_group_trainer"]
     assert read_json(tmp_path / "run/adapters/001_r2_use_doraTrue/ckpt/adapter/adapter_config.json")["use_dora"]
-    with pytest.raises(UsageError, match="beyond the concurrent engine"):
-        run_sweep(config(grid, base, rows, tmp_path / "other", engine="concurrent"))
 
 
 def test_tensorboard_shows_every_adapter_of_both_engines_when_asked(base, rows, tmp_path):
@@ -317,11 +315,11 @@ def test_tensorboard_shows_every_adapter_of_both_engines_when_asked(base, rows, 
 def test_halving_stops_the_worse_half(base, rows, tmp_path):
     settings = {"max_steps": 16, "eval_every": 8, "metric_rows": 0}
     grid = write_grid(tmp_path / "grid.json", settings, grid={"lr": [1e-5, 1e-4, 1e-3, 1e-2]})
-    run_sweep(config(grid, base, rows, tmp_path / "run", halving=True, rungs="0.25,0.5", adapters_at_once=4))
+    run_sweep(config(grid, base, rows, tmp_path / "run", halving=True, adapters_at_once=4))
     ends = [read_run(folder).result for folder in adapters(tmp_path / "run").values()]
-    assert [(e["stopped"], e["step"]) for e in ends] == [("halving", 4), ("halving", 4), ("halving", 8), ("end", 16)]
+    assert [(e["stopped"], e["step"]) for e in ends] == [("halving", 2), ("halving", 2), ("halving", 4), ("end", 16)]
     result = read_run(tmp_path / "run").result
-    assert result["step_share"] == (4 + 4 + 8 + 16) / 64
+    assert result["step_share"] == (2 + 2 + 4 + 16) / 64
 
 
 def test_patience_stops_an_adapter_that_no_longer_gets_better(base, rows, tmp_path):
@@ -365,19 +363,20 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
 @pytest.mark.parametrize(
     "parts, says",
     [
-        ({"grid": {"rank": [1]}}, "unknown setting rank"),
+        ({"grid": {"rank": [1]}}, "rank: an unknown setting"),
         ({"gird": {}}, "should be an object with"),
         ({"configs": [{"r": 1}, {"r": 1}]}, "same configuration twice"),
         ({"grid": {"lr": []}}, "lr should be a list of values"),
         ({"grid": {"lr": 1e-3}}, "lr should be a list of values"),
-        ({"grid": [1]}, "grid should be an object"),
-        ({"configs": {"r": 1}}, "configs should be a list"),
-        ({"seeds": 3}, "seeds should be a list"),
+        ({"grid": [1]}, "grid should be dict"),
+        ({"configs": {"r": 1}}, "configs should be list"),
+        ({"configs": [3]}, "configs a list of objects"),
+        ({"seeds": 3}, "seeds should be list"),
         ({"seeds": []}, "seeds should be a list"),
         ({"grid": {"lr": [math.nan]}}, "--lr nan"),
         ({"settings": {"lr": []}, "configs": [{"lr": 1.0}]}, "--lr should be float"),
         ({"grid": {"lr": {"low": 1e-4, "high": 1e-2}}}, "lr should be a list of values"),  # a range without trials
-        ({"grid": {"lr": {"low": 1e-4}}, "trials": 3}, "lr should be a list of values or a range"),
+        ({"grid": {"lr": {"low": 1e-4}}, "trials": 3}, "lr should be a list of values, or with trials"),
         ({"grid": {"lr": {"low": 1e-2, "high": 1e-4}}, "trials": 3}, "low should be a number below high"),
         ({"grid": {"lr": {"low": 0, "high": 1, "log": True}}, "trials": 3}, "above zero"),
         ({"grid": {"r": {"low": 1.5, "high": 3}}, "trials": 3}, "--r should be int, not 1.5"),
@@ -385,9 +384,9 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
         ({"grid": {"r": {"low": 1, "high": 3}, "lr": [1e-3]}, "trials": 4}, "found 3 different points"),
         ({"grid": {"r": [1, 1]}, "trials": 2}, "found 1 different points"),
         ({"grid": {"target_modules": {"low": "a", "high": "b"}}, "trials": 2}, "low should be a number"),
-        ({"grid": {"r": [1]}, "trials": "9"}, "a search"),
+        ({"grid": {"r": [1]}, "trials": "9"}, "trials should be int"),
         ({"grid": {"r": [1]}, "search": "tpe"}, "a search"),
-        ({"grid": {"r": [1]}, "search": "grid", "trials": 1}, "a search"),
+        ({"grid": {"r": [1]}, "search": "grid", "trials": 1}, "unknown search grid"),
         ({"grid": {"r": [1]}, "configs": [{"r": 2}], "trials": 1}, "a search"),
     ],
 )
@@ -400,8 +399,6 @@ def test_a_wrong_grid_is_refused(base, rows, tmp_path, parts, says):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ({"rungs": "2,3"}, "--rungs 2,3"),
-        ({"rungs": "a,b"}, "--rungs a,b"),
         ({"adapters_at_once": -1}, "--adapters-at-once -1"),
         ({"divergence_factor": math.nan}, "--divergence-factor nan"),
         ({"set": ("lr=abc",)}, "lr: an unknown setting, or one with --set that the grid varies"),
@@ -431,7 +428,7 @@ def test_overwrite_leaves_a_live_sweep_alone(base, rows, tmp_path):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_sweep_of_which_nothing_is_finite_has_its_table(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora.multi_lora.MultiLora.held_out", lambda self, *args: [math.inf] * self.k)
+    monkeypatch.setattr("lora.concurrent_trainer.mean_loss", lambda nll, *args: [math.inf] * nll.__self__.k)
     grid = write_grid(tmp_path / "grid.json", grid={"lr": [1e30, 1e31]}, settings={"max_grad_norm": 0.0})
     run_sweep(config(grid, base, rows, tmp_path / "run"))
     assert (tmp_path / "run/table.md").exists() and read_run(tmp_path / "run").result["status"] == "success"

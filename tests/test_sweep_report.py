@@ -51,9 +51,9 @@ def test_every_setting_can_vary():
 def test_the_table_has_means_over_seeds_best_first(sweep):
     lines = held_out_table(*sweep).splitlines()
     assert lines[0].startswith("| lr | r | lora_dropout | held-out loss | seeds |")
-    assert lines[2].startswith("| 0.0003 | 4 | 0.05 | 2.2000 ± 2.5420 | 2 | 20 20 | 2.0000 2.4000 | end at 20 |")
+    assert lines[2].startswith("| 0.0003 | 4 | 0.05 | 2.2000 ± 2.5412 | 2 | 20 20 | 2.0000 2.4000 | end at 20 |")
     assert lines[3].startswith("| 0.0003 | 4 | 0.1 | 2.3000 | 1 |")  # no interval of a single value
-    assert "2.8000 ± 2.5420" in lines[4] and lines[4].endswith("f1 0.500 |") and "diverged at 10" in lines[5]
+    assert "2.8000 ± 2.5412" in lines[4] and lines[4].endswith("f1 0.500 |") and "diverged at 10" in lines[5]
 
 
 def test_verdicts_are_those_of_the_judge_at_holms_levels(sweep):
