@@ -4,11 +4,15 @@
     python lora/sweep.py lora/sweeps/imdb.json --base smollm2 --data-file imdb_review_3000.csv.gz --seeds 0 1 2
     torchrun --nproc-per-node 8 lora/sweep.py GRID.json            one group of adapters a GPU
     python lora/sweep.py GRID.json --shard 3/16                    fourth of sixteen jobs on a shared folder
-    python lora/sweep.py GRID.json --seeds 0 1 2 3 --judge         which configurations differ from the first one?
+    python lora/sweep.py GRID.json --judge --minutes 60            which configurations are better than the first one?
 
 A grid file is JSON with the fields of `Grid`; its settings are those of train_lora's TrainConfig. With `trials` it is a
 search: so many configurations are drawn at random from lists and ranges (search.py), or with `"search": "tpe"` proposed
 by Optuna, in rounds of `--adapters-at-once` (0: eight), from the held-out losses of earlier rounds.
+
+With `--judge` each round trains the first configuration, the baseline, and those still undecided with one more seed,
+until runlog/judge.py has decided on all of them, or the seeds or `--minutes` are used up. Its error rate of 0.05 covers
+all rounds and configurations. The same command with more seeds or minutes resumes.
 
 The adapters of a group share the base's forward and backward pass. One that diverges (a loss that is not finite, or
 whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights are kept, and the next
@@ -27,6 +31,7 @@ import math
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -41,7 +46,7 @@ from lora.base import quiet_libraries, validate
 from lora.concurrent_trainer import VARIABLE, Group
 from lora.multi_lora import unsupported
 from lora.search import SEARCHES, check_space, next_points
-from lora.sweep_report import summarize
+from lora.sweep_report import adapter_frame, judge_configs, summarize
 from lora.train_lora import NO_EFFECT, TrainConfig, check, fingerprint, run_state
 from lora.train_lora import run as train_with_trainer
 from runlog import RunLog, read_run
@@ -50,7 +55,7 @@ from runlog.run import is_locked
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
-DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "sample_tokens")
+DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "judge", "sample_tokens")
 
 
 @dataclass
@@ -65,10 +70,11 @@ class SweepConfig:
     shard: str = ""  # "i/n", i from 0: this is one of n jobs on the same run directory
     divergence_factor: float = 1.5  # stop an adapter whose smoothed loss exceeds its best by this factor; 0: only NaN
     halving: bool = False  # stop the worse half, by held-out loss, after an eighth, a quarter and half of the steps
-    judge: bool = False  # is each configuration better or worse than the first one? a verdict over the seeds
+    judge: bool = False  # a verdict on each configuration against the first, from as many of the seeds as it takes
+    minutes: float = 0.0  # start no further round of --judge or a TPE search after so many minutes; 0: no limit
     sample_tokens: int = 40  # tokens of the sample at every held-out loss; 0: none
     max_steps: int = 0  # optimizer steps of every adapter; 0: as the file says
-    seeds: tuple[int, ...] = ()  # every configuration once with each; none: as the file says
+    seeds: tuple[int, ...] = ()  # every configuration with each, at most with --judge; none: as the file says
     set: tuple[str, ...] = ()  # NAME=VALUE over the file's settings, for example max_length=128 eval_rows=50
     device: str = "auto"  # auto, cuda, mps or cpu
     tensorboard: bool = False  # write every adapter's figures to its run directory's tensorboard/, too
@@ -87,7 +93,7 @@ class Grid:
     settings: dict = field(default_factory=dict)  # {setting: value} that all configurations share
     grid: dict = field(default_factory=dict)  # {setting: values}; in a search ranges, too
     configs: list = field(default_factory=list)  # single configurations, {setting: value}
-    seeds: list = field(default_factory=lambda: [0])  # each configuration is trained with each
+    seeds: list = field(default_factory=list)  # each configuration is trained with each; none: 0, with --judge 0 to 7
     search: Literal[SEARCHES] = "random"
     trials: int = 0  # configurations that a search tries; 0: no search, but all combinations
 
@@ -95,20 +101,19 @@ class Grid:
 def read_grid(cfg):
     """The grid file with the flags over it -> Grid; UsageError for what is wrong in either."""
     validate(cfg)
-    if cfg.judge and cfg.halving:
-        raise UsageError("--judge compares whole runs; leave out --halving")
     content, known = read_json(cfg.grid, object_pairs_hook=unique_keys), {field.name for field in fields(Grid)}
     if not isinstance(content, dict) or set(content) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
     grid, over = Grid(**content), assignments(cfg.set)
     validate(grid, f"{cfg.grid}: ")
-    grid.settings, grid.seeds = {"device": cfg.device} | grid.settings | over, list(cfg.seeds) or grid.seeds
+    grid.settings = {"device": cfg.device} | grid.settings | over
+    grid.seeds = list(cfg.seeds) or grid.seeds or list(range(8 if cfg.judge else 1))
     for source, names in (grid, INPUTS), (cfg, ("base", "data_file", "max_steps", "tensorboard", "wandb")):
         grid.settings |= {name: getattr(source, name) for name in names if getattr(source, name)}
     if not grid.settings.get("base"):
         raise UsageError(f"{cfg.grid} names no base; give one with --base")
-    if not grid.seeds or not all(isinstance(point, dict) for point in grid.configs):
-        raise UsageError(f"{cfg.grid}: seeds should be a list of numbers, configs a list of objects")
+    if not all(isinstance(point, dict) for point in grid.configs):
+        raise UsageError(f"{cfg.grid}: configs should be a list of objects")
     wrong = set().union(grid.grid, *grid.configs) - (SETTINGS - INPUTS)
     if wrong := wrong | (set(grid.settings) - SETTINGS) | (set(over) & set(grid.grid)):
         raise UsageError(f"{', '.join(sorted(wrong))}: an unknown setting, or one with --set that the grid varies")
@@ -122,14 +127,18 @@ def read_grid(cfg):
     else:
         points = [dict(zip(grid.grid, values)) for values in itertools.product(*grid.grid.values())]
         grid.configs = (points if grid.grid else []) + grid.configs or [{}]
+    if cfg.judge and (cfg.halving or grid.search == "tpe" or len(grid.configs) < 2):
+        raise UsageError("--judge compares whole runs of two configurations or more; leave out --halving and TPE")
     return grid
 
 
 def make_configs(cfg, grid):
     """[TrainConfig] of a Grid, one an adapter, its run_dir named after its number and what it varies."""
-    configs = []
-    for point, seed in itertools.product(grid.configs, grid.seeds):
-        varied = point | ({"seed": seed} if len(grid.seeds) > 1 else {})
+    pairs, configs = [(point, seed) for point in grid.configs for seed in grid.seeds], []
+    if cfg.judge:  # round by round, so that a number does not depend on how many seeds there may be
+        pairs.sort(key=lambda pair: grid.seeds.index(pair[1]))
+    for point, seed in pairs:
+        varied = point | ({"seed": seed} if len(grid.seeds) > 1 or cfg.judge else {})
         name = [f"{len(configs):03d}"] + [f"{SHORT.get(k, k)}{v}".replace("/", "-") for k, v in varied.items()]
         folder = Path(cfg.run_dir) / "adapters" / "_".join(name)
         configs.append(TrainConfig(run_dir=str(folder), **grid.settings | {"seed": seed} | point))
@@ -140,14 +149,25 @@ def make_configs(cfg, grid):
 
 
 def next_round(cfg, grid, configs):
-    """What to train after `configs`: at first all, in a TPE search some; nothing at the end -> [TrainConfig]."""
+    """What to train after `configs` -> [TrainConfig]: all, or what TPE or the judge asks for; nothing at the end."""
     if grid.search == "tpe":
         losses = [read_run(one.run_dir).result["held_out_loss"] for one in configs]
         losses, n = [math.inf if loss is None else loss for loss in losses], len(grid.seeds)
         means = [sum(losses[at : at + n]) / n for at in range(0, len(losses), n)]  # over the seeds of a configuration
         size = min(grid.trials - len(grid.configs), cfg.adapters_at_once or 8)
         grid.configs += next_points("tpe", grid.grid, grid.configs, means, size)
-    return make_configs(cfg, grid)[len(configs) :]
+    every = make_configs(cfg, grid)
+    if not cfg.judge:
+        return every[len(configs) :]
+    seeds = len({one.seed for one in configs}) + 1
+    new = [one for one in every[: seeds * len(grid.configs)] if one not in configs]
+    if not configs:
+        return new
+    frame, names = adapter_frame(configs)
+    baseline, verdicts = judge_configs(frame, names)
+    again = {values for values, verdict in verdicts.items() if verdict.verdict == "undecided"}
+    print(f"{len(again)} of {len(verdicts)} configurations are undecided after {seeds - 1} of {len(grid.seeds)} seeds")
+    return [one for one in new if again and tuple(getattr(one, name) for name in names) in {baseline, *again}]
 
 
 def unique_keys(pairs):
@@ -256,19 +276,22 @@ def run_sweep(cfg):
     """Do this worker's part of a sweep, and the summary if it is the last one to finish."""
     grid = read_grid(cfg)
     index, n = take_place(cfg)
-    folder, configs = Path(cfg.run_dir), []
+    folder, configs, started = Path(cfg.run_dir), [], time.monotonic()
     while new := next_round(cfg, grid, configs):
+        if configs and 0 < 60 * cfg.minutes < time.monotonic() - started:
+            print(f"stopped after {cfg.minutes:g} minutes; the same command with another --minutes resumes")
+            break
         where = folder / "rounds" / f"{len(configs):03d}" if configs else folder
         groups = agree(cfg, grid, where, new, n)
         while left := work_through(cfg, where, new, groups, index, n):
             print(f"{len(left)} of {len(groups)} groups are still being trained elsewhere")
-            if grid.search != "tpe":
+            if not cfg.judge and grid.search != "tpe":
                 return
             with filelock.FileLock(left[0].with_suffix(".lock")):  # the next round needs its results
                 pass
         configs += new
     with filelock.FileLock(folder / "sweep.lock"):
-        if is_done(folder) and not cfg.judge:
+        if is_done(folder) and read_run(folder).result["adapters"] >= len(configs):
             return print(f"{folder} is already done: {(folder / 'table.md').as_posix()}")
         summarize(folder, configs, cfg.judge)
 

@@ -20,13 +20,18 @@ FIRST = ("lr", "r", "lora_alpha", "lora_dropout")  # columns of the table, befor
 
 
 def summarize(folder, configs, judged=False):
-    """Write table.md (with verdicts, if `judged`), loss.png, lora_experiments_TASK.log and result.json of a sweep."""
-    folder, runs = Path(folder), [read_run(cfg.run_dir) for cfg in configs]
-    frame, names = adapter_frame(configs, runs)
+    """Write table.md, loss.png, lora_experiments_TASK.log and result.json of a sweep; if `judged` with verdicts."""
+    folder, (frame, names), rows = Path(folder), adapter_frame(configs), []
+    runs = [*frame["run"]]
     best = frame.loc[frame["loss"].idxmin(), "run"]
     trained, full = (sum(run.result[name] for run in runs) for name in ("step", "max_steps"))
-    table = f"{held_out_table(frame, names)}\n{contrasts_table(frame, names)}"
-    table += f"\n{verdicts_table(frame, names)}" if judged else ""
+    table = held_out_table(frame, names)
+    if judged:  # contrasts would compare means over different seeds
+        baseline, verdicts = judge_configs(frame, names)
+        table += f"\n{verdicts_table(verdicts, names)}\nbaseline: {label(baseline, names)}\n"
+        rows = [{"name": label(values, names), **verdict.as_dict()} for values, verdict in verdicts.items()]
+    else:
+        table += f"\n{contrasts_table(frame, names)}"
     with RunLog(folder, "lora_sweep", read_run(folder).settings, resume=True) as log:
         log.print(table)
         with atomic_open(folder / "table.md") as f:
@@ -40,7 +45,7 @@ def summarize(folder, configs, judged=False):
             write_experiment(folder, cfg, result, run.metrics[-1]["time"])
         log.finish(
             "success", adapters=len(runs), steps_trained=trained, steps_full=full, step_share=trained / full,
-            best=best.name, best_held_out_loss=best.result["held_out_loss"],
+            rows=rows, best=best.name, best_held_out_loss=best.result["held_out_loss"],
             diverged=[run.name for run in runs if run.result["status"] == "diverged"],
         )  # fmt: skip
         log.print(f"best: {best.name}, held-out loss {frame['loss'].min():.4f}")
@@ -48,13 +53,14 @@ def summarize(folder, configs, judged=False):
         log.print(f"curves in {folder / 'loss.png'}, table in {folder / 'table.md'}")
 
 
-def adapter_frame(configs, runs):
+def adapter_frame(configs):
     """A row an adapter: its settings, held-out `loss` (infinite if none was finite), `run` -> (DataFrame, names).
 
     names: the settings that vary within the sweep, seeds aside; the task, which is the same for all, if none does.
     """
     frame = pd.DataFrame([asdict(cfg) for cfg in configs])
     names = [*FIRST, *(name for name in frame if name not in (*FIRST, *NO_EFFECT, "seed", "device"))]
+    runs = [read_run(cfg.run_dir) for cfg in configs]
     losses = [run.result["held_out_loss"] for run in runs]
     frame["loss"], frame["run"] = [math.inf if loss is None else loss for loss in losses], runs
     return frame, [name for name in names if frame[name].nunique() > 1] or ["task"]
@@ -100,19 +106,23 @@ def contrasts_table(frame, names):
     return markdown(rows)
 
 
-def verdicts_table(frame, names):
-    """Markdown: is a configuration better or worse than the first one that did not diverge? By `runlog.judge`.
+def judge_configs(frame, names):
+    """Is a configuration better or worse than the baseline, the first that did not always diverge? By `runlog.judge`.
 
-    The seeds were chosen before the first look, so Student's interval holds; Holm's levels, over all configurations.
+    -> (values of the baseline, {values of another: Verdict}); where all diverged, (None, {}).
     """
-    others = {values: [*same["run"]] for values, same in frame.groupby(names, sort=False)}
-    finished = [values for values, runs in others.items() if any(run.status != "diverged" for run in runs)]
+    runs = {values: [*same["run"]] for values, same in frame.groupby(names, sort=False)}
+    finished = [values for values, own in runs.items() if any(run.status != "diverged" for run in own)]
     if not finished:
-        return ""
-    baseline = others.pop(finished[0])
-    verdicts = judge_all(baseline, others.values(), metric="held_out_loss", fixed=True)
+        return None, {}
+    baseline = runs.pop(finished[0])
+    return finished[0], dict(zip(runs, judge_all(baseline, runs.values(), metric="held_out_loss")))
+
+
+def verdicts_table(verdicts, names):
+    """Markdown: a line for each Verdict of `judge_configs`."""
     rows = []
-    for place, (values, v) in enumerate(zip(others, verdicts)):
+    for place, (values, v) in enumerate(verdicts.items()):
         spread = f"{v.low:+.4f} … {v.high:+.4f}" if v.low is not None else "unbounded"
         rows.append({
             "order": place, **dict(zip(names, values)), "verdict": v.verdict,
@@ -120,6 +130,11 @@ def verdicts_table(frame, names):
             "pairs": v.n, "noise": "-" if v.noise is None else f"{v.noise:.4f}", "more seeds": v.more or "-",
         })  # fmt: skip
     return markdown(rows)
+
+
+def label(values, names):
+    """A configuration as text."""
+    return ", ".join(f"{name} {value}" for name, value in zip(names, values or ()))
 
 
 def markdown(rows):
@@ -135,15 +150,14 @@ def draw_curves(frame, names):
     left, right = fig.subplots(1, 2, sharey=True)
     for i, (values, same) in enumerate(frame.groupby(names, sort=False)):
         style = {"color": f"C{i % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
-        label = ", ".join(f"{name} {value}" for name, value in zip(names, values))
         diverged = sum(run.result["status"] == "diverged" for run in same["run"])
-        label += f" (diverged: {diverged} of {len(same)})" if diverged else ""
+        name = label(values, names) + (f" (diverged: {diverged} of {len(same)})" if diverged else "")
         for run in same["run"]:
             steps, losses = run.curve("train")
             smooth = pd.Series(losses, dtype=float).ewm(alpha=0.1, adjust=False).mean()
             left.plot(steps, smooth, lw=1.2, **style)
-            right.plot(*run.curve("val"), lw=1.4, marker="o", ms=2.5, label=label, **style)
-            label = None  # one entry for all seeds
+            right.plot(*run.curve("val"), lw=1.4, marker="o", ms=2.5, label=name, **style)
+            name = None  # one entry for all seeds
     for ax in (left, right):
         ax.grid(alpha=0.25)
         ax.margins(y=0)

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -370,9 +371,9 @@ def test_flags_go_over_the_file(base, rows, tmp_path):
         ({"grid": {"lr": 1e-3}}, "lr should be a list of values"),
         ({"grid": [1]}, "grid should be dict"),
         ({"configs": {"r": 1}}, "configs should be list"),
-        ({"configs": [3]}, "configs a list of objects"),
+        ({"configs": [3]}, "configs should be a list of objects"),
         ({"seeds": 3}, "seeds should be list"),
-        ({"seeds": []}, "seeds should be a list"),
+        ({"seeds": [0, 0]}, "same configuration twice"),
         ({"grid": {"lr": [math.nan]}}, "--lr nan"),
         ({"settings": {"lr": []}, "configs": [{"lr": 1.0}]}, "--lr should be float"),
         ({"grid": {"lr": {"low": 1e-4, "high": 1e-2}}}, "lr should be a list of values"),  # a range without trials
@@ -458,3 +459,72 @@ def test_packed_batches_train_the_same_adapters(base, rows, tmp_path):
         for kind in ("train", "val"):
             padded = read_run(tmp_path / "padded/adapters" / name).curve(kind)[1]
             assert read_run(folder).curve(kind)[1] == pytest.approx(padded, abs=1e-5)
+
+
+# against the first: the same figures; no training; one that diverges
+JUDGED = [{"lr": 1e-2}, {"lr": 1e-2, "epochs": 2.0}, {"lr": 0.0}, {"lr": 1e30, "max_grad_norm": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def judged(base, rows, tmp_path_factory):
+    """An undisturbed sequential test -> its SweepConfig."""
+    folder = tmp_path_factory.mktemp("judged")
+    grid = write_grid(folder / "grid.json", {"metric_rows": 0}, configs=JUDGED)
+    cfg = config(grid, base, rows, folder / "run", judge=True, adapters_at_once=0, sample_tokens=0)
+    run_sweep(cfg)
+    return cfg
+
+
+def test_the_judge_trains_more_seeds_only_of_what_is_undecided(judged):
+    runs = [read_run(folder) for folder in adapters(judged.run_dir).values()]
+    arms = [[run for run in runs if JUDGED[i].items() <= run.settings.items()] for i in range(4)]
+    arms[0] = [run for run in arms[0] if run not in arms[1]]
+    assert [len(arm) for arm in arms[1:]] == [1, len(arms[0]), 1] and 3 <= len(arms[0]) < 8
+    result = read_run(judged.run_dir).result
+    assert [row["verdict"] for row in result["rows"]] == ["no difference", "worse", "worse"]
+    assert result["adapters"] == len(runs)
+    for row, arm in zip(result["rows"], arms[1:]):
+        command = ["-m", "runlog", "judge", "--json", "--metric", "held_out_loss", "--alpha", str(row["alpha"])]
+        sides = [["--baseline", *arms[0]], ["--candidate", *arm]]
+        command += [str(getattr(word, "run_dir", word)) for side in sides for word in side]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == {name: value for name, value in row.items() if name != "name"}
+    table = (Path(judged.run_dir) / "table.md").read_text()
+    assert "| worse | - | unbounded |" in table and "baseline: lr 0.01" in table
+
+
+def test_a_judged_sweep_killed_between_and_within_rounds_ends_the_same(judged, tmp_path):
+    cfg = replace(judged, run_dir=str(tmp_path / "run"))
+    for moment in ("finish 4", "step 15"):
+        kill(cfg, moment)
+    run_sweep(cfg)
+    assert_same_sweep(judged.run_dir, cfg.run_dir)
+
+
+def test_shards_judge_together_and_more_seeds_resume(judged, tmp_path):
+    """Both wait for the rounds of the other; with two seeds all but one configuration are decided."""
+    cfg = replace(judged, run_dir=str(tmp_path / "run"), seeds=(0, 1), shard="0/2")
+    code = f"from lora import sweep\nsweep.run_sweep(sweep.{replace(cfg, shard='1/2')!r})"
+    with subprocess.Popen([sys.executable, "-c", code]) as other:
+        run_sweep(cfg)
+    assert other.returncode == 0
+    assert [row["verdict"] for row in read_run(cfg.run_dir).result["rows"]] == ["no difference", "undecided", "worse"]
+    run_sweep(replace(cfg, seeds=(), shard=""))
+    for name in adapters(judged.run_dir):
+        theirs = read_run(Path(judged.run_dir) / "adapters" / name).curve("val")[1]
+        assert read_run(tmp_path / "run/adapters" / name).curve("val")[1] == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parts, changes",
+    [
+        ({"configs": JUDGED}, {"halving": True}),
+        ({"grid": {"r": [1, 2]}, "search": "tpe", "trials": 2}, {}),
+        ({"configs": JUDGED[:1]}, {}),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(base, rows, tmp_path, parts, changes):
+    grid = write_grid(tmp_path / "grid.json", **parts)
+    with pytest.raises(UsageError, match="--judge compares whole runs"):
+        run_sweep(config(grid, base, rows, tmp_path / "run", judge=True, **changes))
+    assert not (tmp_path / "run").exists()
