@@ -55,7 +55,7 @@ def schedule(name, warmup_steps, max_steps):
     return get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), warmup_steps, max_steps).lr_lambdas[0]
 
 
-# Smallest and largest value of settings of all LoRA scripts; of those not named here: from 0 to LIMIT.
+# Smallest and largest value of numeric settings of all LoRA scripts; where not listed, 0 to LIMIT.
 LIMIT = 2**31
 RANGES = {
     "r": (1, 4096), "lora_dropout": (0, 0.99), "lr": (0, math.inf), "max_grad_norm": (0, math.inf),
@@ -65,10 +65,7 @@ RANGES = {
 
 
 def validate(cfg, prefix="--"):
-    """UsageError for a setting of another type than its field's, an unknown choice, or a number outside RANGES.
-
-    prefix: of a setting's name in the message.
-    """
+    """UsageError, naming prefix and field, for a wrong type, an unknown choice, or a number outside RANGES."""
     for field in fields(cfg):
         value, kind = getattr(cfg, field.name), field.type
         flag, (low, high) = f"{prefix}{field.name.replace('_', '-')}", RANGES.get(field.name, (0, LIMIT))
@@ -81,14 +78,14 @@ def validate(cfg, prefix="--"):
 
 
 def quiet_libraries():
-    """Silence the notes of transformers and PEFT; scripts call this, imports do not."""
+    """Silence the messages of transformers and PEFT; called by scripts, not on import."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def block_size(config):
-    """Tokens that a model can read at once, by its Hugging Face config (BLOOM names no limit: 2048, as trained)."""
+    """Context length of a model, by its Hugging Face config (BLOOM's has none: 2048, as trained)."""
     config = config.get_text_config(decoder=True)  # nested in that of a model which also reads images
     sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length"))
     return next((size for size in sizes if size), 2048)
@@ -141,7 +138,7 @@ def without_noise(config):
 
 @contextmanager
 def one_line(model, what):
-    """Within the block whatever breaks a model, of any kind, becomes one line: these are limits of the libraries."""
+    """Any exception of the model within the block becomes a one-line UsageError: `what` is beyond the library."""
     try:
         yield
     except UsageError:
@@ -177,7 +174,7 @@ def locate(base):
 
 
 def _load(auto_class, base, **options):
-    """auto_class.from_pretrained; what the library says in paragraphs becomes one line."""
+    """auto_class.from_pretrained, with a one-line UsageError instead of the library's paragraphs."""
     folder, extra = locate(base)
     try:
         return auto_class.from_pretrained(folder, **extra, **options)
@@ -234,23 +231,20 @@ def add_adapter(cfg, model):
     if narrow := [p for p in wrapped.parameters() if p.requires_grad and p.dtype.itemsize < 4]:
         for p in narrow:  # biases of a bfloat16 base, where a step of 3e-4 would be rounded away
             p.data = p.data.float()
-        inner = wrapped.get_base_model()  # takes float32 beside bfloat16 in autocast alone, after training as well
+        inner = wrapped.get_base_model()  # mixes float32 and bfloat16 only under autocast, after training as well
         inner.forward = torch.autocast(inner.device.type, dtype=torch.bfloat16)(inner.forward)
     return wrapped
 
 
 def save_adapter(model, folder):
-    """Write the adapter of a PeftModel as PEFT does, whole or not at all; a broken or empty one is refused."""
+    """Write the adapter of a PeftModel atomically as PEFT does; a non-finite or empty one is refused."""
     check_adapter(peft.get_peft_model_state_dict(model, save_embedding_layers=False), folder)
     with atomic_folder(folder) as part:
         model.save_pretrained(part)
 
 
 def load_adapter(model, path):
-    """Put the adapter of a run directory or PEFT folder on `model` -> PeftModel in eval mode.
-
-    UsageError where there is none, where it does not fit the model, or where its weights are not finite.
-    """
+    """Put the adapter of a run directory or PEFT folder on `model` -> PeftModel in eval mode; UsageError if damaged."""
     folder = Path(path) / "ckpt" / "adapter"
     folder = folder if folder.is_dir() else Path(path)
     if not (folder / "adapter_config.json").is_file():

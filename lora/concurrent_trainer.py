@@ -1,9 +1,8 @@
-"""One group of a sweep: adapters on one base, so many at a time; a slot that gets free takes the next configuration.
+"""One group of a sweep: adapters on one base, a number of them at a time; a free slot takes the next configuration.
 
-`sweep.py` makes the groups and calls `Group(sweep, configs, log).train()`. Every adapter has a run directory of its own
-and is judged by itself: it ends at its last step, or diverges, or is stopped by `patience` or `halving`; its best
-weights are kept, and the others are not affected. A checkpoint after every held-out loss holds all that the next step
-depends on, so a group that was killed at any moment resumes and ends as if undisturbed.
+`sweep.py` makes the groups and calls `Group(sweep, configs, log).train()`. Every adapter has its own run directory and
+ends at its last step, or when it diverges, or when `patience` or `halving` stops it; its best weights are kept. A
+checkpoint after every held-out loss holds the whole training state, so a killed group resumes with identical results.
 """
 
 import json
@@ -31,7 +30,7 @@ SMOOTHING, WARM = 0.95, 20  # of the loss that tells divergence: its decay, and 
 
 
 class Slot:
-    """One adapter in training: its records, its smoothed loss, its best weights so far."""
+    """One adapter in training: its run directory, smoothed loss and best weights so far."""
 
     def __init__(self, cfg, inputs, state=None, best_theta=None):
         self.cfg, self.name = cfg, Path(cfg.run_dir).name
@@ -47,7 +46,7 @@ class Slot:
         self.log.__exit__(None, None, None)
 
     def diverges(self, loss, factor):
-        """Take in a step's loss -> whether the smoothed loss is above `factor` times its best."""
+        """Update the smoothed loss -> whether it exceeds `factor` times its best."""
         s = self.state
         s["seen"] += 1
         s["smooth"] = SMOOTHING * s["smooth"] + (1 - SMOOTHING) * loss
@@ -58,7 +57,7 @@ class Slot:
         return bool(factor) and value > factor * s["best_smooth"]
 
     def held_out(self, step, loss, text, theta):
-        """Record a held-out loss and a sample; keep the best weights -> whether patience is at an end."""
+        """Record a held-out loss and a sample; keep the best weights -> whether patience has run out."""
         losses = self.state["held_out"]
         self.log.metric(step, "val", loss=loss, perplexity=perplexity(loss))
         if text is not None:
@@ -70,7 +69,7 @@ class Slot:
 
 
 class Group:
-    """Trains a list of configurations on one base, some at a time; a freed slot takes the next."""
+    """Trains a list of configurations on one base."""
 
     def __init__(self, sweep, configs, log):
         self.sweep, self.log, self.first = sweep, log, configs[0]
@@ -189,7 +188,7 @@ class Group:
     def evaluate(self, due):
         """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}.
 
-        At a rung those in the worse half of all that have come this far are to stop.
+        At a rung of halving, slots worse than the median of all that have reached it stop.
         """
         losses, texts, gone = mean_loss(self.engine.nll, self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:

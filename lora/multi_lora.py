@@ -1,4 +1,4 @@
-"""Train k LoRA adapters at once on one frozen base: different r, alpha, dropout, lr, schedule and seed in one pass.
+"""Train k LoRA adapters together on one frozen base, with r, alpha, dropout, lr, schedule and seed of their own.
 
     from lora.multi_lora import AdapterConfig, MultiLora
     engine = MultiLora(model, [AdapterConfig(r=4, lr=3e-4), AdapterConfig(r=8, lr=3e-3)])
@@ -48,7 +48,7 @@ LOSS_CHUNK = 4096  # target positions whose logits are in memory at once
 
 
 def unsupported(config):
-    """What of an AdapterConfig cannot be trained at once with others, as text, or None."""
+    """The setting of an AdapterConfig that the engine does not support, as text, or None."""
     known = {"bias": ("none", "lora_only"), "init_lora_weights": ("default", "gaussian"), "use_dora": (False,)}
     wrong = [f"{name} {getattr(config, name)}" for name in known if getattr(config, name) not in known[name]]
     return wrong[0] if wrong else None
@@ -95,9 +95,9 @@ def check_batch(model):
 
 
 def ask_peft(model, targets):
-    """What PEFT adapts in a model with these `target_modules` -> ({name: random (A, B)}, loss on `check_batch`).
+    """The layers that PEFT adapts for `target_modules` -> ({name: random (A, B)}, PEFT's loss on `check_batch`).
 
-    The model is in training mode, as the Trainer has it, and left as it was. UsageError names a layer of another kind.
+    In training mode, as under the Trainer; the model is restored. UsageError names a layer of an unsupported kind.
     """
     batch, g = check_batch(model), torch.Generator(model.device).manual_seed(0)
     wrapped = wrap(model, peft_config(replace(CHECK, target_modules=targets), model)).train()
@@ -163,7 +163,7 @@ class MultiLora:
             self.replace(i, config)
 
     def _check(self, weights, expected):
-        """Refuse a model on which these weights {name: (A, B)}, beside another adapter, have not PEFT's loss."""
+        """Refuse a model on which these weights {name: (A, B)}, next to another adapter, do not give PEFT's loss."""
         self.r_max, self.with_bias = CHECK.r, False
         self._allocate(2)
         self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
@@ -228,7 +228,7 @@ class MultiLora:
         self.scaling[i] = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def keep(self, slots):
-        """Continue with these slots alone, in this order; the memory and time of the others are freed."""
+        """Keep only these slots, in this order, and free the memory of the others."""
         state, scaling = self.state[:, slots], self.scaling[slots]
         configs, steps = [self.configs[i] for i in slots], [self.steps[i] for i in slots]
         self._allocate(len(slots))
@@ -242,9 +242,9 @@ class MultiLora:
         return self.model
 
     def dropout(self, z, layer):
-        """Drop inputs of each adapter's update with its own probability, where gradients are taken. z: (k, b*T, in)
+        """Dropout with each adapter's own probability, while gradients are recorded. z: (k, b*T, in)
 
-        Drawn position by position, so that the padding of longer neighbours' rows comes last and shifts nothing.
+        Drawn position by position, so that padding to the longest row of the batch comes last and shifts nothing.
         """
         if not torch.is_grad_enabled() or not any(c.lora_dropout for c in self.configs):
             return z
@@ -301,10 +301,9 @@ class MultiLora:
         return grad.masked_fill_(self.is_bias & untrained, 0) if self.with_bias else grad
 
     def step(self, losses):
-        """One AdamW step of every adapter -> (losses, gradient norms, which were finite): three lists of k.
+        """One AdamW step of every adapter -> (losses, gradient norms, whether finite): three lists of k.
 
-        An adapter whose loss or gradient is not finite keeps its weights and optimizer state as they were; the others
-        do not notice.
+        An adapter whose loss or gradient is not finite keeps its weights and optimizer state.
         """
         grad = self.gradients(losses)
         losses, norms = torch.stack([losses.detach().to(grad), grad.norm(dim=1)]).tolist()
@@ -351,7 +350,7 @@ class MultiLora:
         return out
 
     def save(self, i, folder):
-        """Write adapter i as a PEFT folder, whole or not at all; a broken or empty one is refused."""
+        """Write adapter i atomically as a PEFT folder; a non-finite or empty one is refused."""
         tensors, name = self.tensors(i), self.model.config.name_or_path
         check_adapter(tensors, folder)
         with atomic_folder(folder) as part:
@@ -362,9 +361,9 @@ class MultiLora:
 
 
 def pack(rows, k, pad):
-    """Rows of k adapters, each one's in a single row -> {"input_ids", "labels", "position_ids"}, (k, 1, T), for `nll`.
+    """Rows of k adapters, each adapter's in one packed row -> {"input_ids", "labels", "position_ids"}, (k, 1, T).
 
-    Positions begin anew in every row: so transformers keeps rows apart. Attention takes longer, which short rows repay.
+    Positions restart in every row, by which transformers masks attention between rows.
     """
     rows = [{**row, "position_ids": list(range(len(row["labels"])))} for row in rows]
     n, packed = len(rows) // k, {}
@@ -378,7 +377,7 @@ def pack(rows, k, pad):
 def token_nll(hidden, head, targets):
     """Cross-entropy of each position -> (n,). hidden (n, C), targets (n,).
 
-    Long inputs go through in chunks whose logits are computed again in the backward pass, so that (n, V) never exists.
+    Long inputs are split into chunks whose logits are recomputed in the backward pass: (n, V) is never in memory.
     """
 
     def part(hidden, targets):
@@ -393,10 +392,7 @@ def token_nll(hidden, head, targets):
 
 
 def memory_per_adapter(model, configs, batch, gradient_checkpointing=False):
-    """Bytes that one more adapter takes: weights, gradient, moments, and what autograd saves for a batch (b, T).
-
-    Measured in one forward pass; the model is left as it was.
-    """
+    """Bytes per adapter: weights, gradient, moments, and what autograd saves in one forward pass of a batch (b, T)."""
     engine = MultiLora(model, configs[:1], configs, gradient_checkpointing)
     saved = {}  # address of a storage -> its bytes
 

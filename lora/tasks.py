@@ -15,11 +15,9 @@ tokenized at once, as TRL does, and a token belongs to the segment that its last
     corrected  (default) loss on the response only; end-of-text is a target, and padding is masked by position, so that
                a pad token equal to end-of-text costs nothing
 
-A row that is too long loses its end, so that no answer is learned without its question; where the prompt alone fills
-the limit, the row is dropped. (An IMDB review is shortened instead, and keeps its sentiment.) A row that cannot be read
-is skipped. The report counts all of these, and names the columns that were not read.
-
-Labels follow Hugging Face: the id where the token is a target, -100 elsewhere; the model shifts them itself.
+A row that is too long is cut at its end, and dropped if the prompt alone reaches the limit. (An IMDB review is cut
+instead, and keeps its sentiment.) A row that cannot be read is skipped. The report counts all of these, and names the
+columns that were not read. Labels are Hugging Face's: the id of a target token, else -100; the model shifts them.
 """
 
 import csv
@@ -345,10 +343,9 @@ def collate(rows, pad):
 
 @torch.no_grad()
 def mean_loss(nll, rows, pad, batch_size=8, rank=0, world_size=1):
-    """Mean loss per target token over `rows`, whatever the batch size and the number of processes -> list of k floats.
+    """Mean loss per target token over `rows`, for any batch size and number of processes -> list of k floats.
 
-    nll: batch -> (summed losses (k,), numbers of target tokens (k,)) of the k adapters that are asked. A loss that is
-    not finite counts as infinite.
+    nll: batch -> (summed losses (k,), numbers of target tokens (k,)) of k adapters. A non-finite loss counts as inf.
     """
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # similar lengths together: little padding
     total = torch.zeros(2, 1, dtype=torch.float64)  # becomes (2, k)
@@ -380,20 +377,13 @@ def is_held_out(row, fraction):
 
 
 def load_task(cfg, tokenizer, block_size):
-    """Load, split and tokenize a task -> TaskData.
-
-    cfg: settings with task, data_file, mode, max_length, held_out, max_rows and prompt, as in train_lora's TrainConfig.
-    block_size: tokens that the model can read.
-    """
+    """Load, split and tokenize a task, by the settings of train_lora's TrainConfig -> TaskData."""
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
     rows = load_rows(cfg.task, cfg.data_file)
     kept, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), [], set()  # kept: (example, ids)
     for number, row in enumerate(rows, 1):
         try:
-            part = "held_out" if is_held_out(row, cfg.held_out) else "train"
-            if 0 < cfg.max_rows <= len(kept[part]):
-                continue
-            left = dict(row)
+            part, left = "held_out" if is_held_out(row, cfg.held_out) else "train", dict(row)
             examples = to_examples(cfg.task, left, tokenizer, cfg.mode)
             encoded = [(example, *encode(example, tokenizer, limit, cfg.mode)) for example in examples]
         except (UsageError, ValueError, TypeError) as e:  # a ValueError, too, where JSON has half of a surrogate pair

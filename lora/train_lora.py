@@ -6,8 +6,8 @@
     torchrun --standalone --nproc-per-node 8 lora/train_lora.py --base … (batch size is per process)
 
 The base is any causal LM. Prints a sample before and after, and leaves in the run directory: the curve (loss.png),
-metrics.jsonl with held-out loss and perplexity, samples.txt, lora_experiments_TASK.log for people, and the adapter with
-the best held-out loss in ckpt/adapter, in PEFT's format. Called again it resumes from the last whole checkpoint.
+metrics.jsonl with held-out loss and perplexity, samples.txt, a readable lora_experiments_TASK.log, and the adapter with
+the best held-out loss in ckpt/adapter, in PEFT's format. The same command resumes from the newest valid checkpoint.
 """
 
 import hashlib
@@ -49,7 +49,6 @@ class TrainConfig(AdapterConfig):
     mode: Literal["corrected", "faithful"] = "corrected"  # faithful: loss on all tokens, as the course notebook has it
     max_length: int = 0  # tokens of a row, cut beyond; 0: the model's block in faithful mode, 512 in corrected
     held_out: float = 0.05  # fraction of rows never trained on, chosen by hash
-    max_rows: int = 0  # rows of each part, training and held out; 0: all
     batch_size: int = 4  # rows per process and micro-step
     grad_accum_steps: int = 1  # micro-steps of an optimizer step
     epochs: float = 1.0  # passes over the training rows
@@ -74,7 +73,7 @@ NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # se
 
 
 def check(cfg):
-    """Refuse what can be seen to be wrong before anything heavy is loaded."""
+    """Refuse wrong settings before anything is loaded."""
     base.validate(cfg)
     if cfg.data_file and not Path(cfg.data_file).is_file():
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
@@ -90,7 +89,7 @@ def settings(cfg, inputs=None):
 
 
 def fingerprint(cfg):
-    """What the settings only name: checksums of a local base and data file, and versions of packages."""
+    """Checksums of a local base and data file, and versions of packages."""
     folder, found = Path(cfg.base), {}
     if folder.is_dir():
         files = [*sorted(folder.glob("*.safetensors")), folder / "tokenizer.json"]
@@ -188,7 +187,7 @@ def likelier_sentiment(model, tokenizer, example, max_length):
 
 
 class Watch(TrainerCallback):
-    """Stops at a gradient that is not finite; logs at checkpoints, too: a resumed run then averages the same steps."""
+    """Stops at a non-finite gradient; also logs at checkpoints, so that a resumed run averages the same steps."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         grads = [p.grad for p in model.parameters() if p.grad is not None]  # summed over processes: all stop together
@@ -200,7 +199,7 @@ class Watch(TrainerCallback):
 
 
 class LoraTrainer(Trainer):
-    """The Trainer with our held-out loss and records, the best adapter kept, and a stop at NaN."""
+    """The Trainer with our held-out loss and run directory; keeps the best adapter, stops at NaN."""
 
     def __init__(self, cfg, model, data, pad, log):
         self.cfg, self.run_log, self.pad = cfg, log, pad
@@ -271,7 +270,7 @@ class LoraTrainer(Trainer):
 
 
 def last_checkpoint(ckpt_dir):
-    """The newest of the Trainer's checkpoints that is whole (its state comes last), or None."""
+    """The newest valid checkpoint of the Trainer (its state is written last), or None."""
     for path in sorted(Path(ckpt_dir).glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:])):
         with suppress(UsageError, BadZipFile, SafetensorError):
             read_json(path)

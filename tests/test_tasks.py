@@ -14,7 +14,7 @@ from lora.tasks import IGNORE, collate, encode
 
 def load_task(task, tokenizer, block_size, **settings):
     """`tasks.load_task` with the defaults of the settings that are not given."""
-    defaults = {"data_file": "", "mode": "corrected", "max_length": 0, "held_out": 0.05, "max_rows": 0, "prompt": ""}
+    defaults = {"data_file": "", "mode": "corrected", "max_length": 0, "held_out": 0.05, "prompt": ""}
     return tasks.load_task(SimpleNamespace(task=task, **defaults | settings), tokenizer, block_size)
 
 

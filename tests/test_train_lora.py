@@ -332,7 +332,6 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
         ({"lr": []}, r"--lr should be float, not \[\]"),
         ({"weight_decay": -1.0}, "--weight-decay"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm"),
-        ({"max_rows": -1}, "--max-rows"),
         ({"patience": -1}, "--patience"),
         ({"lora_dropout": 1.0}, "--lora-dropout"),
         ({"r": 10**6}, "--r 1000000 should be a number from 1 to 4096"),
@@ -360,7 +359,7 @@ def test_a_usage_error_is_one_line(assert_refuses, tmp_path):
 
 def test_on_a_real_llama(shared_data, tmp_path):
     changes = {"task": "imdb", "data_file": str(shared_data / "imdb_review_3000.csv.gz"), "prompt": ""}
-    cfg = config(shared_data / "stories260K", "", tmp_path, max_rows=40, max_length=64, metric_rows=4, **changes)
+    cfg = config(shared_data / "stories260K", "", tmp_path, max_length=64, metric_rows=4, **changes)
     result = train_lora.run(cfg)
     run = read_run(tmp_path)
     assert result["prompt"] == "I love this movie because"
