@@ -223,8 +223,6 @@ def wrap(model, config):
 
 def add_adapter(cfg, model):
     """Wrap `model` with a fresh adapter -> PeftModel whose adapter alone is trained, in float32."""
-    if cfg.loraplus_lr_ratio != 1:
-        raise UsageError("--loraplus-lr-ratio is of adapters trained at once; use lora/sweep.py")
     set_seed(cfg.seed)
     wrapped = wrap(model, peft_config(cfg, model))
     probe(wrapped, [[1, 2, 3]], f"adapters on {cfg.target_modules}")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from peft import set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -207,19 +208,23 @@ class LoraTrainer(Trainer):
         max_steps, every = plan_steps(cfg, len(data.train), int(os.environ.get("WORLD_SIZE", 1)))
         args = TrainingArguments(
             output_dir=str(log.ckpt_dir), per_device_train_batch_size=cfg.batch_size, max_steps=max_steps,
-            gradient_accumulation_steps=cfg.grad_accum_steps, learning_rate=cfg.lr, lr_scheduler_type=cfg.lr_scheduler,
-            warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+            gradient_accumulation_steps=cfg.grad_accum_steps, lr_scheduler_type=cfg.lr_scheduler,
+            warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
             logging_steps=cfg.log_every, logging_nan_inf_filter=False, eval_strategy="steps", eval_steps=every,
             save_steps=every, save_total_limit=2, bf16=cfg.dtype == "bfloat16", seed=cfg.seed,
             use_cpu=device == "cpu", report_to="none", disable_tqdm=not os.isatty(2), remove_unused_columns=False,
             dataloader_pin_memory=device == "cuda", activation_checkpointing=cfg.gradient_checkpointing,
-            optim="adamw_torch", data_seed=cfg.seed * SEED_STEP,
+            data_seed=cfg.seed * SEED_STEP,
             ddp_find_unused_parameters=False if "WORLD_SIZE" in os.environ else None,
         )  # fmt: skip
         args._n_gpu = min(args.n_gpu, 1)  # without torchrun one GPU: DataParallel would multiply the batch
+        optimizer = create_loraplus_optimizer(  # with a ratio of 1 the Trainer's own
+            model, torch.optim.AdamW, lr=cfg.lr, loraplus_lr_ratio=cfg.loraplus_lr_ratio,
+            loraplus_weight_decay=cfg.weight_decay, loraplus_lr_embedding=cfg.lr,
+        )  # fmt: skip
         super().__init__(
             model, args, train_dataset=data.train, eval_dataset=data.held_out[: cfg.eval_rows or None],
-            data_collator=lambda rows: collate(rows, pad), callbacks=[Watch()],
+            data_collator=lambda rows: collate(rows, pad), callbacks=[Watch()], optimizers=(optimizer, None),
         )  # fmt: skip
 
     def log(self, logs, start_time=None):

@@ -14,7 +14,6 @@ from common import UsageError
 from lora import base, multi_lora
 from lora.multi_lora import AdapterConfig, MultiLora, memory_per_adapter, pack
 from lora.tasks import IGNORE, collate, mean_loss
-from lora.train_lora import TrainConfig
 
 
 def plain_adapter(**settings):
@@ -377,11 +376,6 @@ def test_a_rank_beyond_the_memory_is_refused_before_it_is_taken():
 def test_settings_beyond_the_engine_are_refused(wrong, says):
     with pytest.raises(UsageError, match=says):
         engine_of("gpt2", [AdapterConfig(**wrong)])
-
-
-def test_the_trainer_refuses_a_rate_of_its_own_for_B():
-    with pytest.raises(UsageError, match="loraplus"):
-        base.add_adapter(TrainConfig(base="b", run_dir="r", loraplus_lr_ratio=2.0), tiny_model("gpt2"))
 
 
 def test_targets_that_no_layer_has_are_refused():

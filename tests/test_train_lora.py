@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 from lora_models import save_tiny, tiny_model
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from common import UsageError
 from lora import tasks, train_lora
 from lora.base import check_adapter, load_adapter, load_base, target_modules
+from lora.multi_lora import MultiLora
 from lora.train_lora import TrainConfig
 from runlog import comparable_metrics, read_run
 
@@ -139,6 +142,33 @@ def test_the_trainer_reads_the_rows_that_adapters_at_once_read(base, rows, tmp_p
         assert torch.equal(labels, tasks.collate(batch, 0)["labels"])
 
 
+@pytest.mark.parametrize("settings", [{}, {"lr_scheduler": "constant", "warmup_steps": 3}])
+def test_the_trainer_trains_as_adapters_at_once(base, rows, tmp_path, monkeypatch, settings):
+    """From the same weights the same losses and weights, with weight decay and LoRA+."""
+    settings |= {"loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "lora_dropout": 0.0, "bias": "none"}
+    cfg = config(base, rows, tmp_path, **settings)
+    _, model, data = train_lora.load(cfg)
+    engine, losses = MultiLora(model, [cfg]), []
+    start = {name: tensor.clone() for name, tensor in engine.tensors(0).items()}
+    inner = train_lora.base.add_adapter
+
+    def add_adapter(*args):
+        wrapped = inner(*args)
+        set_peft_model_state_dict(wrapped, start)
+        return wrapped
+
+    monkeypatch.setattr(train_lora.base, "add_adapter", add_adapter)
+    train_lora.run(cfg)
+    for step in range(cfg.max_steps):
+        batch = tasks.collate([data.train[i] for i in tasks.batch_rows(len(data.train), 2, step, cfg.seed)], 0)
+        losses.append(engine.step(engine.forward(batch))[0][0])
+    assert read_run(tmp_path).curve("train")[1] == pytest.approx(losses, abs=1e-4)
+    trained = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
+    for name, tensor in engine.tensors(0).items():
+        assert (tensor - start[name]).abs().max() > 1e-3
+        assert (tensor - trained[name]).abs().max() < 1e-3 * (tensor - start[name]).abs().max(), name
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, rows, tmp_path):
     changes = {"max_steps": 9, "eval_every": 2}
     train_lora.run(config(base, rows, tmp_path / "whole", **changes))
@@ -192,8 +222,6 @@ def test_complaint_nan_step_hidden_trl_6702_and_loss_0_alpaca_lora_391(base, row
 
 def test_complaint_empty_adapters_saved_alpaca_lora_446(base, rows, tmp_path):
     """What was saved has the shapes that r says and weights that have moved; an empty one is refused."""
-    from safetensors.torch import load_file
-
     train_lora.run(config(base, rows, tmp_path, r=3))
     tensors = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
     shapes = {name.rsplit("c_attn.", 1)[1]: tuple(t.shape) for name, t in tensors.items()}
@@ -217,8 +245,6 @@ def test_complaint_fp16_spikes_llama_factory_506(base, rows, tmp_path):
 
 def test_biases_of_a_bfloat16_base_are_trained_in_float32(base, rows, tmp_path):
     """Steps of 3e-4 on values of about 0.1 are rounded away in bfloat16."""
-    from safetensors.torch import load_file
-
     train_lora.run(config(base, rows, tmp_path, dtype="bfloat16", lr=3e-4, max_steps=4))
     tensors = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
     biases = {name: t for name, t in tensors.items() if name.endswith("bias")}
