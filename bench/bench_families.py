@@ -108,7 +108,7 @@ def compare(name, targets):
 
     UsageError where the engine refuses the family.
     """
-    with patch("lora.base._load", lambda kind, name, **_: LOADED[kind](name)):
+    with patch("lora.base.load_pretrained", lambda kind, name, **_: LOADED[kind](name)):
         model = load_base(name, "float64")
     data = list(batches(min(290, model.config.get_text_config(decoder=True).vocab_size)))
     same = {"lora_dropout": 0.0, "bias": "none", "target_modules": targets, "max_steps": 20}

@@ -15,7 +15,7 @@ from typing import Literal, get_args, get_origin
 import peft
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -103,19 +103,14 @@ def evaluating(model):
         model.train(training)
 
 
-def load_tokenizer(base):
-    """The tokenizer of a base; UsageError where there is none."""
-    return _load(AutoTokenizer, base)
-
-
 def load_base(base, dtype="float32", device="cpu"):
     """A causal LM to put adapters on -> model in eval mode, on `device`.
 
     Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
     adapter learns the same alone and in a batch with others.
     """
-    config = without_noise(_load(AutoConfig, base))
-    model = _load(AutoModelForCausalLM, base, config=config, dtype=getattr(torch, dtype))
+    config = without_noise(load_pretrained(AutoConfig, base))
+    model = load_pretrained(AutoModelForCausalLM, base, config=config, dtype=getattr(torch, dtype))
     if "gguf_file" in locate(base)[1]:  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
@@ -173,7 +168,7 @@ def locate(base):
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _load(auto_class, base, **options):
+def load_pretrained(auto_class, base, **options):
     """auto_class.from_pretrained, with a one-line UsageError instead of the library's paragraphs."""
     folder, extra = locate(base)
     try:
@@ -262,6 +257,5 @@ def check_adapter(tensors, where):
     """Refuse an adapter {name: tensor} that is empty or has non-finite weights."""
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         raise UsageError(f"the adapter in {where} is empty; nothing was trained")
-    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
-    if broken:
+    if broken := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
         raise UsageError(f"the adapter in {where} has non-finite weights, {broken[0]} first")

@@ -15,10 +15,10 @@ from typing import Literal
 
 import torch
 import tyro
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from common import UsageError, atomic_folder, cli, pick_device
-from lora.base import block_size, evaluating, load_adapter, load_base, load_tokenizer, quiet_libraries, validate
+from lora.base import block_size, evaluating, load_adapter, load_base, load_pretrained, quiet_libraries, validate
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_examples
 
 
@@ -92,7 +92,7 @@ def main():
         raise UsageError("--merge needs the --adapter to merge")
     quiet_libraries()
     torch.manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.base)
+    tokenizer = load_pretrained(AutoTokenizer, cfg.base)
     model = load_base(cfg.base, "float32" if cfg.merge else cfg.dtype, pick_device(cfg.device))
     if cfg.adapter:
         model = load_adapter(model, cfg.adapter)

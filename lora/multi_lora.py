@@ -32,13 +32,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from common import UsageError, atomic_folder, free_memory
 from lora.base import AdapterConfig, check_adapter, one_line, peft_config, wrap
-from lora.tasks import IGNORE
+from lora.tasks import IGNORE, collate
 
 __all__ = ["AdapterConfig", "MultiLora"]
 # Only layers and losses are compared with PEFT's, so the rank is small.
@@ -365,13 +364,16 @@ def pack(rows, k, pad):
 
     Positions restart in every row, by which transformers masks attention between rows.
     """
-    rows = [{**row, "position_ids": list(range(len(row["labels"])))} for row in rows]
-    n, packed = len(rows) // k, {}
-    for name, fill in {"input_ids": pad, "labels": IGNORE, "position_ids": 0}.items():
-        columns = [torch.cat([torch.tensor(row[name]) for row in rows[at : at + n]]) for at in range(0, len(rows), n)]
-        packed[name] = pad_sequence(columns, batch_first=True, padding_value=fill)[:, None]
-    packed["labels"][packed["position_ids"] == 0] = IGNORE  # nothing predicts a row's first token
-    return packed
+    packed = [{"input_ids": [], "labels": [], "position_ids": []} for _ in range(k)]
+    for i, row in enumerate(rows):
+        columns = (
+            row["input_ids"],
+            [IGNORE, *row["labels"][1:]],
+            range(len(row["labels"])),
+        )  # nothing predicts the first
+        for name, column in zip(packed[0], columns):
+            packed[i // (len(rows) // k)][name] += column
+    return {name: x[:, None] for name, x in collate(packed, pad).items()}
 
 
 def token_nll(hidden, head, targets):

@@ -334,11 +334,11 @@ def encode(example, tokenizer, max_length, mode="corrected"):
 
 
 def collate(rows, pad):
-    """Rows -> {"input_ids", "labels", "attention_mask"}, each (B, T) int64, padded on the right."""
-    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    fill = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0}
-    columns = {name: [torch.tensor(row[name]) for row in rows] for name in fill}
-    return {name: pad_sequence(column, batch_first=True, padding_value=fill[name]) for name, column in columns.items()}
+    """Rows -> {"input_ids", "labels", "attention_mask", …}, each (B, T) int64, padded on the right."""
+    fill = {"input_ids": pad, "labels": IGNORE}  # others: 0
+    rows = [{**row, "attention_mask": [1] * len(row["labels"])} for row in rows]
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+    return {name: pad_sequence(x, batch_first=True, padding_value=fill.get(name, 0)) for name, x in columns.items()}
 
 
 @torch.no_grad()

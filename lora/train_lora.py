@@ -30,7 +30,7 @@ from peft import set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from common import ROOT, UsageError, cli, file_sha256, pick_device, plain, read_json
 from lora import base, tasks
@@ -112,15 +112,14 @@ def run_state(run_dir, wanted, overwrite):
         return "new"
     if changed:
         raise UsageError(
-            f"{run_dir} holds a run with other settings ({', '.join(changed)}); "
-            "choose another --run-dir, or --overwrite to replace it"
+            f"{run_dir} has other settings ({', '.join(changed)}): choose another --run-dir, or --overwrite"
         )
     return "done" if read_run(run_dir).result.get("status") in ("success", "diverged") else "resume"
 
 
 def load(cfg):
     """What a run trains on -> (tokenizer, model, TaskData)."""
-    tokenizer = base.load_tokenizer(cfg.base)
+    tokenizer = base.load_pretrained(AutoTokenizer, cfg.base)
     model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device))
     return tokenizer, model, tasks.load_task(cfg, tokenizer, block_size(model.config))
 

@@ -3,12 +3,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lora_models import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from bench.bench_families import family_config
 from common import UsageError
 from lora import base as bases
 from lora import generate
-from lora.base import load_adapter, load_base, load_tokenizer
+from lora.base import load_adapter, load_base
 from lora.generate import save_merged
 
 
@@ -54,7 +55,7 @@ def test_the_vocabulary_of_a_nested_config_is_read():
 def test_a_continuation_keeps_the_space_that_it_begins_with(shared_data):
     """A Llama tokenizer (SentencePiece) drops the space of what comes first in a text."""
     base = shared_data / "stories260K"
-    model, tokenizer = load_base(base, "float32", torch.device("cpu")), load_tokenizer(base)
+    model, tokenizer = load_base(base, "float32", torch.device("cpu")), AutoTokenizer.from_pretrained(base)
     ids = tokenizer("Once upon a time, there").input_ids
     [text] = generate.generate(model, tokenizer, ids, stop_ids=[], max_new_tokens=4)
     assert text.startswith(" was") and tokenizer.decode(tokenizer("was").input_ids[1:]).startswith("was")
@@ -101,11 +102,11 @@ def test_complaint_lost_precision_on_merge_peft_1388(base, tmp_path):
     with torch.no_grad():
         wanted = model(ids).logits
         plain = load_base(str(base))(ids).logits
-    save_merged(model, load_tokenizer(str(base)), tmp_path / "merged", "float32")
+    save_merged(model, AutoTokenizer.from_pretrained(str(base)), tmp_path / "merged", "float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         assert (merged(ids).logits - wanted).abs().max() < 1e-4 < (plain - wanted).abs().max()
-    assert len(load_tokenizer(str(tmp_path / "merged"))) == 290
+    assert len(AutoTokenizer.from_pretrained(str(tmp_path / "merged"))) == 290
 
 
 @pytest.mark.core
@@ -162,7 +163,7 @@ def test_merging_writes_a_folder_whole_or_not_at_all(base, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("x")
     with pytest.raises(UsageError, match="not empty"):
-        save_merged(load_base(str(base)), load_tokenizer(str(base)), tmp_path / "merged", "float32")
+        save_merged(load_base(str(base)), AutoTokenizer.from_pretrained(str(base)), tmp_path / "merged", "float32")
 
 
 def test_from_the_command_line(script, base, tmp_path):
