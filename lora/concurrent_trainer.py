@@ -18,8 +18,8 @@ from common import UsageError, atomic_open, free_memory
 from common.checkpoints import newest_checkpoint, save_checkpoint
 from lora.base import AdapterConfig
 from lora.generate import generate
-from lora.multi_lora import MultiLora, memory_per_adapter, pack
-from lora.tasks import IGNORE, batch_rows, collate, mean_loss, pad_id
+from lora.multi_lora import MultiLora, memory_per_adapter
+from lora.tasks import IGNORE, batch_rows, collate, mean_loss, pack, pad_id
 from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan_steps, settings, task_metric
 from runlog import RunLog, read_run
 
@@ -94,7 +94,7 @@ class Group:
         """Put these configurations into the slots of an engine with room for all others of the group."""
         configs = [self.configs[i] for i in members]
         self.engine = MultiLora(self.model, configs, self.configs, self.first.gradient_checkpointing)
-        if self.sweep.packing and not self.engine.packs:
+        if self.first.packing and not self.engine.packs:
             raise UsageError(f"{type(self.model).__name__} cannot keep packed rows apart; leave --packing out")
 
     def start(self):
@@ -103,7 +103,7 @@ class Group:
             return self.restore(torch.load(path, weights_only=True, map_location=self.model.device))
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
         spare = self.first.gradient_checkpointing
-        batch = pack(longest, 1, self.pad) if self.sweep.packing else collate(longest, self.pad)
+        batch = pack(longest, 1, self.pad) if self.first.packing else collate(longest, self.pad)
         needed = memory_per_adapter(self.model, self.configs, batch, spare)
         fit = int(0.8 * free_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
@@ -159,7 +159,7 @@ class Group:
         for slot, step in zip(self.slots, self.engine.steps):
             own = [self.data.train[i] for i in batch_rows(len(self.data.train), b, step, slot.cfg.seed)]
             rows += own + [{"input_ids": [self.pad], "labels": [IGNORE]}] * (b - len(own))
-        if self.sweep.packing:
+        if self.first.packing:
             return pack(rows, len(self.slots), self.pad)
         return {name: x.view(len(self.slots), b, -1) for name, x in collate(rows, self.pad).items()}
 
@@ -186,10 +186,7 @@ class Group:
         return gone
 
     def evaluate(self, due):
-        """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}.
-
-        At a rung of halving, slots worse than the median of all that have reached it stop.
-        """
+        """Held-out loss and a sample of these slots; keep the best weights -> {slot: why it has to stop}."""
         losses, texts, gone = mean_loss(self.engine.nll, self.held_out, self.pad), [None] * len(self.slots), {}
         if self.sweep.sample_tokens:
             options = {"stop_ids": self.data.stop_ids, "max_new_tokens": self.sweep.sample_tokens}
@@ -199,7 +196,7 @@ class Group:
             if self.slots[i].held_out(self.engine.steps[i], losses[i], texts[i], self.engine.theta[i]):
                 gone[i] = "patience"
         arrived = {i: rung for i in sorted(due) if (rung := self.rung_steps(i).get(self.engine.steps[i]))}
-        for i, rung in arrived.items():
+        for i, rung in arrived.items():  # the worse half of all that have reached it stops
             self.rungs.setdefault(rung, []).append(losses[i])
         return gone | {i: "halving" for i, rung in arrived.items() if losses[i] > median_low(self.rungs[rung])}
 

@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common import UsageError, atomic_folder, free_memory
 from lora.base import AdapterConfig, check_adapter, one_line, peft_config, wrap
-from lora.tasks import IGNORE, collate
+from lora.tasks import IGNORE, keeps_apart, pack
 
 __all__ = ["AdapterConfig", "MultiLora"]
 # Only layers and losses are compared with PEFT's, so the rank is small.
@@ -70,10 +70,10 @@ class AdaptedLinear(nn.Module):
     def forward(self, x):
         """x (k*b, T, in), the k adapters' rows one after another -> (k*b, T, out)."""
         engine = self._engine[0]
-        A, B, bias, scaling, k = self.A, self.B, self.bias, engine.scaling, engine.n_active
+        A, B, bias, scaling = self.A, self.B, self.bias, engine.scaling
         if engine.only is not None:  # one adapter alone, for evaluation
             A, B, bias, scaling = (None if x is None else x[engine.only] for x in (A, B, bias, scaling))
-        y = self.base(x)  # (k*b, T, out)
+        k, y = len(A), self.base(x)  # (k*b, T, out)
         z = engine.dropout(x.reshape(k, -1, self.n_in).to(A.dtype), self.index)  # (k, b*T, in)
         h = (z @ A.mT) * scaling  # (k, b*T, r_max)
         if y.dtype == A.dtype:
@@ -176,11 +176,9 @@ class MultiLora:
         tolerance = {2: 3e-2, 4: 1e-5, 8: 1e-9}[self.model.dtype.itemsize] * expected
         if not abs(loss - expected) <= tolerance:
             raise UsageError(f"{name} at once has loss {loss:.6f}, with PEFT {expected:.6f}: use --engine trainer")
-        row, self.packs = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}, False
-        one, other = ([{"input_ids": [token] * 3, "labels": [IGNORE] * 3}] for token in (1, 2))
+        self.packs = False
         with torch.no_grad(), suppress(UsageError), one_line(self.model, "packed rows"):
-            a, b, c = (self.forward(pack([*before, row] * 2, 2, 0))[0].item() for before in ([], one, other))
-            self.packs = b == c and abs(a - b) <= tolerance  # a row has the same loss behind another, whatever that is
+            self.packs = keeps_apart(lambda rows: self.forward(pack(rows * 2, 2, 0))[0].item(), tolerance)
 
     def _allocate(self, k):
         """Lay out k slots: weights and AdamW's moments are tensors (k, P); the layers hold views of the weights."""
@@ -202,7 +200,7 @@ class MultiLora:
         for (layer, attribute, shape), part in zip(sizes, self.theta.split(lengths, dim=1)):
             self.parameters.append(nn.Parameter(part.view(k, *shape)))
             setattr(layer, attribute, self.parameters[-1])
-        self.k, self.n_active, self.only = k, k, None
+        self.k, self.only = k, None
         self.configs, self.steps = [None] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
 
@@ -260,12 +258,12 @@ class MultiLora:
     @contextmanager
     def alone(self, i):
         """Within the block `model` is the base with adapter i only, k = 1; for evaluation."""
-        self.only, self.n_active = slice(i, i + 1), 1
+        self.only = slice(i, i + 1)
         try:
             with torch.no_grad():
                 yield self.model
         finally:
-            self.only, self.n_active = None, self.k
+            self.only = None
 
     def nll(self, batch):
         """Summed loss at the target positions -> (sums (k,), their numbers (k,) on the CPU).
@@ -273,7 +271,7 @@ class MultiLora:
         batch: "input_ids" and "labels", (b, T) read by every adapter or (k, b, T) with each its own; rows padded on
         the right, so no attention mask is needed: a causal model does not see the padding from the left. Or of `pack`.
         """
-        k = self.n_active
+        k = 1 if self.only else self.k
         both = batch["input_ids"], batch["labels"]
         ids, labels = (x.expand(k, *x.shape[-2:]).reshape(-1, x.shape[-1]) for x in both)  # (k*b, T)
         self.n_rows = len(ids) // k
@@ -357,23 +355,6 @@ class MultiLora:
             config.target_modules = [layer.name for layer in self.layers]
             config.save_pretrained(part)
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def pack(rows, k, pad):
-    """Rows of k adapters, each adapter's in one packed row -> {"input_ids", "labels", "position_ids"}, (k, 1, T).
-
-    Positions restart in every row, by which transformers masks attention between rows.
-    """
-    packed = [{"input_ids": [], "labels": [], "position_ids": []} for _ in range(k)]
-    for i, row in enumerate(rows):
-        columns = (
-            row["input_ids"],
-            [IGNORE, *row["labels"][1:]],
-            range(len(row["labels"])),
-        )  # nothing predicts the first
-        for name, column in zip(packed[0], columns):
-            packed[i // (len(rows) // k)][name] += column
-    return {name: x[:, None] for name, x in collate(packed, pad).items()}
 
 
 def token_nll(hidden, head, targets):

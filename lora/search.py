@@ -4,8 +4,7 @@ A space is the `grid` of a grid file in which settings may be ranges, of whole n
 
     {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "r": {"low": 2, "high": 64, "log": true}, "lora_alpha": [8, 16]}
 
-A point is a function of its number and, with TPE, of the points before it and their losses. So a search that was killed
-proposes the same points again, and nothing has to be stored but the results of the adapters.
+A point depends on its number and, with TPE, on earlier points and their losses, so a killed search repeats them.
 """
 
 import random

@@ -20,9 +20,9 @@ configuration takes its slot; likewise where `patience` or `--halving` stops one
 (DoRA, initializations that change the base, bias "all") is trained by the Trainer, one adapter after another. Killed at
 any moment and started again with the same command, a sweep resumes from its last checkpoint with the same results.
 
-Leaves in the run directory: adapters/NAME/ (a run directory each: metrics, samples, result, ckpt/adapter in PEFT's
-format), table.md (held-out losses with confidence intervals over seeds, and what each hyper-parameter does with all
-else equal), loss.png (all curves), lora_experiments_TASK.log and result.json.
+Leaves in the run directory: adapters/NAME/ (a run directory each, with ckpt/adapter in PEFT's format), table.md
+(held-out losses with confidence intervals over seeds, and the effect of each setting or the verdicts), loss.png,
+lora_experiments_TASK.log and result.json.
 """
 
 import itertools
@@ -55,7 +55,7 @@ from runlog.run import is_locked
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
-DECISIVE = ("engine", "adapters_at_once", "packing", "divergence_factor", "halving", "judge", "sample_tokens")
+DECISIVE = ("engine", "adapters_at_once", "divergence_factor", "halving", "judge", "sample_tokens")
 
 
 @dataclass
@@ -66,7 +66,7 @@ class SweepConfig:
     data_file: str = ""  # local rows instead of the hub's; empty: as the file says
     engine: Literal["auto", "trainer"] = "auto"  # auto: adapters share the base where the engine supports them
     adapters_at_once: int = 0  # adapters in one batch; 0: as many as memory allows
-    packing: bool = False  # adapters at once: a batch as one row each, no padding, attention only within its rows
+    packing: bool = False  # an adapter's batch as one row, without padding, attention only within its rows
     shard: str = ""  # "i/n", i from 0: this is one of n jobs on the same run directory
     divergence_factor: float = 1.5  # stop an adapter whose smoothed loss exceeds its best by this factor; 0: only NaN
     halving: bool = False  # stop the worse half, by held-out loss, after an eighth, a quarter and half of the steps
@@ -108,7 +108,7 @@ def read_grid(cfg):
     validate(grid, f"{cfg.grid}: ")
     grid.settings = {"device": cfg.device} | grid.settings | over
     grid.seeds = list(cfg.seeds) or grid.seeds or list(range(8 if cfg.judge else 1))
-    for source, names in (grid, INPUTS), (cfg, ("base", "data_file", "max_steps", "tensorboard", "wandb")):
+    for source, names in (grid, INPUTS), (cfg, ("base", "data_file", "max_steps", "packing", "tensorboard", "wandb")):
         grid.settings |= {name: getattr(source, name) for name in names if getattr(source, name)}
     if not grid.settings.get("base"):
         raise UsageError(f"{cfg.grid} names no base; give one with --base")
@@ -171,7 +171,7 @@ def next_round(cfg, grid, configs):
 
 
 def unique_keys(pairs):
-    """For json.load: an object as a dict; a key given twice is refused, for one of the two would be lost."""
+    """For json.load: an object as a dict; a duplicate key is refused, as one of its values would be lost."""
     if len(dict(pairs)) < len(pairs):
         raise UsageError(f"the grid file has a key twice in one object: {', '.join(key for key, _ in pairs)}")
     return dict(pairs)
@@ -202,10 +202,7 @@ def make_groups(configs, engine, n):
 
 
 def take_place(cfg):
-    """(index, number) of this process among all that work on the sweep, from --shard and from torchrun.
-
-    Under torchrun each process takes its GPU and then works by itself: no process group, nothing to wait for.
-    """
+    """(index, number) of this process among all workers, from --shard and torchrun, which only assigns the GPUs."""
     if not (match := re.fullmatch(r"(\d+)/(\d+)", cfg.shard or "0/1")) or int(match[1]) >= int(match[2]):
         raise UsageError(f"--shard {cfg.shard} should be i/n with i from 0 to n - 1")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -218,10 +215,7 @@ def take_place(cfg):
 
 
 def agree(cfg, grid, folder, configs, n):
-    """The cut into groups that all workers of the sweep, now and later, work on -> groups.
-
-    The first one writes it into the folder's config.json, beside the settings; a sweep with other settings is refused.
-    """
+    """The groups that all workers share: the first one writes them to config.json; other settings are refused."""
     search = {"space": grid.grid, "trials": grid.trials} if grid.search == "tpe" else {}
     wanted = {
         "configs": [{k: v for k, v in asdict(c).items() if k not in (*NO_EFFECT, "device")} for c in configs],

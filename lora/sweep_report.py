@@ -49,8 +49,9 @@ def summarize(folder, configs, judged=False):
             diverged=[run.name for run in runs if run.result["status"] == "diverged"],
         )  # fmt: skip
         log.print(f"best: {best.name}, held-out loss {frame['loss'].min():.4f}")
-        log.print(f"{trained:,} of {full:,} adapter steps were trained ({trained / full:.0%})")
-        log.print(f"curves in {folder / 'loss.png'}, table in {folder / 'table.md'}")
+        log.print(
+            f"{trained:,} of {full:,} adapter steps were trained ({trained / full:.0%}); curves and table: {folder}"
+        )
 
 
 def adapter_frame(configs):
@@ -85,10 +86,9 @@ def held_out_table(frame, names):
 
 
 def contrasts_table(frame, names):
-    """Markdown: what one setting does where all others are the same, the widest range of the held-out loss first.
+    """Markdown: the effect of one setting where all others are the same, the widest range of held-out loss first.
 
-    In a sweep that varies one thing at a time, as the original's does, these are the only fair comparisons: means over
-    all that was tried beside a value would mix in what that was.
+    Means over all configurations with a value would mix in their other settings, unless the grid is complete.
     """
     rows = []
     means = frame.groupby([*names, "task"], as_index=False)["loss"].mean()  # over seeds

@@ -258,10 +258,7 @@ def chat_turns(row):
 
 
 def to_examples(task, row, tokenizer, mode):
-    """One row -> list of Examples: one, but for conversations whose earlier turns a template renders otherwise.
-
-    Takes the columns that it reads out of `row`, so that those left are the ones without use.
-    """
+    """One row -> [Example], several for some chat templates; pops the columns it reads, so that the unused remain."""
     if task == "chat":
         return chat_examples(row, tokenizer, mode)
     if task == "text" or (task == "imdb" and mode == "faithful"):
@@ -339,6 +336,31 @@ def collate(rows, pad):
     rows = [{**row, "attention_mask": [1] * len(row["labels"])} for row in rows]
     columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
     return {name: pad_sequence(x, batch_first=True, padding_value=fill.get(name, 0)) for name, x in columns.items()}
+
+
+def pack(rows, k, pad):
+    """Rows of k adapters, each adapter's in one packed row -> {"input_ids", "labels", "position_ids"}, (k, 1, T).
+
+    Positions restart in every row, by which transformers masks attention between rows.
+    """
+    packed = [{"input_ids": [], "labels": [], "position_ids": []} for _ in range(k)]
+    for i, row in enumerate(rows):
+        columns = (
+            row["input_ids"],
+            [IGNORE, *row["labels"][1:]],
+            range(len(row["labels"])),
+        )  # nothing predicts the first
+        for name, column in zip(packed[0], columns):
+            packed[i // (len(rows) // k)][name] += column
+    return {name: x[:, None] for name, x in collate(packed, pad).items()}
+
+
+def keeps_apart(loss_of, tolerance):
+    """Whether a packed row's loss is the same behind any other row. loss_of: rows -> their loss in one packed row."""
+    row = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+    one, other = ([{"input_ids": [token] * 3, "labels": [IGNORE] * 3}] for token in (1, 2))
+    alone, behind_one, behind_other = (loss_of([*before, row]) for before in ([], one, other))
+    return behind_one == behind_other and abs(alone - behind_one) <= tolerance
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class TrainConfig(AdapterConfig):
     max_length: int = 0  # tokens of a row, cut beyond; 0: the model's block in faithful mode, 512 in corrected
     held_out: float = 0.05  # fraction of rows never trained on, chosen by hash
     batch_size: int = 4  # rows per process and micro-step
+    packing: bool = False  # a batch as one row, without padding, attention only within its rows
     grad_accum_steps: int = 1  # micro-steps of an optimizer step
     epochs: float = 1.0  # passes over the training rows
     max_steps: int = 0  # optimizer steps; 0: as `epochs` says
@@ -223,8 +224,20 @@ class LoraTrainer(Trainer):
         )  # fmt: skip
         super().__init__(
             model, args, train_dataset=data.train, eval_dataset=data.held_out[: cfg.eval_rows or None],
-            data_collator=lambda rows: collate(rows, pad), callbacks=[Watch()], optimizers=(optimizer, None),
+            data_collator=self.collate, callbacks=[Watch()], optimizers=(optimizer, None),
         )  # fmt: skip
+
+        def loss_of(rows):
+            return model(**self._prepare_inputs(self.collate(rows))).loss.item()
+
+        with evaluating(model), base.one_line(model, "packed rows"):
+            if cfg.packing and not tasks.keeps_apart(loss_of, {"float32": 1e-4, "bfloat16": 1e-1}[cfg.dtype]):
+                raise UsageError(f"{cfg.base} does not keep packed rows apart; leave --packing out")
+
+    def collate(self, rows):
+        """Rows -> the model's inputs, (B, T) each; packed (1, T), without a mask: transformers derives it."""
+        packed = tasks.pack(rows, 1, self.pad) if self.cfg.packing else {}
+        return {name: x[0] for name, x in packed.items() if name != "attention_mask"} or collate(rows, self.pad)
 
     def log(self, logs, start_time=None):
         """A row of metrics.jsonl instead of a printed line."""
@@ -361,10 +374,7 @@ def mean_train_loss(run):
 
 
 def write_experiment(folder, cfg, result, when=None):
-    """Append to lora_experiments_TASK.log: time stamp, PARAMETERS as JSON, RESULTS with text and training metrics.
-
-    when: seconds since the epoch; now, if not given.
-    """
+    """Append a run to lora_experiments_TASK.log. when: its time in seconds since the epoch; None: now."""
     names = [*(field.name for field in fields(AdapterConfig)), "batch_size", "epochs", "mode"]
     parameters = {name: getattr(cfg, name) for name in names}
     metrics = {k: v for k, v in result.items() if k not in ("text", "prompt", "kind")}

@@ -451,10 +451,13 @@ def test_the_grids_that_come_with_the_repository(base, rows, name, number):
     assert len(sweep.make_groups(configs, "auto", 1)) == 1
 
 
-def test_packed_batches_train_the_same_adapters(base, rows, tmp_path):
-    grid = write_grid(tmp_path / "grid.json", {"lora_dropout": 0.0, "max_steps": 4}, grid={"r": [2, 4]})
+@pytest.mark.parametrize("engine", ["auto", "trainer"])
+def test_packed_batches_train_the_same_adapters(base, rows, tmp_path, engine):
+    grid = write_grid(
+        tmp_path / "grid.json", {"lora_dropout": 0.0, "max_steps": 4, "metric_rows": 0}, grid={"r": [2, 4]}
+    )
     for name in ("padded", "packed"):
-        run_sweep(config(grid, base, rows, tmp_path / name, packing=name == "packed"))
+        run_sweep(config(grid, base, rows, tmp_path / name, packing=name == "packed", engine=engine))
     for name, folder in adapters(tmp_path / "packed").items():
         for kind in ("train", "val"):
             padded = read_run(tmp_path / "padded/adapters" / name).curve(kind)[1]
@@ -493,10 +496,12 @@ def test_the_judge_trains_more_seeds_only_of_what_is_undecided(judged):
     assert "| worse | - | unbounded |" in table and "baseline: lr 0.01" in table
 
 
-def test_a_judged_sweep_killed_between_and_within_rounds_ends_the_same(judged, tmp_path):
+def test_a_judged_sweep_stopped_after_and_killed_within_rounds_ends_the_same(judged, tmp_path):
     cfg = replace(judged, run_dir=str(tmp_path / "run"))
-    for moment in ("finish 4", "step 15"):
-        kill(cfg, moment)
+    kill(cfg, "finish 2")
+    run_sweep(replace(cfg, minutes=1e-9))
+    assert len(adapters(cfg.run_dir)) == len(JUDGED) and (tmp_path / "run/table.md").exists()
+    kill(cfg, "step 15")
     run_sweep(cfg)
     assert_same_sweep(judged.run_dir, cfg.run_dir)
 

@@ -335,6 +335,11 @@ def test_targets_are_the_originals(family, names):
     assert target_modules(", ".join(names), tiny_model(family)) == names
 
 
+def test_a_base_that_cannot_keep_packed_rows_apart_is_refused(rows, tmp_path):
+    with pytest.raises(UsageError, match="does not keep packed rows apart"):
+        train_lora.run(config(save_tiny(tmp_path / "base", "bloom"), rows, tmp_path / "run", packing=True))
+
+
 def test_a_misspelt_target_is_refused(base, rows, tmp_path):
     """PEFT would train the others and say nothing."""
     with pytest.raises(UsageError, match="no module c_prj"):
