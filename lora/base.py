@@ -1,4 +1,4 @@
-"""Any causal LM, ready to be adapted: loading it, its target modules, PEFT's configuration, adapter folders.
+"""Loading any causal LM for LoRA; its target modules, PEFT's configuration, and adapter folders.
 
 A base is a hub name, a Hugging Face folder, or `smollm2` where that package is installed.
 """

@@ -1,12 +1,12 @@
-"""Text from a base model, from an adapter on it, or from a merged model; and the merging.
+"""Generate text with a base model, with an adapter on it, or with a merged model; merge an adapter.
 
     python lora/generate.py --base gpt2 --prompt "I love this movie because"
     python lora/generate.py --base exported/ --adapter runs/lora/ --prompt "…"        (a run directory or PEFT folder)
     python lora/generate.py --base smollm2 --chat --prompt "Name three colours."      (the model's chat template)
     python lora/generate.py --base exported/ --adapter runs/lora/ --merge merged/     (a Hugging Face folder)
 
-Greedy with repetition penalty 1.5, as the course notebook has it; `--temperature 0.8` samples instead. Generation
-ends at end-of-text. Merging adds the adapter to the weights in float32, whatever --dtype they are written in.
+Greedy with repetition penalty 1.5, as in the course notebook; `--temperature 0.8` samples instead. Generation stops at
+end-of-text. Merging adds the adapter to the weights in float32, whatever --dtype they are saved in.
 """
 
 from dataclasses import dataclass

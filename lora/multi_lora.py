@@ -106,7 +106,9 @@ def ask_peft(model, targets):
             name, base = name.removeprefix("base_model.model."), layer.get_base_layer()
             head = layer is model.get_output_embeddings()
             if head or isinstance(layer, ParamWrapper) or not isinstance(base, nn.Linear | Conv1D):
-                raise UsageError(f"adapters at once cannot have {name}, which PEFT adapts, too: use --engine trainer")
+                raise UsageError(
+                    f"concurrent training cannot have {name}, which PEFT also adapts: use --engine trainer"
+                )
             A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
             weights[name] = A, B.normal_(std=0.1, generator=g)
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -134,9 +136,9 @@ class MultiLora:
     def __init__(self, model, configs, room=(), gradient_checkpointing=False, fast_gelu=True):
         every = [*configs, *room]
         if len({c.target_modules for c in every}) > 1:
-            raise UsageError("adapters trained at once need the same target_modules")
+            raise UsageError("adapters trained together need the same target_modules")
         self.model = model
-        with one_line(model, "adapters at once"):
+        with one_line(model, "concurrent training"):
             self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self.device, self.n_rows = next(model.parameters()).device, 1  # rows of an adapter's batch
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
@@ -168,14 +170,14 @@ class MultiLora:
         self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
         for layer in self.layers:
             layer.A.data[0], layer.B.data[0] = weights[layer.name]
-        with one_line(self.model, "adapters at once"):
+        with one_line(self.model, "concurrent training"):
             losses = self.forward(check_batch(self.model))
         loss, name = losses[0].item(), type(self.model).__name__
         if not losses.requires_grad:  # only layers for pictures have these names, say
             raise UsageError(f"no layer that {name} applies to text has an adapter; choose --target-modules")
         tolerance = {2: 3e-2, 4: 1e-5, 8: 1e-9}[self.model.dtype.itemsize] * expected
         if not abs(loss - expected) <= tolerance:
-            raise UsageError(f"{name} at once has loss {loss:.6f}, with PEFT {expected:.6f}: use --engine trainer")
+            raise UsageError(f"{name} has loss {loss:.6f} here, {expected:.6f} with PEFT: use --engine trainer")
         self.packs = False
         with torch.no_grad(), suppress(UsageError), one_line(self.model, "packed rows"):
             self.packs = keeps_apart(lambda rows: self.forward(pack(rows * 2, 2, 0))[0].item(), tolerance)
@@ -207,7 +209,7 @@ class MultiLora:
     def replace(self, i, config):
         """Put a fresh adapter into slot i: A random by its seed, B zero, biases the base's, optimizer at its start."""
         if wrong := unsupported(config):
-            raise UsageError(f"adapters at once cannot have {wrong}; train it with lora/train_lora.py")
+            raise UsageError(f"concurrent training cannot have {wrong}; use lora/train_lora.py")
         if config.r > self.r_max or (config.bias == "lora_only" and not self.with_bias):
             raise UsageError(f"slot {i} has no room for r {config.r} with bias {config.bias}; name it in `room` first")
         g = torch.Generator().manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""Which configurations a search tries: points drawn at random, or proposed by Optuna's TPE from the losses so far.
+"""The points of a search: drawn at random, or proposed by Optuna's TPE from the losses of earlier points.
 
 A space is the `grid` of a grid file in which settings may be ranges, of whole numbers where both ends are:
 
@@ -29,7 +29,7 @@ def check_space(space, trials, check):
 
 
 def next_points(kind, space, points, losses, n):
-    """The next `n` points, {setting: value}, after `points` with their held-out `losses`; none comes twice."""
+    """The next `n` points, {setting: value}, after `points` with their held-out `losses`, without duplicates."""
     points, first = list(points), len(points)
     proposed = propose(space, points, losses, n) if kind == "tpe" else [None] * n
     for number, point in enumerate(proposed, first):
@@ -66,7 +66,7 @@ def rounded(space, point):
 
 
 def propose(space, points, losses, n):
-    """`n` points of TPE, which knows of each that the others are being tried; UsageError where Optuna is missing."""
+    """`n` points of TPE, with a constant liar for those being trained; UsageError where Optuna is missing."""
     try:
         import optuna
     except ImportError:

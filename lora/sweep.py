@@ -1,4 +1,4 @@
-"""A grid of LoRA configurations, or a search -> one run each, all adapters of a group trained at once.
+"""Train a grid of LoRA configurations, or a search over them: one run directory per adapter, many in one batch.
 
     python lora/sweep.py lora/sweeps/quickstart.json               four adapters on `make quickstart`'s model, a minute
     python lora/sweep.py lora/sweeps/imdb.json --base smollm2 --data-file imdb_review_3000.csv.gz --seeds 0 1 2
@@ -190,8 +190,7 @@ def make_groups(configs, engine, n):
     """Cut the configurations into groups that can train together -> [(engine, [index, …])], at least n if possible."""
     alike = {}
     for i, cfg in enumerate(configs):
-        concurrent = cfg.grad_accum_steps == 1 and not unsupported(cfg)
-        kind = "concurrent" if concurrent and engine != "trainer" else "trainer"
+        kind = "trainer" if engine == "trainer" or cfg.grad_accum_steps > 1 or unsupported(cfg) else "concurrent"
         rest = {k: v for k, v in asdict(cfg).items() if k not in VARIABLE}
         alike.setdefault((kind, repr(rest)), []).append(i)
     groups = []
@@ -244,7 +243,7 @@ def work_through(cfg, folder, configs, groups, index, n):
         try:
             with lock.acquire(timeout=0):  # the system drops it when the process dies, so its group is free again
                 if not is_done(folders[g]):
-                    train_group(cfg, groups[g], configs, folders[g])
+                    train_group(cfg, *groups[g], configs, folders[g])
         except filelock.Timeout:
             print(f"group {g} is being trained by another process")
     return [folder for folder in folders if not is_done(folder)]
@@ -254,9 +253,8 @@ def is_done(folder):
     return (folder / "result.json").exists() and read_json(folder / "result.json")["status"] == "success"
 
 
-def train_group(cfg, group, configs, folder):
-    """Train a group's configurations: all at once, or one after another by the Trainer."""
-    kind, members = group
+def train_group(cfg, kind, members, configs, folder):
+    """Train a group's configurations: together, or one after another by the Trainer."""
     with RunLog(folder, f"lora_group_{kind}", {"members": members}, resume=True) as log:
         if kind == "concurrent":
             Group(cfg, [configs[i] for i in members], log).train()

@@ -1,4 +1,4 @@
-"""What a finished sweep says: the table, what one setting does with all else equal, curves, and the log for people.
+"""Summary of a finished sweep: tables of held-out losses, contrasts and verdicts, curves, and a readable log.
 
 `sweep.py` calls `summarize` when the last adapter is done; everything is read back from the adapters' run directories.
 """
@@ -163,7 +163,7 @@ def draw_curves(frame, names):
         ax.margins(y=0)
     right.set(xlabel="step", title="held out")
     if before := [loss for run in frame["run"] for loss in run.curve("val")[1][:1]]:  # none where no loss was finite
-        right.set_ylim(top=1.1 * max(before))  # a blow-up leaves the frame
+        right.set_ylim(top=1.1 * max(before))  # a diverging curve leaves the axes
     left.set(xlabel="step", title="training, smoothed", ylabel="loss (nats per target token)")
     fig.legend(loc="outside right upper", fontsize=7, frameon=False)
     return fig

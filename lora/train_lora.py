@@ -71,7 +71,7 @@ class TrainConfig(AdapterConfig):
     show_batch: bool = False  # print a batch, targets and masked tokens told apart, and stop
 
 
-NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # settings that change no figure
+NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # settings that do not affect results
 
 
 def check(cfg):
@@ -85,7 +85,7 @@ def check(cfg):
 
 
 def settings(cfg, inputs=None):
-    """Everything that decides the result, as config.json keeps it."""
+    """All settings that affect the result, for config.json."""
     decisive = {k: v for k, v in asdict(cfg).items() if k not in NO_EFFECT}
     return {**decisive, "inputs": inputs or fingerprint(cfg)}
 
@@ -119,7 +119,7 @@ def run_state(run_dir, wanted, overwrite):
 
 
 def load(cfg):
-    """What a run trains on -> (tokenizer, model, TaskData)."""
+    """Load what a run needs -> (tokenizer, model, TaskData)."""
     tokenizer = base.load_pretrained(AutoTokenizer, cfg.base)
     model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device))
     return tokenizer, model, tasks.load_task(cfg, tokenizer, block_size(model.config))
