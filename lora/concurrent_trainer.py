@@ -102,9 +102,8 @@ class Group:
         if path := newest_checkpoint(self.log.ckpt_dir, self.log.print):
             return self.restore(torch.load(path, weights_only=True, map_location=self.model.device))
         longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
-        spare = self.first.gradient_checkpointing
         batch = pack(longest, 1, self.pad) if self.first.packing else collate(longest, self.pad)
-        needed = memory_per_adapter(self.model, self.configs, batch, spare)
+        needed = memory_per_adapter(self.model, self.configs, batch, self.first.gradient_checkpointing)
         fit = int(0.8 * free_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
         self.log.print(f"{len(self.configs)} adapters, {k} at a time, {needed / 2**20:,.1f} MB each, {fit} would fit")

@@ -106,9 +106,7 @@ def ask_peft(model, targets):
             name, base = name.removeprefix("base_model.model."), layer.get_base_layer()
             head = layer is model.get_output_embeddings()
             if head or isinstance(layer, ParamWrapper) or not isinstance(base, nn.Linear | Conv1D):
-                raise UsageError(
-                    f"concurrent training cannot have {name}, which PEFT also adapts: use --engine trainer"
-                )
+                raise UsageError(f"concurrent training cannot have {name}, which PEFT adapts: use --engine trainer")
             A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
             weights[name] = A, B.normal_(std=0.1, generator=g)
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
