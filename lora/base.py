@@ -15,7 +15,7 @@ from typing import Literal, get_args, get_origin
 import peft
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -60,7 +60,7 @@ LIMIT = 2**31
 RANGES = {
     "r": (1, 4096), "lora_dropout": (0, 0.99), "lr": (0, math.inf), "max_grad_norm": (0, math.inf),
     "lora_alpha": (0, math.inf), "batch_size": (1, LIMIT), "grad_accum_steps": (1, LIMIT), "log_every": (1, LIMIT),
-    "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "repetition_penalty": (0.01, 100),
+    "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "top_p": (0, 1), "repetition_penalty": (0.01, 100),
 }  # fmt: skip
 
 
@@ -103,19 +103,22 @@ def evaluating(model):
         model.train(training)
 
 
-def load_base(base, dtype="float32", device="cpu"):
-    """A causal LM to put adapters on -> model in eval mode, on `device`.
+def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
+    """A causal LM to put adapters on -> model in eval mode, on `device`; its linear layers in NF4 (QLoRA), if asked.
 
     Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
     adapter learns the same alone and in a batch with others.
     """
-    config = without_noise(load_pretrained(AutoConfig, base))
-    model = load_pretrained(AutoModelForCausalLM, base, config=config, dtype=getattr(torch, dtype))
+    options = {"config": without_noise(load_pretrained(AutoConfig, base)), "dtype": getattr(torch, dtype)}
+    if load_in_4bit:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
+    model = load_pretrained(AutoModelForCausalLM, base, **options)
     if "gguf_file" in locate(base)[1]:  # dequantized on loading; saved as what it now is, adapters as made for it
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False  # else the Trainer takes it for quantized, and refuses
         model.config.name_or_path = model.name_or_path = base
-    model = model.to(device).eval()
+    model = (model if load_in_4bit else model.to(device)).eval()
     first, changed = probe(model, [[1, 2, 3, 4], [1, 2, 3, 5]], "text alone")  # (T, V) each
     if (first[:3] - changed[:3]).abs().max() > (1e-4 if first.dtype.itemsize > 2 else 3e-2) * first.abs().max():
         raise UsageError(f"{base} ({type(model).__name__}) reads tokens before it predicts them: it is no causal LM")

@@ -30,6 +30,7 @@ class GenerateConfig:
     chat: bool = False  # the prompt is a user's turn in the model's chat template; the answer ends with its turn
     max_new_tokens: int = 100  # tokens
     temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # sample from the most likely tokens that make up this probability
     repetition_penalty: float = 1.5  # 1: off
     seed: int = 0  # of the sampling
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the base
@@ -37,7 +38,9 @@ class GenerateConfig:
     merge: str = ""  # folder for the merged model; text is generated only if a prompt is given, too
 
 
-def generate(model, tokenizer, ids, n=1, *, stop_ids, max_new_tokens=100, temperature=0.0, repetition_penalty=1.5):
+def generate(
+    model, tokenizer, ids, n=1, *, stop_ids, max_new_tokens=100, temperature=0.0, top_p=1.0, repetition_penalty=1.5
+):
     """Continue a prompt (a list of ids) n times in one batch -> n texts, each without its stop token.
 
     The n rows differ when sampled, or when the model holds n adapters (`MultiLora`), each of which reads its own row.
@@ -49,7 +52,7 @@ def generate(model, tokenizer, ids, n=1, *, stop_ids, max_new_tokens=100, temper
     ids = torch.tensor([ids[-room:] or [stop_ids[0] if stop_ids else 0]] * n, device=model.device)  # (n, T)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size  # nested in Gemma-3's config, say
     unused = list(range(len(tokenizer), vocab_size))  # rows that only pad the embedding
-    sampling = {"temperature": temperature} if temperature else {}
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature else {}
     options = GenerationConfig(
         max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, eos_token_id=stop_ids or None,
         pad_token_id=pad_id(tokenizer), suppress_tokens=unused or None, do_sample=bool(temperature), **sampling,
@@ -101,7 +104,7 @@ def main():
         print(f"wrote {cfg.merge} ({cfg.dtype})")
     if cfg.prompt:
         ids, stops = encode_prompt(tokenizer, cfg.prompt, cfg.chat)
-        names = ("max_new_tokens", "temperature", "repetition_penalty")
+        names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
         [text] = generate(model, tokenizer, ids, stop_ids=stops, **{name: getattr(cfg, name) for name in names})
         print(text.lstrip() if cfg.chat else cfg.prompt + text)
 

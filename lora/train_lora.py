@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile, ZipFile
@@ -64,6 +65,7 @@ class TrainConfig(AdapterConfig):
     max_new_tokens: int = 60  # tokens of a sample
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the base (float16 overflows); adapters train in float32
+    load_in_4bit: bool = False  # QLoRA: the base in NF4, by the package bitsandbytes; trained one at a time
     device: str = "auto"  # auto, cuda, mps or cpu
     tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
     wandb: bool = False  # send the figures to Weights & Biases, too
@@ -81,6 +83,8 @@ def check(cfg):
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
     if cfg.max_steps == 0 and cfg.epochs == 0:
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
+    if cfg.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise UsageError("--load-in-4bit needs a package that is not installed: pip install bitsandbytes")
     base.locate(cfg.base)
 
 
@@ -121,7 +125,7 @@ def run_state(run_dir, wanted, overwrite):
 def load(cfg):
     """Load what a run needs -> (tokenizer, model, TaskData)."""
     tokenizer = base.load_pretrained(AutoTokenizer, cfg.base)
-    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device))
+    model = base.load_base(cfg.base, cfg.dtype, pick_device(cfg.device), cfg.load_in_4bit)
     return tokenizer, model, tasks.load_task(cfg, tokenizer, block_size(model.config))
 
 

@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line(base, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
 def test_an_adapter_of_any_initialization_is_loaded_with_the_loss_recorded(rows, tmp_path, init):
-    base = save_tiny(tmp_path / "base", "llama")
+    base = save_tiny(tmp_path / "base", "llama", width=64)
     cfg = config(base, rows, tmp_path, init_lora_weights=init, max_steps=3, eval_every=1, lora_dropout=0.0)
     result = train_lora.run(cfg)
     _, model, data = train_lora.load(cfg)
@@ -338,6 +338,21 @@ def test_targets_are_the_originals(family, names):
 def test_a_base_that_cannot_keep_packed_rows_apart_is_refused(rows, tmp_path):
     with pytest.raises(UsageError, match="does not keep packed rows apart"):
         train_lora.run(config(save_tiny(tmp_path / "base", "bloom"), rows, tmp_path / "run", packing=True))
+
+
+def test_a_base_in_four_bits(rows, tmp_path, monkeypatch):
+    """QLoRA learns, its losses near those on the whole base; without the package it is refused in one line."""
+    base = save_tiny(tmp_path / "base", "llama", width=64)
+    monkeypatch.setattr(train_lora, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install bitsandbytes"):
+        train_lora.run(config(base, rows, tmp_path / "run", load_in_4bit=True))
+    monkeypatch.undo()
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    whole, quantized = (
+        train_lora.run(config(base, rows, tmp_path / name, load_in_4bit=name == "quantized"))["held_out_loss"]
+        for name in ("whole", "quantized")
+    )
+    assert quantized != whole and quantized == pytest.approx(whole, rel=0.05)
 
 
 def test_a_misspelt_target_is_refused(base, rows, tmp_path):
