@@ -130,8 +130,7 @@ def gpt_logits(model, contexts, ids):
     cache = KVCache(model.config, [len(context) for context in contexts], ids.device, columns=C)
     if C:
         model(left_padded(contexts, ids.device, C), cache=cache, return_logits=False)
-        cache.advance(C)
-    return model(ids, cache=cache.repeat(4, ids.shape[1]))[0]
+    return model(ids, cache=cache.repeat(4))[0]
 
 
 def hf_logits(model, block_size, contexts, ids):

@@ -34,17 +34,19 @@ class KVCache:
     """Keys and values of the tokens seen so far, for every attention layer of a GPT.
 
     lengths: tokens of each prompt in the batch. Shorter prompts are padded on the left; the padding gets position 0 and
-    is masked, so that each row's logits are those of its prompt alone. columns: width of the padded prompts, and room
-    for no more; None: as many as the longest has, and room for block_size.
+    is masked, so that each row's logits are those of its prompt alone. columns: width of the padded prompts; None: that
+    of the longest.
     """
 
     def __init__(self, config, lengths, device, columns=None):
-        hs = config.n_embd // config.n_head
         self.block_size, self.device = config.block_size, device
-        self.shape = (len(lengths), config.n_head, columns or config.block_size, hs)
-        self.layers = {}  # attention module -> (keys, values), (B, nh, columns, hs) each
-        self.length = 0  # columns that are filled
+        self.layers = {}  # attention module -> (keys, values), (B, nh, columns so far, hs) each
         self.padding = (columns or max(lengths)) - torch.tensor(lengths, device=device)  # (B,)
+
+    @property
+    def length(self):
+        """Columns so far, the padding included."""
+        return next((keys.shape[2] for keys, _ in self.layers.values()), 0)
 
     def positions(self, T):
         """Positions (B, T) of the next T columns."""
@@ -53,29 +55,22 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Store k, v (B, nh, T, hs) of a layer -> all keys, all values (B, nh, S, hs), mask (B, 1, T, S)."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(torch.empty(self.shape, device=self.device, dtype=k.dtype) for _ in "kv")
-        keys, values = self.layers[layer]
-        S = self.length + k.shape[2]
-        keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
-        columns = torch.arange(S, device=self.device)
-        causal = columns[None, :] <= columns[self.length :, None]  # (T, S): a token sees itself and the past
+        T = k.shape[2]
+        if layer in self.layers:
+            k, v = (torch.cat([past, new], dim=2) for past, new in zip(self.layers[layer], (k, v)))  # (B, nh, S, hs)
+        self.layers[layer] = k, v
+        columns = torch.arange(k.shape[2], device=self.device)
+        causal = columns[None, :] <= columns[-T:, None]  # (T, S): a token sees itself and the past
         mask = causal & (columns >= self.padding[:, None])[:, None]  # (B, T, S): never a padding column …
-        mask = mask | (columns[None, :] == columns[self.length :, None])  # … but a padding token itself, or it is nan
-        return keys[:, :, :S], values[:, :, :S], mask[:, None]
+        mask = mask | (columns[None, :] == columns[-T:, None])  # … but a padding token itself, or it is nan
+        return k, v, mask[:, None]
 
-    def advance(self, T):
-        """Count T columns as filled; called once all layers have stored theirs."""
-        self.length += T
-
-    def repeat(self, n, new_columns):
-        """A copy with every row of the batch n times, and room for `new_columns` more."""
+    def repeat(self, n):
+        """A copy with every row of the batch n times."""
         other = copy(self)
-        B, nh, _, hs = self.shape
-        other.shape, other.padding = (n * B, nh, self.length + new_columns, hs), self.padding.repeat_interleave(n)
+        other.padding = self.padding.repeat_interleave(n)
         other.layers = {
-            layer: tuple(F.pad(t[:, :, : self.length].repeat_interleave(n, 0), (0, 0, 0, new_columns)) for t in kept)
-            for layer, kept in self.layers.items()
+            layer: tuple(t.repeat_interleave(n, dim=0) for t in kept) for layer, kept in self.layers.items()
         }
         return other
 
@@ -121,7 +116,6 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, seed=
         else:
             idx = torch.tensor([new[-1:] for new in out], device=device)  # (B, 1)
         logits, _ = model(idx, cache=cache)
-        cache.advance(idx.shape[1])
         for new, token in zip(out, pick(logits[:, -1], temperature, top_k, generator).flatten().tolist()):
             new.append(token)
         if all(eot in new for new in out):
