@@ -94,15 +94,12 @@ class Encoded:
 def _encode_items(items, encode):
     """-> contexts (list of lists of ids), endings (list of lists of lists of ids).
 
-    An ending's ids are those of " " + ending. Tokenizers that put a space of their own in front of a text (Llama's)
-    would double it; there the ids of the whole text are taken, as far as they go beyond the context's.
+    An ending's ids are those of the whole text beyond the context's, as in lm-evaluation-harness: some tokenizers
+    (Llama's) put a space of their own in front of a text, also of an ending encoded by itself.
     """
     contexts = encode([item["ctx"] for item in items])
-    x, space_x, x_x = encode(["x", " x", "x x"])
-    apart = x + space_x == x_x
-    ids = iter(encode([("" if apart else item["ctx"]) + " " + e for item in items for e in item["endings"]]))
-    skip = [0 if apart else len(context) for context in contexts]
-    return contexts, [[next(ids)[n:] for _ in item["endings"]] for n, item in zip(skip, items)]
+    texts = iter(encode([f"{item['ctx']} {ending}" for item in items for ending in item["endings"]]))
+    return contexts, [[next(texts)[len(context) :] for _ in range(4)] for context in contexts]
 
 
 def _fit(prefix, context, endings, block_size):
