@@ -118,8 +118,16 @@ class GPT(nn.Module):
 
         Returns (logits (B, T, vocab_size) or None, loss in nats or None).
         """
-        x = self.hidden(idx, cache)  # (B, T, C)
-        V = self.config.vocab_size
+        T, V, block_size = idx.shape[1], self.config.vocab_size, self.config.block_size
+        if block_size < T:
+            raise UsageError(f"{T} tokens do not fit into block_size {block_size}; shorten the text")
+        # (T,), or with a cache (B, T): each prompt of a batch begins at its own column
+        pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        x = self.transformer.ln_f(x)
         logits = self.lm_head(x)[..., :V] if return_logits else None  # (B, T, V): the padding is cut off
         if targets is None:
             return logits, None
@@ -132,19 +140,6 @@ class GPT(nn.Module):
         if reduction == "mean":
             loss = loss / (targets >= 0).sum()
         return logits, loss
-
-    def hidden(self, idx, cache=None):
-        """Everything before the output projection: idx (B, T) -> (B, T, C)."""
-        T, block_size = idx.shape[1], self.config.block_size
-        if block_size < T:
-            raise UsageError(f"{T} tokens do not fit into block_size {block_size}; shorten the text")
-        # (T,), or with a cache (B, T): each prompt of a batch begins at its own column
-        pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, cache)
-        return self.transformer.ln_f(x)
 
     def num_params(self):
         """Number of parameters, shared ones counted once, without the padding of the vocabulary."""
@@ -192,3 +187,9 @@ class GPT(nn.Module):
         state = {name: p.detach() for name, p in self.named_parameters()}
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: self.config.vocab_size]
         return {name: (t.t() if name.endswith(CONV1D) else t).contiguous() for name, t in state.items()}
+
+
+def meta_model(cfg, vocab_size):
+    """The model of a TrainConfig on the meta device: shapes without memory, however large it is."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=vocab_size, **cfg.shape))

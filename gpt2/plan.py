@@ -10,10 +10,9 @@ import torch
 
 from common import UsageError, free_memory, pick_device, synchronize
 from data.shards import read_meta
-from gpt2.config import GPTConfig
 from gpt2.cross_entropy import CHUNK_LOGITS
 from gpt2.distributed import autocast, pick_dtype
-from gpt2.model import GPT
+from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,12 +112,6 @@ def measure_speed(model, cfg, device, rows):
     return rows * cfg.block_size / min(seconds[1:])  # the first one warms up
 
 
-def evaluated_tokens(cfg):
-    """Tokens that all evaluations of a run read; a HellaSwag item has some 200, its endings' padding included."""
-    evaluations = (cfg.val_every, cfg.val_tokens), (cfg.hellaswag_every, cfg.hellaswag_limit * 200)
-    return sum((cfg.max_steps // every + 1) * tokens for every, tokens in evaluations if every)
-
-
 def print_plan(cfg):
     """Print what the run will need. Nothing is started and nothing is written."""
     device, world_size = pick_device(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
@@ -130,10 +123,7 @@ def print_plan(cfg):
     except UsageError as e:
         vocab_size, data = 50257, f"not prepared ({e}); assuming GPT-2's vocabulary of 50,257"
     cfg = replace(cfg, dtype=pick_dtype(cfg.dtype, device))
-    config = GPTConfig(vocab_size=vocab_size, **cfg.shape)
-    with torch.device("meta"):  # shapes alone, so that a plan of the largest model fits anywhere
-        model = GPT(config)
-    free = free_memory(device)
+    model, free = meta_model(cfg, vocab_size), free_memory(device)
     best = fitting_micro_batch(cfg, model, world_size, free, device.type)
     cards = {gb: fitting_micro_batch(cfg, model, world_size, gb * 1e9, "cuda") for gb in (16, 24, 40, 80)}
     cfg = replace(cfg, micro_batch_size=cfg.micro_batch_size or best or 1)
@@ -162,10 +152,12 @@ def print_plan(cfg):
     if device.type != "cuda":  # seconds, not minutes
         rows = max(1, min(rows, int(2e12 / model.flops_per_token() / cfg.block_size)))
     cfg = replace(cfg, compile=cfg.compile and not compile_problem(device))
-    speed, how = measure_speed(GPT(config), cfg, device, rows) * world_size, "compiled" if cfg.compile else "eager"
-    hours = (tokens + evaluated_tokens(cfg) / 3) / speed / 3600  # a forward pass is a third of a step
-    how = f"measured here: {world_size} x {device.type}, {cfg.dtype}, {how}"
-    print(f"{'time':<11} {hours:,.1f} h with evaluations, at {speed:,.0f} tokens/s ({how})")
+    speed = measure_speed(GPT(model.config), cfg, device, rows) * world_size
+    evaluations = (cfg.val_every, cfg.val_tokens), (cfg.hellaswag_every, cfg.hellaswag_limit * 200)  # 200 an item
+    evaluated = sum((cfg.max_steps // every + 1) * n for every, n in evaluations if every)
+    hours = (tokens + evaluated / 3) / speed / 3600  # a forward pass is a third of a step
+    how = f"{world_size} x {device.type}, {cfg.dtype}, {'compiled' if cfg.compile else 'eager'}"
+    print(f"{'time':<11} {hours:,.1f} h with evaluations, at {speed:,.0f} tokens/s (measured here: {how})")
 
 
 def _gb(n):

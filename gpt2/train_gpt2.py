@@ -40,7 +40,7 @@ from gpt2 import checkpoint, hellaswag
 from gpt2.config import DEFAULT_PRESET, FREE_ON_RESUME, PRESETS, GPTConfig, TrainConfig
 from gpt2.distributed import Ranks, Stop, TreeSum, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
-from gpt2.model import GPT
+from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
 from gpt2.plan import compile_problem, fitting_micro_batch, peak_flops, print_plan, restart_with_memory_settings
 from gpt2.sample import generate
@@ -77,15 +77,9 @@ def resolve(cfg, ranks, meta):
     if not cfg.micro_batch_size:
         shared_by = 1 if ranks.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free = min(ranks.gather(free_memory(ranks.device) / shared_by))
-        rows = fitting_micro_batch(cfg, meta_model(cfg, meta), ranks.world_size, free, ranks.device.type)
+        rows = fitting_micro_batch(cfg, meta_model(cfg, meta["vocab_size"]), ranks.world_size, free, ranks.device.type)
         cfg = replace(cfg, micro_batch_size=max(1, rows))
     return cfg
-
-
-def meta_model(cfg, meta):
-    """The model's shapes alone."""
-    with torch.device("meta"):
-        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **cfg.shape))
 
 
 def build_model(cfg, meta):
@@ -100,9 +94,9 @@ def build_model(cfg, meta):
         raise UsageError(f"{sizes}; prepare the data with the model's own tokenizer")
     if cfg.block_size > c.block_size:
         raise UsageError(f"{cfg.init} has a context of {c.block_size} tokens; lower --block-size {cfg.block_size}")
-    shape = {f"--{k.replace('_', '-')}": (getattr(cfg, k), getattr(c, k)) for k in ("n_layer", "n_head", "n_embd")}
-    if wrong := [f"{flag} {theirs}" for flag, (asked, theirs) in shape.items() if asked != theirs]:
-        raise UsageError(f"{cfg.init} has another shape; add {' '.join(wrong)}")
+    if other := [k for k in ("n_layer", "n_head", "n_embd") if getattr(cfg, k) != getattr(c, k)]:
+        flags = " ".join(f"--{k.replace('_', '-')} {getattr(c, k)}" for k in other)
+        raise UsageError(f"{cfg.init} has another shape; add {flags}")
     return model
 
 
@@ -125,7 +119,7 @@ def all_settings(cfg, meta):
         **({"OMP_NUM_THREADS": torch.get_num_threads()} if cfg.exact_reduction else {}),
         "tokenizer_sha256": meta["tokenizer"]["sha256"],
         "shards_sha256": hashlib.sha256(sums.encode()).hexdigest(),
-        "flops_per_token": meta_model(cfg, meta).flops_per_token(),
+        "flops_per_token": meta_model(cfg, meta["vocab_size"]).flops_per_token(),
     }
 
 
