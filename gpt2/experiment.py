@@ -183,13 +183,8 @@ def experiment(cfg, log, arms):
 
 
 def parse(argv):
-    """The command line -> ExperimentConfig; a change's flags begin with dashes, so they are joined to --change."""
-    joined = []
-    for word in argv:
-        if joined and joined[-1] == "--change":
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
+    """The command line -> ExperimentConfig; a change begins with dashes, so it is passed as --change=FLAGS."""
+    joined = "\0".join(argv).replace("--change\0", "--change=").split("\0")
     return tyro.cli(ExperimentConfig, args=joined, description=__doc__)
 
 

@@ -48,8 +48,7 @@ def replay_run(run, report, *, steps, whole, data):
     if report.failed > failed:
         return
 
-    log = run.run_dir / "log.txt"
-    log = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    log = run.read_text("log.txt")
     changed = "changed on resume:" in log  # by --allow-config-change: its steps then had several settings
     if whole and changed:
         raise UsageError("its settings were changed on a resume, so it cannot be replayed from its start")
@@ -57,7 +56,7 @@ def replay_run(run, report, *, steps, whole, data):
         report.reasons.append("compiled kernels, and GPUs, repeat to the last bit only with --deterministic")
     if resumed := re.findall(r"^resumed at step (\d+)", log, re.M):
         report.reasons.append(f"up to step {resumed[-1]} an earlier start computed, whose hardware is not recorded")
-    last = run.result.get("step") or run.step or 0
+    last = run.step or 0
     starts = [] if changed else [(0, None)]
     problems = {path: problem(path) for path in sorted_checkpoints(run.run_dir / "ckpt")}
     for path, why in problems.items():
