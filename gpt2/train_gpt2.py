@@ -199,9 +199,9 @@ def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
         with autocast(ranks.device, cfg.dtype):
             _, loss = model(idx.to(ranks.device), targets.to(ranks.device), return_logits=False, reduction="sum")
         nats += loss
-    nats, tokens, text_bytes, stopped = ranks.sum([nats, tokens, text_bytes, bool(stop.why)])
-    if stopped:  # evaluated again, whole, when the run resumes from this step; so is HellaSwag
+    if stop.reason():  # evaluated again, whole, when the run resumes from this step; so is HellaSwag
         return None
+    nats, tokens, text_bytes = ranks.sum([nats, tokens, text_bytes])
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1, text_bytes), "tokens": int(tokens)}
 
 
@@ -209,10 +209,9 @@ def evaluate_hellaswag(model, items, cfg, ranks, stop):
     """HellaSwag's accuracies -> `hellaswag.figures` and the seconds it took, or None if stopped. Collective."""
     start, logits_of = time.perf_counter(), partial(hellaswag.gpt_logits, model.eval())
     rows = hellaswag.evaluate(logits_of, items, ranks.device, ranks.rank, ranks.world_size, cfg.dtype, stop.here)
-    parts, reasons = zip(*ranks.gather((rows, stop.why)))
-    if any(reasons):
+    if stop.reason():
         return None
-    return {**hellaswag.figures(list(chain.from_iterable(parts))), "seconds": time.perf_counter() - start}
+    return {**hellaswag.figures(list(chain.from_iterable(ranks.gather(rows)))), "seconds": time.perf_counter() - start}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

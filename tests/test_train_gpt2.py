@@ -458,7 +458,7 @@ def test_the_validation_loss_is_the_same_for_every_number_of_processes(corpus):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=385, n_layer=1, n_head=2, n_embd=16))
     cfg = TrainConfig(val_tokens=23 * 32, block_size=32, micro_batch_size=4, dtype="float32")
-    loader, stop = train_gpt2.Loader(corpus, "val", 32), SimpleNamespace(here=lambda: None, why=None)
+    loader, stop = train_gpt2.Loader(corpus, "val", 32), SimpleNamespace(here=lambda: None, reason=lambda: None)
 
     def evaluate(rank, world_size, exchange):
         ranks = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"), sum=exchange)
