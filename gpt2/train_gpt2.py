@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from scipy.special import entr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -236,8 +237,7 @@ class Trainer:
         self.train_loader = Loader(cfg.data_dir, "train", T, cfg.total_batch_size // T, cfg.seed, meta)
         self.val_loader = Loader(cfg.data_dir, "val", T, meta=meta)
         counts = unigram_counts(cfg.data_dir, meta)  # (vocab_size,)
-        p = counts[counts > 0] / counts.sum()
-        self.unigram_entropy = float(-(p * np.log(p)).sum())  # nats: the loss of knowing the token frequencies alone
+        self.unigram_entropy = float(entr(counts / counts.sum()).sum())  # nats: the loss of token frequencies alone
         self.reference = {"unigram entropy": self.unigram_entropy}  # lines in the picture
         if meta["name"].startswith("fineweb-edu") and meta["tokenizer"]["name"] == "gpt2":
             self.reference["GPT-2 124M (OpenAI)"] = 3.2924  # its validation loss on the same tokens
@@ -250,8 +250,7 @@ class Trainer:
         self.model = self.step_model = compiled(self.raw_model, cfg, ranks, self.say)
         self.tree = TreeSum(ranks) if cfg.exact_reduction else None
         if ranks.world_size > 1 and not self.tree:
-            gpu = [self.device.index] if self.device.type == "cuda" else None
-            self.step_model = DistributedDataParallel(self.model, gpu, gradient_as_bucket_view=True)
+            self.step_model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.raw_model, cfg)
         self.average = AveragedModel(self.raw_model) if cfg.average_last else None
         # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.

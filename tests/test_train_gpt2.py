@@ -330,7 +330,7 @@ def test_gradients_live_in_the_buckets_that_are_exchanged(in_process, corpus, tm
     """A copy of each gradient beside its bucket would be 4 bytes a parameter more."""
     seen = {}
 
-    def refuse(model, devices, **options):
+    def refuse(model, **options):
         seen.update(options)
         raise UsageError("seen")
 
