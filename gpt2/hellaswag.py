@@ -34,12 +34,10 @@ from gpt2.sample import KVCache, left_padded
 from runlog import RunLog
 
 HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
-SEED = 1337  # of the permutation whose first items --limit takes
 ACCURACIES = ("acc", "acc_norm", "acc_char")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# items
+# --- items
 
 
 def load_items(file=None, limit=0, fix="name a local file with --input"):
@@ -59,7 +57,7 @@ def load_items(file=None, limit=0, fix="name a local file with --input"):
         rows = pyarrow.parquet.read_table(path).to_pylist()
     if not rows:
         raise UsageError(f"{file} holds no items")
-    order = np.random.default_rng(SEED).permutation(len(rows))[:limit] if limit else range(len(rows))
+    order = np.random.default_rng(1337).permutation(len(rows))[:limit] if limit else range(len(rows))
     return [_item(int(i), rows[i], file or HUB[0]) for i in order]
 
 
@@ -79,11 +77,17 @@ class Encoded:
     encode: list of str -> list of lists of ids, without special tokens; prefix: ids in front of every context (the
     begin-of-text token of models that were trained with one). block_size: longest row; a longer context loses its left
     end, and is counted in `cut`. batch_size: items in a batch.
+
+    An ending's ids are those of the whole text beyond the context's, as in lm-evaluation-harness: some tokenizers
+    (Llama's) put a space of their own in front of a text, also of an ending encoded by itself.
     """
 
     def __init__(self, items, encode, block_size, prefix=(), batch_size=16):
         self.items, self.block_size = items, block_size
-        fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(*_encode_items(items, encode))]
+        contexts = encode([item["ctx"] for item in items])
+        texts = iter(encode([f"{item['ctx']} {ending}" for item in items for ending in item["endings"]]))
+        endings = [[next(texts)[len(context) :] for _ in range(4)] for context in contexts]
+        fitted = [_fit(list(prefix), c, e, block_size) for c, e in zip(contexts, endings)]
         self.contexts, self.endings, cut = (list(column) for column in zip(*fitted))
         self.cut = sum(cut)
         lengths = [(max(map(len, e)) // 4, len(c)) for c, e in zip(self.contexts, self.endings)]
@@ -91,29 +95,14 @@ class Encoded:
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _encode_items(items, encode):
-    """-> contexts (list of lists of ids), endings (list of lists of lists of ids).
-
-    An ending's ids are those of the whole text beyond the context's, as in lm-evaluation-harness: some tokenizers
-    (Llama's) put a space of their own in front of a text, also of an ending encoded by itself.
-    """
-    contexts = encode([item["ctx"] for item in items])
-    texts = iter(encode([f"{item['ctx']} {ending}" for item in items for ending in item["endings"]]))
-    return contexts, [[next(texts)[len(context) :] for _ in range(4)] for context in contexts]
-
-
 def _fit(prefix, context, endings, block_size):
     """Cut the left end of a context so that the longest ending fits -> (ids with the prefix, endings, whether cut)."""
-    room = block_size + 1 - len(prefix) - max(map(len, endings))  # the last id of a row is only predicted
-    if len(context) <= room:
-        return prefix + context, endings, False
-    if room < 1:  # a tiny block: one id of context, and what fits of the endings
-        return context[-1:], [ending[:block_size] for ending in endings], True
-    return prefix + context[-room:], endings, True
+    room = max(1, block_size + 1 - len(prefix) - max(map(len, endings)))  # the last id of a row is only predicted
+    endings = [ending[:block_size] for ending in endings]  # shorter in a tiny block alone
+    return prefix + context[-room:], endings, len(context) > room
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models: B contexts (lists of ids) once, then ids (4 B, E), four rows after each context -> logits (4 B, E, V)
+# --- models: B contexts (lists of ids) once, then ids (4 B, E), four rows after each context -> logits (4 B, E, V)
 
 
 def bucket(n, device, most):
@@ -127,7 +116,8 @@ def gpt_logits(model, contexts, ids):
     cache = KVCache(model.config, [len(context) for context in contexts], ids.device, columns=C)
     if C:
         model(left_padded(contexts, ids.device, C), cache=cache, return_logits=False)
-    return model(ids, cache=cache.repeat(4))[0]
+    cache.repeat(4)
+    return model(ids, cache=cache)[0]
 
 
 def hf_logits(model, block_size, contexts, ids):
@@ -150,19 +140,18 @@ def hf_logits(model, block_size, contexts, ids):
     return model(ids, past_key_values=cache, **more).logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores
+# --- scores
 
 
 @torch.inference_mode()
-def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", stop=lambda: None, progress=False):
+def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", stop=lambda: None):
     """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
 
     logits_of: (contexts, ids) -> logits, as above, of a model in eval mode. stop: asked between batches; a reason ends
     the scoring.
     """
     rows = []
-    for batch in tqdm(encoded.batches[rank::world_size], disable=None if progress and not rank else True):
+    for batch in tqdm(encoded.batches[rank::world_size], leave=False, disable=True if rank else None):
         if stop():
             break
         pairs = [(encoded.contexts[i], ending) for i in batch for ending in encoded.endings[i]]  # 4 B of them
@@ -207,8 +196,7 @@ def wilson(k, n, z=1.959964):
     return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+# --- command line
 
 
 @dataclass
@@ -262,7 +250,7 @@ def main():
     with RunLog(cfg.run_dir, "hellaswag", cfg, enabled=ranks.main) as log:
         started = time.perf_counter()
         encoded = Encoded(items, *arguments, batch_size=cfg.batch_size)
-        rows = evaluate(logits_of, encoded, device, ranks.rank, ranks.world_size, cfg.dtype, progress=True)
+        rows = evaluate(logits_of, encoded, device, ranks.rank, ranks.world_size, cfg.dtype)
         rows = sorted(chain.from_iterable(ranks.gather(rows)), key=lambda row: row["item"])
         result, seconds = figures(rows), time.perf_counter() - started
         speed = len(rows) / seconds

@@ -6,7 +6,6 @@
 Keys and values of past tokens are kept (`KVCache`), so that each new token costs one position, not the whole context.
 """
 
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,13 +65,10 @@ class KVCache:
         return k, v, mask[:, None]
 
     def repeat(self, n):
-        """A copy with every row of the batch n times."""
-        other = copy(self)
-        other.padding = self.padding.repeat_interleave(n)
-        other.layers = {
-            layer: tuple(t.repeat_interleave(n, dim=0) for t in kept) for layer, kept in self.layers.items()
-        }
-        return other
+        """Repeat every row of the batch n times."""
+        self.padding = self.padding.repeat_interleave(n)
+        for layer, (keys, values) in self.layers.items():
+            self.layers[layer] = keys.repeat_interleave(n, dim=0), values.repeat_interleave(n, dim=0)
 
 
 def left_padded(rows, device, T=None):
