@@ -15,8 +15,7 @@ from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the hardware
+# --- the hardware
 
 # Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
 # reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.
@@ -54,8 +53,7 @@ def restart_with_memory_settings():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the plan
+# --- the plan
 
 
 def memory_estimate(model, cfg, device_type):

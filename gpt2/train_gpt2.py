@@ -55,8 +55,7 @@ class Diverged(Exception):
     """A loss or gradient that is not finite, and the step at which it came."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# before the loop
+# --- before the loop
 
 
 def parse(argv):
@@ -174,8 +173,7 @@ def changed_settings(then, now):
     return [f"{k} {then[k]!r} -> {v!r}" for k, v in now.items() if k in then and then[k] != v]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation: every rank computes a fixed share, whatever the world size, and sums are exchanged
+# --- evaluation: every rank computes a fixed share, whatever the world size, and sums are exchanged
 
 
 @torch.no_grad()
@@ -188,8 +186,7 @@ def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
     """
     n = min(loader.n_sequences, max(1, cfg.val_tokens // cfg.block_size))
     per_batch = cfg.micro_batch_size * ranks.world_size
-    nats = torch.zeros((), dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
-    tokens = text_bytes = 0
+    nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     for first in range(0, n, per_batch):
         if stop.here():
@@ -199,7 +196,7 @@ def evaluate_loss(model, loader, cfg, ranks, token_bytes, stop):
         tokens, text_bytes = tokens + known.numel(), text_bytes + int(token_bytes[known].sum())
         with autocast(ranks.device, cfg.dtype):
             _, loss = model(idx.to(ranks.device), targets.to(ranks.device), return_logits=False, reduction="sum")
-        nats += loss
+        nats += loss.item()
     if stop.reason():  # evaluated again, whole, when the run resumes from this step; so is HellaSwag
         return None
     nats, tokens, text_bytes = ranks.sum([nats, tokens, text_bytes])
@@ -215,8 +212,7 @@ def evaluate_hellaswag(model, items, cfg, ranks, stop):
     return {**hellaswag.figures(list(chain.from_iterable(ranks.gather(rows)))), "seconds": time.perf_counter() - start}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
+# --- the loop
 
 
 class Trainer:
@@ -274,18 +270,17 @@ class Trainer:
         self.say(f"unigram entropy {self.unigram_entropy:.4f} nats: the loss of predicting token frequencies alone")
 
     def load_hellaswag(self):
-        """The items, or None on all ranks where one of them has no file and no hub: training then goes without."""
-        cfg, items, why = self.cfg, [], None
+        """The items, which rank 0 reads for all; None where it has no file and no hub: training continues without."""
+        cfg, items = self.cfg, None
         try:
-            items = hellaswag.load_items(cfg.hellaswag_file or None, cfg.hellaswag_limit, fix="--hellaswag-file FILE")
+            if self.ranks.main:
+                items = hellaswag.load_items(cfg.hellaswag_file, cfg.hellaswag_limit, fix="--hellaswag-file FILE")
         except UsageError as e:
             if cfg.hellaswag_file or cfg.eval_only:
                 raise
-            why = str(e)
-        if missing := [why for why in self.ranks.gather(why) if why]:
-            self.say(f"HellaSwag is not scored: {missing[0]}")
-            return None
-        return hellaswag.Encoded(items, self.tokenizer.to_tiktoken().encode_ordinary_batch, cfg.block_size)
+            self.say(f"HellaSwag is not scored: {e}")
+        items, encode = self.ranks.gather(items)[0], self.tokenizer.to_tiktoken().encode_ordinary_batch
+        return items and hellaswag.Encoded(items, encode, cfg.block_size)
 
     def load(self, state):
         """Continue from a checkpoint."""
@@ -314,7 +309,7 @@ class Trainer:
         self.saved_at = self.step
 
     def run(self, until=None):
-        """Step after step, until max_steps (or `until`) or a reason to stop -> the fields of result.json."""
+        """Train until max_steps (or `until`) or a reason to stop -> the fields of result.json."""
         cfg, ranks = self.cfg, self.ranks
         last_step = 0 if cfg.eval_only else cfg.max_steps if until is None else until
         start_step, started_at = self.step, time.perf_counter()
@@ -336,36 +331,21 @@ class Trainer:
             if reason or self.step >= last_step:
                 break
 
-            # --- one optimizer step
-            if not self.pending:  # what happens between steps is not the steps' time
+            # --- one optimizer step; its figures stay on the device until a log line is due: the host does not wait
+            if not self.pending:  # time spent between steps does not count
                 self.clock = time.perf_counter()
-            loss_sum = self.accumulate_gradients(batches)
-            lr = set_lr(self.optimizers, self.step, cfg)
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), cfg.grad_clip or math.inf)
-            if not self.skip(loss_sum, norm):
-                for optimizer in self.optimizers:
-                    self.scaler.step(optimizer)
-            self.scaler.update()
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            self.pending.append((self.step, loss_sum, norm, lr))
+            loss = self.accumulate_gradients(batches)
+            norm, lr = self.update_weights(loss)
+            self.pending.append((self.step, loss, norm, lr))
             self.step += 1
-            if self.step > cfg.max_steps - cfg.average_last:
-                self.average.update_parameters(self.raw_model)
-                if self.step == cfg.max_steps:  # validated, sampled and saved is the average (Izmailov et al. 2018)
-                    self.raw_model.load_state_dict(self.average.module.state_dict())
             bar.update()
-            if self.step == start_step + 1:
+            first = self.step == start_step + 1  # it compiles and allocates memory, so its time is a line by itself
+            due = map(self.due, (cfg.checkpoint_every, cfg.val_every, cfg.hellaswag_every, cfg.sample_every))
+            if len(self.pending) >= cfg.log_every or first or any(due):
+                self.flush()
+            if first:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end: later collections do not pause for it
-
-            # --- the figures stay on the device until a log line is due, so that the host never waits in between
-            compiling = self.model is not self.raw_model and self.step == start_step + 1  # its time is a line by itself
-            due = map(self.due, (cfg.checkpoint_every, cfg.val_every, cfg.hellaswag_every, cfg.sample_every))
-            if len(self.pending) >= cfg.log_every or compiling or any(due):
-                self.flush()
         bar.close()
         self.flush()
         if reason:
@@ -411,6 +391,24 @@ class Trainer:
             for p, grad in zip(params, grads):
                 p.grad = grad
         return loss_sum
+
+    def update_weights(self, loss):
+        """Clip the gradients and step the optimizers, unless the step is skipped -> gradient norm, learning rate."""
+        cfg, lr = self.cfg, set_lr(self.optimizers, self.step, self.cfg)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), cfg.grad_clip or math.inf)
+        if not self.skip(loss, norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.step >= cfg.max_steps - cfg.average_last:
+            self.average.update_parameters(self.raw_model)
+            if self.step + 1 == cfg.max_steps:  # the average is validated, sampled and saved (Izmailov et al. 2018)
+                self.raw_model.load_state_dict(self.average.module.state_dict())
+        return norm, lr
 
     def due(self, every):
         """Whether something that is done every so many steps is due now; at the last step everything is."""
