@@ -51,8 +51,7 @@ class Ranks:
             # Keys that a killed rank left in the store would make a restart wait forever for an address that is gone.
             store = dist.PrefixStore("attempt_" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             backend, timeout = "nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=10)
-            where = {"store": store, "rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, timeout=timeout, **where)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size)
             self.control = dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, value):
@@ -163,6 +162,5 @@ class Stop:
 
     def reason(self):
         """Why to stop, the same text on every rank, or None. Collective: call it on every rank."""
-        found = [why for why in self.ranks.gather(self.here()) if why]
-        self.why = found[0] if found else None
+        self.why = next(filter(None, self.ranks.gather(self.here())), None)
         return self.why

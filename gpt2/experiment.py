@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from common import ROOT, UsageError, cli, portable
 from gpt2 import train_gpt2
-from gpt2.config import PRESETS
 from runlog import Run, RunLog, read_run
 from runlog.judge import describe, draw_verdicts, judge_all
 from runlog.run import is_locked
@@ -75,8 +74,6 @@ def arms_of(cfg):
     """[baseline, candidates…], each named after its flags; the flags are parsed, so that a bad one stops no round."""
     if not 0 < cfg.alpha < 1 or cfg.max_seeds < 1 or cfg.jobs < 1:
         raise UsageError("--alpha must lie between 0 and 1; --max-seeds and --jobs must be at least 1")
-    if (shlex.split(cfg.base) or [""])[0] not in PRESETS:
-        raise UsageError(f"{cfg.base!r} does not begin with a preset of train_gpt2.py ({', '.join(PRESETS)})")
     if not cfg.change:
         raise UsageError('name at least one candidate: --change "--max-lr 1e-3"')
     names = [re.sub(r"[^\w.+-]+", "_", change.strip(" -"))[:60] or "no-change" for change in cfg.change]
@@ -200,7 +197,7 @@ def main():
             log.print(f"\n{name}\n{describe(verdict)}")
         rows = [{"name": name, **verdict.as_dict()} for name, verdict in verdicts.items()]
         if verdicts:
-            draw_verdicts(log.run_dir / "verdicts.png", verdicts, title=shlex.split(cfg.base)[0])
+            draw_verdicts(log.run_dir / "verdicts.png", verdicts, title=cfg.base)
         log.finish("success", rows=rows)
     if cfg.json:
         print(json.dumps(rows, ensure_ascii=False))

@@ -5,8 +5,6 @@ import math
 import torch
 import torch.distributed as dist
 
-MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak
-
 
 def lr_at(step, max_lr, warmup_steps, max_steps, cooldown=None):
     """Learning rate of a step: linear warmup, then a cosine to a tenth of the peak. A function of the step alone.
@@ -18,7 +16,7 @@ def lr_at(step, max_lr, warmup_steps, max_steps, cooldown=None):
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     if cooldown:
         return max_lr * min(1.0, (1 - progress) / cooldown)
-    return max_lr * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return max_lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizers(model, cfg):

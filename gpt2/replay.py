@@ -8,7 +8,6 @@ with as many threads, elsewhere with --deterministic. Otherwise to a tolerance.
 import re
 import tempfile
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 
@@ -100,7 +99,7 @@ def replay(run, report, cfg, meta, at, until, path):
 
 def replay_hellaswag(run, report):
     """The accuracies follow from the items' log-probabilities, which are kept."""
-    path = next(iter(sorted(Path(run.run_dir).glob("hellaswag.jsonl*"))), None)
+    path = min(run.run_dir.glob("hellaswag.jsonl*"), default=None)
     if path is None:
         raise UsageError("the items' log-probabilities are not kept: the accuracies are not computed again")
     rows = [row for _, row in read_jsonl(path)]

@@ -83,7 +83,7 @@ def test_the_budget_of_minutes_ends_between_rounds(trained, tmp_path, in_process
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["gpt5", "--change", "--dropout 0.1"], "does not begin with a preset"),
+        (["gpt5", "--change", "--dropout 0.1"], "gpt5"),
         (["quickstart", "--change", "--dropout 0.1", "--change", "--dropout 0.1"], "two changes are the same"),
         (["quickstart", "--change", "--dropout 0.1", "--alpha", "1"], "--alpha"),
         (["quickstart", "--change", "--no-such-flag 1"], "Unrecognized options: --no-such-flag"),
