@@ -1,4 +1,4 @@
-"""Checkpoints of a GPT-2 run, and the one place that finds the model behind a name.
+"""Checkpoints of a GPT-2 run, and loading a model by its name.
 
 A checkpoint holds plain tensors and plain containers, so that `torch.load(…, weights_only=True)` reads it anywhere and
 without the trainer: {format, version, step, model_config, model, optimizers, scaler, rng, learned, skipped, average}.

@@ -1,7 +1,7 @@
 """The shape of a model, the settings of a training run, and the presets.
 
 A preset is an instance; `python gpt2/train_gpt2.py PRESET --max-steps 100` starts from it and changes one field.
-Settings that follow from others (grad_accum_steps, the padded vocabulary, min_lr) are computed, not set.
+Settings that follow from others (grad_accum_steps, the padded vocabulary) are computed, not set.
 """
 
 from dataclasses import dataclass, replace
@@ -70,8 +70,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw: GPT-2's recipe; muon: Muon for hidden matrices, else AdamW
     muon_lr: float = 0.01  # peak learning rate of Muon, scaled to AdamW's RMS; same schedule
     weight_decay: float = 0.1  # decoupled weight decay, on parameters of two or more dimensions only
-    cautious_decay: bool = False  # weight decay only where the update, too, makes a weight smaller
-    average_last: int = 0  # steps at the end whose weights are averaged into the final ones; 0: the last step's alone
+    cautious_decay: bool = False  # weight decay only where the update also shrinks the weight
+    average_last: int = 0  # average the weights of so many last steps into the final weights; 0: no averaging
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     skip_nonfinite: int = 0  # skip at most this many steps with a non-finite loss or gradient (reads every loss)
     seed: int = 1337  # seed of the initial weights and of the order of the data

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in one, a few rows of logits at a time.
+"""Fused output projection and cross-entropy, a chunk of rows at a time.
 
 At a vocabulary of 50,304 the logits and their gradient are by far the largest tensors of a step: 6.6 GB each for 32 x
 1024 positions in float32. Here no more than one chunk of them exists at any time.

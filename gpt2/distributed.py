@@ -1,4 +1,4 @@
-"""One process or many: which one this is, and the few things that processes must agree on.
+"""Ranks, the collectives between them, and the agreement on when to stop.
 
 `Ranks(device)` reads the variables that torchrun sets; without them there is one process and every method is trivial.
 """
@@ -29,8 +29,8 @@ def autocast(device, dtype):
 class Ranks:
     """This process among `world_size`: its rank, its device, and what the processes agree on.
 
-    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue. `started`: when this
-    process, or the torchrun that started it, did, in seconds since 1970; --max-restarts does not reset it.
+    Agreement goes over a gloo group on the CPU, so that it never waits for the GPU's queue. `started`: Unix time
+    at which this process, or the torchrun that launched it, started; --max-restarts does not reset it.
     """
 
     def __init__(self, device="auto"):
@@ -130,7 +130,7 @@ class TreeSum:
 
 
 class Stop:
-    """Why training should end before its last step, agreed between the ranks.
+    """Whether and why training stops before its last step, agreed on by all ranks.
 
     SIGTERM (a scheduler, torchrun), SIGINT (Ctrl-C; a second one interrupts at once), a file STOP in the run directory,
     the time limit of --stop-after-minutes, or the death of torchrun, which leaves its processes behind when killed.

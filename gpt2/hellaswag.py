@@ -75,8 +75,8 @@ class Encoded:
     """Items {"ctx", "endings"} as ids, cut to the block, in batches of similar length; scored any number of times.
 
     encode: list of str -> list of lists of ids, without special tokens; prefix: ids in front of every context (the
-    begin-of-text token of models that were trained with one). block_size: longest row; a longer context loses its left
-    end, and is counted in `cut`. batch_size: items in a batch.
+    begin-of-text token of models that were trained with one). block_size: longest row; a longer context is truncated
+    on the left and counted in `cut`. batch_size: items in a batch.
 
     An ending's ids are those of the whole text beyond the context's, as in lm-evaluation-harness: some tokenizers
     (Llama's) put a space of their own in front of a text, also of an ending encoded by itself.
@@ -96,9 +96,9 @@ class Encoded:
 
 
 def _fit(prefix, context, endings, block_size):
-    """Cut the left end of a context so that the longest ending fits -> (ids with the prefix, endings, whether cut)."""
+    """Truncate a context so that the longest ending fits -> (ids with the prefix, endings, whether truncated)."""
     room = max(1, block_size + 1 - len(prefix) - max(map(len, endings)))  # the last id of a row is only predicted
-    endings = [ending[:block_size] for ending in endings]  # shorter in a tiny block alone
+    endings = [ending[:block_size] for ending in endings]  # only a tiny block truncates these
     return prefix + context[-room:], endings, len(context) > room
 
 
@@ -147,8 +147,8 @@ def hf_logits(model, block_size, contexts, ids):
 def evaluate(logits_of, encoded, device, rank=0, world_size=1, dtype="float32", stop=lambda: None):
     """Score the items of one rank -> list of rows, the lines of hellaswag.jsonl.
 
-    logits_of: (contexts, ids) -> logits, as above, of a model in eval mode. stop: asked between batches; a reason ends
-    the scoring.
+    logits_of: (contexts, ids) -> logits, as above, of a model in eval mode. stop: called between batches; scoring
+    ends when it returns a reason.
     """
     rows = []
     for batch in tqdm(encoded.batches[rank::world_size], leave=False, disable=True if rank else None):

@@ -1,7 +1,7 @@
 """The data loader is a function: `batch(step)` depends on the seed and the step alone.
 
-Each shard is cut into sequences of T tokens; a seeded permutation of all sequences, a new one each epoch, is dealt out
-to the steps. Rank and micro-batch only decide who computes which rows. So a resumed run needs no loader state, and
+Each shard is cut into sequences of T tokens; a seeded permutation of all sequences, a new one each epoch, is split
+into steps. Rank and micro-batch only decide who computes which rows. So a resumed run needs no loader state, and
 neither the number of processes nor the micro-batch size changes what is learned.
 """
 

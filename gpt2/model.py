@@ -1,4 +1,4 @@
-"""GPT-2, as Radford et al. (2019) published it and Hugging Face names it, on one screen after another.
+"""GPT-2 (Radford et al. 2019), with the parameter names of Hugging Face.
 
 `GPT(GPTConfig())` is the 124M model with fresh weights, `GPT.from_pretrained("gpt2")` the published one. Shapes in the
 comments: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary entries.
@@ -24,7 +24,7 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # weights that Huggi
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -93,7 +93,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # shared: 30 % of the 124M, and a better model
+        self.lm_head.weight = self.transformer.wte.weight  # weight tying: 30 % of the 124M's parameters
         self.apply(self._init_weights)
 
     def _init_weights(self, module):

@@ -35,14 +35,14 @@ def make_optimizers(model, cfg):
     optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if hidden:
         group = {"params": hidden, "max_lr": cfg.muon_lr}
-        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, share_out=not cfg.exact_reduction))
+        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, sharded=not cfg.exact_reduction))
     for optimizer in optimizers if cfg.cautious_decay else ():
         decay_cautiously(optimizer)
     return optimizers
 
 
 def decay_cautiously(optimizer):
-    """Let an optimizer's weight decay act only where its update u, too, makes a weight smaller.
+    """Apply an optimizer's weight decay only where its update u also shrinks the weight.
 
     p - lr * (u + decay * p where u * p >= 0): Cautious Weight Decay (Chen et al. 2025). A step copies the weights.
     """
@@ -80,12 +80,12 @@ class Muon(torch.optim.Optimizer):
     decay suits both. It computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, with two differences:
     matrices of one shape are orthogonalised together in one batched product, and on a CPU in float32, since few CPUs
     multiply bfloat16 natively and the others take ten times as long.
-    share_out: a rank computes some of the matrices; but how a batched product rounds may depend on how many it has.
+    sharded: each rank computes some of the matrices; the rounding of a batched product may depend on how many it has.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, share_out=True):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, sharded=True):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.orthogonalise = orthogonalise_on_all_ranks if share_out else orthogonalise
+        self.orthogonalise = orthogonalise_on_all_ranks if sharded else orthogonalise
 
     @torch.no_grad()
     def step(self):
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    update.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov's look ahead
+                    update.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov momentum
                 update = self.orthogonalise(torch.stack(update))  # (n, out, in)
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, u in zip(params, update):
@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise_on_all_ranks(x):
     """`orthogonalise`, each rank computing its share of the n matrices and gathering the others'; the same result.
 
-    x (n, out, in) is the same on every rank. The iteration is a few percent of a step on eight GPUs if all repeat it.
+    x (n, out, in) is the same on every rank. Repeated on all of eight GPUs it would be a few percent of a step.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:

@@ -1,4 +1,4 @@
-"""What this hardware can do, and what a run will need of it before it starts: memory, hours, disk (`--plan`)."""
+"""Peak FLOP/s of the hardware, and what a run will need, before it starts: memory, hours, disk (`--plan`)."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from gpt2.optimizers import make_optimizers
 
 # --- the hardware
 
-# Dense peaks in FLOP/s of the matmul units in 16 bits, from the makers' data sheets, by words of the name that torch
-# reports ("NVIDIA H100 80GB HBM3"); the first that fits counts.
+# Dense peaks in FLOP/s of the matmul units in 16 bits, from the vendors' data sheets, by words in torch's device name
+# ("NVIDIA H100 80GB HBM3"); the first match counts.
 PEAKS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
@@ -26,7 +26,7 @@ PEAKS = {
 }  # fmt: skip
 
 # glibc returns large freed buffers to the system at once, and each comes back as a page fault per 4 kB: up to a third
-# of a step on a CPU. Kept and backed by huge pages they cost nothing, and the matmuls miss fewer translations.
+# of a step on a CPU. Kept, and backed by huge pages, they cost nothing, and matmuls have fewer TLB misses.
 CPU_MEMORY_SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:"
     "glibc.malloc.hugetlb=1"
@@ -37,7 +37,7 @@ def peak_flops(device, dtype):
     """Peak FLOP/s of a GPU in bfloat16 or float16, or None where it is not known: no MFU is better than a wrong one."""
     if device.type != "cuda" or dtype == "float32":
         return None
-    name = torch.cuda.get_device_name(device)  # "Laptop" in it: the same number on the box, another chip inside
+    name = torch.cuda.get_device_name(device)  # a "Laptop" GPU is another chip of the same name
     return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
 
 

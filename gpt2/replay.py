@@ -1,4 +1,4 @@
-"""Compute parts of a recorded GPT-2 run again: `python -m runlog verify RUN` calls this.
+"""Replay parts of a recorded GPT-2 run: `python -m runlog verify RUN` calls this.
 
 The trainer itself replays a few steps from fresh weights and from every kept checkpoint, with the recorded settings,
 and their rows are compared. On the same hardware they must agree to the last bit where training repeats: eager on a CPU

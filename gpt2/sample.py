@@ -93,8 +93,8 @@ def pick(logits, temperature, top_k, generator):
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=50, seed=1337, eot=None):
     """Continue prompts (lists of token ids) -> lists of new ids, each ending before `eot`.
 
-    When a context has filled block_size, its older half is dropped and the rest is computed again: learned positions
-    cannot slide.
+    When a context has filled block_size, its older half is dropped and the rest is computed again: learned position
+    embeddings cannot be shifted.
     """
     if not all(prompts):
         raise UsageError("a prompt is empty; give at least one token")

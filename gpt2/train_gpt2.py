@@ -52,7 +52,7 @@ HELLASWAG_LINE = "acc_norm {acc_norm:.4f} ({acc_norm_low:.4f} … {acc_norm_high
 
 
 class Diverged(Exception):
-    """A loss or gradient that is not finite, and the step at which it came."""
+    """A loss or gradient is not finite; the message names the step."""
 
 
 # --- before the loop
@@ -68,7 +68,7 @@ def parse(argv):
 
 
 def resolve(cfg, ranks, meta):
-    """Replace dtype auto and micro-batch 0 by what the device has room for; set the global switches of torch."""
+    """Resolve --dtype auto and --micro-batch-size 0 for this device, and set torch's global flags."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: what is left in float32 runs 8x faster
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -83,7 +83,7 @@ def resolve(cfg, ranks, meta):
 
 
 def build_model(cfg, meta):
-    """Fresh weights, or those of --init. Built on the CPU, from the seed alone: the same on every device."""
+    """Random initial weights, or those of --init. Built on the CPU, so that a seed gives the same on every device."""
     torch.manual_seed(cfg.seed)
     if cfg.init == "random":
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **cfg.shape))
@@ -168,7 +168,7 @@ def find_start(cfg, settings, ranks):
 
 
 def changed_settings(then, now):
-    """What differs in the settings that decide what is learned, in words."""
+    """The differences in settings that decide what is learned -> list of texts."""
     then, now = learned_settings(then), learned_settings(now)
     return [f"{k} {then[k]!r} -> {v!r}" for k, v in now.items() if k in then and then[k] != v]
 
@@ -220,7 +220,7 @@ class Trainer:
 
     def __init__(self, cfg, meta, ranks, log, state=None):
         self.cfg, self.ranks, self.device, self.log, self.say = cfg, ranks, ranks.device, log, log.print
-        self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)  # from here on signals are heard between steps
+        self.stop = Stop(ranks, log.run_dir, cfg.stop_after_minutes)  # from here on signals are handled between steps
         self.tokenizer = Tokenizer.load(Path(cfg.data_dir) / "tokenizer.model")
         if self.tokenizer.sha256 != meta["tokenizer"]["sha256"]:
             raise UsageError(f"{cfg.data_dir}/tokenizer.model did not make these shards; run data/prepare.py again")
@@ -249,7 +249,7 @@ class Trainer:
             self.step_model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.raw_model, cfg)
         self.average = AveragedModel(self.raw_model) if cfg.average_last else None
-        # float16 gradients underflow unless the loss is scaled up; otherwise the scaler passes everything through.
+        # float16 gradients underflow unless the loss is scaled up; with other types the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "float16")
         self.peak = peak_flops(self.device, cfg.dtype)  # of one process's device, or None
 
@@ -286,7 +286,7 @@ class Trainer:
         """Continue from a checkpoint."""
         self.raw_model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            # Not the settings, which may differ today on purpose.
+            # Without the settings, which --allow-config-change may have changed.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
         self.scaler.load_state_dict(state["scaler"])
         if self.average and state.get("average"):
@@ -415,7 +415,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step >= self.cfg.max_steps)
 
     def skip(self, loss, norm):
-        """Whether this step leaves the weights alone; Diverged once --skip-nonfinite steps have been skipped."""
+        """Whether to skip this step's update; Diverged once --skip-nonfinite steps have been skipped."""
         # A float16 gradient that overflowed is normal: all optimizers skip the step, and the scaler lowers the scale.
         scaled, cfg = self.scaler.is_enabled(), self.cfg
         if cfg.skip_nonfinite and not all(map(math.isfinite, self.ranks.sum([loss] if scaled else [loss, norm]))):
@@ -427,7 +427,7 @@ class Trainer:
         return scaled and not math.isfinite(norm)
 
     def flush(self):
-        """Read the pending figures (the one wait for the device), record them, and print the last as the log line."""
+        """Read the pending figures (the only wait for the device), record them, and print the last as the log line."""
         if not self.pending:
             return
         cfg, scaled = self.cfg, self.scaler.is_enabled()
@@ -450,7 +450,7 @@ class Trainer:
         )
 
     def report(self, kind, figures, text):
-        """Record and print an evaluation's figures (None: it was stopped), and refresh the picture."""
+        """Record and print an evaluation's figures (None: it was stopped), and redraw loss.png."""
         if figures is not None:
             self.last[kind] = figures
             self.log.metric(self.step, kind, **figures)
