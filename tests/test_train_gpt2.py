@@ -21,7 +21,7 @@ from gpt2_runs import TINY, identical, torchrun, weights
 
 from common import UsageError
 from gpt2 import checkpoint, distributed, plan, train_gpt2
-from gpt2.config import GPTConfig, TrainConfig
+from gpt2.config import PRESETS, GPTConfig, TrainConfig
 from gpt2.model import GPT
 from gpt2.train_gpt2 import main
 from runlog import comparable_metrics, read_run
@@ -383,6 +383,22 @@ def test_hellaswag_and_samples_come_in_between(train, shared_data, tmp_path):
     assert run.result["hellaswag_acc_norm"] == run.rows("hellaswag")[-1]["acc_norm"]
     assert out.count("  sample | Return the") == 6  # two each at steps 0, 10 and 20
     assert (tmp_path / "run/samples.txt").read_text(encoding="utf-8").count("--- step") == 6
+
+
+def test_a_sample_costs_a_position_a_token(train, tmp_path, monkeypatch):
+    """The other ranks wait for it; without the key-value cache each token would cost the whole context again."""
+    forward, shapes = GPT.forward, []
+
+    def counted(self, idx, targets=None, **kwargs):
+        shapes.extend([] if targets is not None else [tuple(idx.shape)])
+        return forward(self, idx, targets, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+    train(tmp_path / "run", "--sample-every", "20", "--sample-prompt", "Return the")
+    prompt = shapes[0]
+    assert prompt[1] > 1 and shapes.count(prompt) == 2 and set(shapes) == {prompt, (2, 1)}  # at steps 0 and 20
+    assert len(shapes) <= 2 * (32 - prompt[1])
+    assert all(preset.sample_every >= 1000 for name, preset in PRESETS.items() if name.startswith("gpt2"))
 
 
 def test_tensorboard_shows_the_curves_when_asked(train, tmp_path):
