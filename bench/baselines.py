@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.distributed import autocast
@@ -100,6 +101,20 @@ class NaiveAttention(CausalSelfAttention):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+def average_last(model, optimizer, cfg):
+    """Average the weights of the last steps as gpt2/train_gpt2.py does. optimizer: the last one of a step."""
+    average, steps = AveragedModel(model), count(1)
+
+    def update(*_):
+        step = next(steps)
+        if step > cfg.max_steps - cfg.average_last:
+            average.update_parameters(model)
+            if step == cfg.max_steps:
+                model.load_state_dict(average.module.state_dict())
+
+    optimizer.register_step_post_hook(update)
+
+
 def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers."""
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
@@ -113,6 +128,8 @@ def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     optimizers = make_optimizers(model, cfg)
     for params in optimizers[0].param_groups:
         params["fused"] = options.fused_adamw
+    if cfg.average_last:
+        average_last(model, optimizers[-1], cfg)
     logits, source = not options.chunked_loss, batches(size, device)
     return plain_loop(
         model, optimizers, source, device, options.dtype, lambda *batch: fast(*batch, return_logits=logits)[1]

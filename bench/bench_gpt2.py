@@ -2,7 +2,7 @@
 
     python bench/bench_gpt2.py ladder                                     # ablation; minutes on two cores
     python bench/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
-    python bench/bench_gpt2.py race --nanogpt ../nanoGPT                  # validation loss by seconds of training
+    python bench/bench_gpt2.py race --recipes --nanogpt ../nanoGPT        # validation loss by seconds and tokens
     python bench/bench_gpt2.py hellaswag --model gpt2 --items 200         # batched scoring against naive scoring
     python bench/bench_gpt2.py profile --device cuda                      # the kernels of a step, and a trace
     python bench/bench_gpt2.py resume                                     # kill -9 while compiled, and the same end
@@ -38,9 +38,10 @@ from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, peak_flops
 from runlog import comparable_metrics
 
 VAL_TOKENS = 65536  # of the race's validations
-RECIPES = {  # rows of the ladder, and with --recipes of the race, where Muon is everybody's
+RECIPES = {  # rows of the ladder, and with --recipes of the race, where the others come on top of Muon
     "Muon": {"optimizer": "muon"},
     "cautious decay": {"cautious_decay": True},
+    "averaged last weights": {"average_last": 30},
     "linear decay": {"lr_decay": "linear"},
     "late decay": {"lr_decay": "wsd"},
 }
@@ -152,8 +153,9 @@ def ladder(cfg, log):
     for name, change, kept in changes:
         entries[name] = ours, {"options": replace(options, **change)}
         options = replace(options, **change) if kept else options
-    for name in ("Muon", "cautious decay"):  # the others take no time
-        entries[name] = ours, {"options": options, "cfg": replace(TRAIN_CONFIG, **RECIPES[name])}
+    for name in ("Muon", "cautious decay", "averaged last weights"):  # the others take no time
+        # One step is the whole schedule, so weights are averaged in every step.
+        entries[name] = ours, {"options": options, "cfg": replace(TRAIN_CONFIG, max_steps=1, **RECIPES[name])}
         changes.append((name, {}, False))
     facts, rows, before = measure(cfg, log, size, entries), [], None
     for name, _, kept in changes:
@@ -196,36 +198,40 @@ def profile(cfg, log):
 
 
 def race(cfg, log):
-    """Validation loss by seconds of training: our step with AdamW and with Muon against nanoGPT's.
+    """Validation loss by seconds of training: our step with AdamW, with Muon and its options, and nanoGPT's.
 
     Everybody takes the quickstart's shape and the same number of steps on the same batches, with the same schedule and
-    validations. Compared are the losses when the first has finished, and the seconds to the worst final loss.
+    validations. Compared are the losses when the first has finished, and seconds and tokens to the worst final loss.
     """
     muon = PRESETS["quickstart"]
     presets = (replace(muon, optimizer="adamw", max_lr=3e-3), muon)
     recipes = {f"ours {c.optimizer}": c for c in presets}
     if cfg.recipes:
         recipes |= {f"ours muon, {name}": replace(muon, **r) for name, r in RECIPES.items() if name != "Muon"}
-    runs = {who: (ours, {"options": Options(compile=False), "cfg": c}) for who, c in recipes.items()}
+    schedule = {"max_steps": cfg.race_steps, "warmup_steps": min(muon.warmup_steps, cfg.race_steps // 4)}
+    runs = {}  # who -> (configuration, function, its keyword arguments)
+    for who, c in recipes.items():
+        c = replace(c, **schedule)
+        runs[who] = c, ours, {"options": Options(compile=False), "cfg": c}
     for lr in (1e-3, 3e-3) if cfg.nanogpt else ():  # the better one counts; beta2 as in its config for Shakespeare
-        runs[f"nanoGPT lr {lr:g}"] = karpathy, {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
+        kwargs = {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
+        runs[f"nanoGPT lr {lr:g}"] = replace(muon, **schedule), karpathy, kwargs
     vocab_size = -(-read_meta(cfg.data_dir)["vocab_size"] // 64) * 64
     T, B = muon.block_size, muon.total_batch_size // muon.block_size
     size = Size(vocab_size, muon.n_layer, muon.n_head, muon.n_embd, T, B, cfg.data_dir)
-    contestants = {who: Contestant(racing, (size, cfg.device, cfg.race_steps, *made)) for who, made in runs.items()}
+    contestants = {who: Contestant(racing, (size, cfg.device, *made)) for who, made in runs.items()}
     facts = take_turns(contestants, cfg, log, "race")
     for who, f in facts.items():
         for step, seconds, loss in f.get("curve", []):
             log.metric(step, f"val {who}", seconds=seconds, loss=loss)
-    return race_rows(facts), "seconds_to_loss"
+    return race_rows(facts, B * T), "seconds_to_loss"
 
 
-def racing(size, device, max_steps, make, kwargs):
-    """A baseline with the quickstart's schedule -> its `turn`; the time of a dozen validations counts."""
+def racing(size, device, cfg, make, kwargs):
+    """A baseline with the schedule of a TrainConfig -> its `turn`; the time of a dozen validations counts."""
     step, model, optimizers = make(size, device, **kwargs)
-    loader, B = Loader(size.data_dir, "val", size.block_size), size.batch_size
-    n, cfg = min(loader.n_sequences, VAL_TOKENS // size.block_size), kwargs.get("cfg", PRESETS["quickstart"])
-    cfg = replace(cfg, warmup_steps=min(cfg.warmup_steps, max_steps // 4), max_steps=max_steps)
+    loader, B, max_steps = Loader(size.data_dir, "val", size.block_size), size.batch_size, cfg.max_steps
+    n = min(loader.n_sequences, VAL_TOKENS // size.block_size)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("max_lr", group["lr"])
 
@@ -248,8 +254,8 @@ def racing(size, device, max_steps, make, kwargs):
     return turn
 
 
-def race_rows(facts):
-    """{who: facts with "curve", [(step, seconds, loss)]} -> rows; the ratio is to the best of nanoGPT's."""
+def race_rows(facts, tokens_per_step):
+    """{who: facts with "curve", [(step, seconds, loss)]} -> rows; the ratio is to nanoGPT's best, or to the first."""
     curves = {who: f["curve"] for who, f in facts.items() if "curve" in f}
     first, worst = min(c[-1][1] for c in curves.values()), max(c[-1][2] for c in curves.values())
     for who, curve in curves.items():
@@ -257,10 +263,12 @@ def race_rows(facts):
         reached = np.interp(-worst, -np.minimum.accumulate(losses), seconds)  # linear between validations
         facts[who] |= {"steps": int(steps[-1]), "val_loss": losses[-1], "seconds_to_loss": reached, "loss": worst}
         facts[who]["steps_to_loss"] = np.interp(-worst, -np.minimum.accumulate(losses), steps)
+        facts[who]["tokens_to_loss"] = facts[who]["steps_to_loss"] * tokens_per_step
         facts[who]["val_loss_at_first_end"] = np.interp(first, seconds, losses)
-    theirs = [facts[who]["seconds_to_loss"] for who in curves if who.startswith("nanoGPT")]
-    rows = [row("race", who, f, {}, f"nanoGPT's seconds to a loss of {worst:.3f}") for who, f in facts.items()]
-    return [r | {"ratio": r["seconds_to_loss"] / min(theirs)} if theirs and r["who"] in curves else r for r in rows]
+    theirs = [who for who in curves if who.startswith("nanoGPT")] or [*curves][:1]
+    best, whose = min(facts[who]["seconds_to_loss"] for who in theirs), theirs[0].split(" lr ")[0]
+    rows = [row("race", who, f, {}, f"{whose}'s seconds to a loss of {worst:.3f}") for who, f in facts.items()]
+    return [r | {"ratio": r["seconds_to_loss"] / best} if r["who"] in curves else r for r in rows]
 
 
 def hellaswag(cfg, log):

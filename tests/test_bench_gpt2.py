@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bench.baselines import SIZES, Options, batches, first_weights, ours, transf
 from bench.bench_gpt2 import RECIPES, race_rows, training
 from bench.harness import Contestant, take_turns
 from common import UsageError
-from gpt2.config import PRESETS
+from gpt2.config import PRESETS, TrainConfig
 from runlog import read_run
 
 TINY = ("--size", "tiny", "--rounds", 1, "--steps", 1)
@@ -216,7 +217,7 @@ def test_the_race_stamps_losses_with_seconds(bench, corpus, nanogpt, monkeypatch
     monkeypatch.setattr(bench_gpt2, "VAL_TOKENS", 2048)
     run = bench("race", "--data-dir", corpus, "--nanogpt", nanogpt, "--race-steps", 4, "--rounds", 1, "--recipes")
     rows = {row["who"]: row for row in run.result["rows"]}
-    recipes = {"ours muon, cautious decay", "ours muon, linear decay", "ours muon, late decay"}
+    recipes = {f"ours muon, {name}" for name in RECIPES if name != "Muon"}
     assert rows.keys() == {"ours adamw", "ours muon", "nanoGPT lr 0.001", "nanoGPT lr 0.003"} | recipes
     assert len({row["val_loss"] for row in rows.values()}) == len(rows)  # no two trained alike
     curves = {who: [(r["step"], r["seconds"], r["loss"]) for r in run.rows(f"val {who}")] for who in rows}
@@ -227,15 +228,41 @@ def test_the_race_stamps_losses_with_seconds(bench, corpus, nanogpt, monkeypatch
     assert min(row["ratio"] for who, row in rows.items() if who.startswith("nanoGPT")) == 1
 
 
+def test_every_option_of_the_recipe_is_raced():
+    """One that changes what is learned and has no row would be taken on trust."""
+    optional = {"optimizer", "cautious_decay", "average_last", "lr_decay"}
+    assert {name for recipe in RECIPES.values() for name in recipe} == optional
+    decays = [recipe["lr_decay"] for recipe in RECIPES.values() if "lr_decay" in recipe]
+    assert {PRESETS["gpt2-124M"].lr_decay, *decays} == set(get_args(get_type_hints(TrainConfig)["lr_decay"]))
+
+
+def test_the_last_weights_of_a_raced_model_are_their_mean():
+    plain, averaged = (
+        ours(SIZES["tiny"], "cpu", Options(compile=False), TrainConfig(max_steps=3, average_last=n)) for n in (0, 2)
+    )
+    seen = []
+    for _ in range(3):
+        plain[0]()
+        averaged[0]()
+        seen.append({name: p.clone() for name, p in plain[1].hf_state_dict().items()})
+    for name, p in averaged[1].hf_state_dict().items():
+        torch.testing.assert_close(p, (seen[1][name] + seen[2][name]) / 2, rtol=0, atol=1e-6)
+
+
 @pytest.mark.core
 def test_the_race_is_read_from_two_curves_by_seconds():
     curves = {"ours": [(0, 0.0, 8.0), (1, 10.0, 4.0)], "nanoGPT": [(0, 0.0, 8.0), (1, 5.0, 7.0), (2, 20.0, 5.0)]}
     facts = {who: {"seconds": curve[-1][1], "curve": curve} for who, curve in curves.items()}
-    mine, theirs = race_rows(facts | {"broken": {"failed": "out of memory"}})[:2]
+    mine, theirs = race_rows(facts | {"broken": {"failed": "out of memory"}}, 1000)[:2]
     assert mine["steps_to_loss"] == pytest.approx(0.75) and mine["seconds_to_loss"] == pytest.approx(7.5)
+    assert mine["tokens_to_loss"] == pytest.approx(750) and theirs["tokens_to_loss"] == 2000
     assert theirs["seconds_to_loss"] == 20  # to a loss of 5
     assert mine["ratio"] == pytest.approx(0.375) and theirs["ratio"] == 1
     assert mine["val_loss_at_first_end"] == 4 and theirs["val_loss_at_first_end"] == pytest.approx(7 - 2 / 3)
+    facts["ours muon"] = facts.pop("nanoGPT")  # without nanoGPT, against the first
+    mine, theirs = race_rows(facts, 1000)
+    assert mine["ratio"] == 1 and theirs["ratio"] == pytest.approx(20 / 7.5)
+    assert mine["ratio_to"] == "ours's seconds to a loss of 5.000"
 
 
 def test_naive_and_batched_scoring_of_hellaswag_agree(bench, tmp_path):
