@@ -3,6 +3,7 @@
     python bench/bench_gpt2.py ladder                                     # ablation; minutes on two cores
     python bench/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
     python bench/bench_gpt2.py race --recipes --nanogpt ../nanoGPT        # validation loss by seconds and tokens
+    python bench/bench_gpt2.py memory --device cpu                        # what the presets need on a GPU, without one
     python bench/bench_gpt2.py hellaswag --model gpt2 --items 200         # batched scoring against naive scoring
     python bench/bench_gpt2.py profile --device cuda                      # the kernels of a step, and a trace
     python bench/bench_gpt2.py resume                                     # kill -9 while compiled, and the same end
@@ -12,6 +13,7 @@ turns on the same batches; the median counts, and the losses at the end stand be
 the GPU's peak in 16 bits, on a CPU the share of the speed of one large matmul, measured in the same run.
 """
 
+import functools
 import math
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,11 +33,14 @@ from bench.baselines import SIZES, TRAIN_CONFIG, Options, Size, everybody, first
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns, timed
 from common import ROOT, cli, free_memory, half_type, pick_device
 from data.shards import read_meta
-from gpt2.config import PRESETS
+from gpt2.config import PRESETS, GPTConfig
+from gpt2.cross_entropy import CHUNK_LOGITS
+from gpt2.distributed import autocast
 from gpt2.hellaswag import Encoded, evaluate, load_hf, load_items
 from gpt2.loader import Loader
-from gpt2.optimizers import set_lr
-from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, peak_flops
+from gpt2.model import GPT, meta_model
+from gpt2.optimizers import make_optimizers, set_lr
+from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, fitting_micro_batch, memory_estimate, peak_flops
 from runlog import comparable_metrics
 
 VAL_TOKENS = 65536  # of the race's validations
@@ -45,12 +51,13 @@ RECIPES = {  # rows of the ladder, and with --recipes of the race, where the oth
     "linear decay": {"lr_decay": "linear"},
     "late decay": {"lr_decay": "wsd"},
 }
+GPUS = (80, 40, 24, 16)  # GB of memory; the presets of `memory` run on eight of them
 GB_PER_SEQUENCE = 3.0  # of gpt2-124M's hungriest contestant: float32, attention matrices and logits in memory
 
 
 @dataclass(kw_only=True)
 class Config(BenchConfig):
-    mode: tyro.conf.Positional[Literal["ladder", "peers", "race", "hellaswag", "profile", "resume"]]
+    mode: tyro.conf.Positional[Literal["ladder", "peers", "race", "memory", "hellaswag", "profile", "resume"]]
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     size: Literal["auto", *SIZES] = "auto"  # model and batch; auto: gpt2-124M on a GPU, vocab-50304 elsewhere
     batch_size: int = 0  # sequences of a step; 0: the size's own, on a GPU as many of them as its memory holds
@@ -271,6 +278,56 @@ def race_rows(facts, tokens_per_step):
     return [r | {"ratio": r["seconds_to_loss"] / best} if r["who"] in curves else r for r in rows]
 
 
+def memory(cfg, log):
+    """Peak memory of a training step of each gpt2-* preset on GPUs of several sizes, counted on fake tensors.
+
+    An estimate, which needs no GPU: in bfloat16, at the micro-batch that training takes where a process has one of
+    eight GPUs. The ratio is to the estimate by which that micro-batch is chosen.
+    """
+    rows = []
+    for name, gb in ((name, gb) for name in PRESETS if name.startswith("gpt2") for gb in GPUS):
+        c = replace(PRESETS[name], dtype="bfloat16")
+        model = meta_model(c, GPTConfig.vocab_size)
+        micro_batch = fitting_micro_batch(c, model, 8, gb * 1e9, "cuda")
+        fixed, per_sequence = memory_estimate(model, c, "cuda")
+        estimate = (fixed + max(1, micro_batch) * per_sequence) / 2**20
+        facts = {"gpu_gb": gb, "micro_batch_size": micro_batch, "estimate_mb": estimate}
+        peak = counted_memory(c, micro_batch) / 2**20 if micro_batch else None
+        facts |= {"peak_mb": peak} if micro_batch else {"failed": "one sequence does not fit"}
+        r = row("memory", f"ours {name}, {gb} GB", facts, {}, "the estimate")
+        rows.append({**r, "ratio": peak and peak / estimate})
+    return rows, "peak_mb"
+
+
+@functools.cache
+def counted_memory(cfg, micro_batch_size, device_type="cuda"):
+    """Peak memory in bytes of a process's training step, counted on fake tensors, which have shapes and no data.
+
+    Of its last micro-batch: the others' gradients and the optimizers' states are there. The tensors are on the CPU,
+    whose attention is flash attention, too; logits come in the chunks of `device_type`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # both are private
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with patch.dict(CHUNK_LOGITS, cpu=CHUNK_LOGITS[device_type]), FakeTensorMode():
+        model = GPT(GPTConfig(**cfg.shape))
+        optimizers, tracker = make_optimizers(model, cfg), MemTracker()
+        tracker.track_external(model, *optimizers)
+        idx = torch.zeros(micro_batch_size, cfg.block_size, dtype=torch.long)
+        with tracker:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            for optimizer in optimizers:
+                optimizer.step()  # makes its state
+            with autocast(idx.device, cfg.dtype):
+                loss = model(idx, idx, return_logits=False)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+    return tracker.get_tracker_snapshot("peak")[idx.device]["Total"]
+
+
 def hellaswag(cfg, log):
     """gpt2/hellaswag.py's scorer against a forward pass for each ending: seconds, and whether they choose the same."""
     items, rows = load_items(cfg.input or None, cfg.items), []
@@ -343,7 +400,7 @@ def resume(cfg, log):
     return [row("resume", "ours", facts, facts, "itself")], "seconds"
 
 
-MODES = {mode.__name__: mode for mode in (ladder, peers, race, hellaswag, profile, resume)}
+MODES = {mode.__name__: mode for mode in (ladder, peers, race, memory, hellaswag, profile, resume)}
 
 
 def main():

@@ -265,6 +265,16 @@ def test_the_race_is_read_from_two_curves_by_seconds():
     assert mine["ratio_to"] == "ours's seconds to a loss of 5.000"
 
 
+def test_the_memory_of_presets_is_counted_without_a_gpu(bench, monkeypatch):
+    small = replace(PRESETS["gpt2-124M"], n_layer=2, total_batch_size=2**17)
+    monkeypatch.setattr(bench_gpt2, "PRESETS", {"quickstart": PRESETS["quickstart"], "gpt2-small": small})
+    monkeypatch.setattr(bench_gpt2, "GPUS", (80, 1))
+    fits, does_not = bench("memory").result["rows"]
+    assert fits["micro_batch_size"] == 16 and fits["ratio"] == pytest.approx(1, abs=0.1)
+    assert fits["ratio"] == fits["peak_mb"] / fits["estimate_mb"] and does_not["gpu_gb"] == 1
+    assert does_not["failed"] == "one sequence does not fit" and does_not["estimate_mb"] > 900
+
+
 def test_naive_and_batched_scoring_of_hellaswag_agree(bench, tmp_path):
     rng = np.random.default_rng(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "two", "dogs", "ran", "past"]
