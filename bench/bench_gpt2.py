@@ -31,7 +31,7 @@ from torch.utils.benchmark import Timer
 
 from bench.baselines import SIZES, TRAIN_CONFIG, Options, Size, everybody, first_weights, karpathy, ours
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns, timed
-from common import ROOT, cli, free_memory, half_type, pick_device
+from common import ROOT, cli, free_memory, half_type, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.cross_entropy import CHUNK_LOGITS
@@ -210,19 +210,15 @@ def race(cfg, log):
     Everybody takes the quickstart's shape and the same number of steps on the same batches, with the same schedule and
     validations. Compared are the losses when the first has finished, and seconds and tokens to the worst final loss.
     """
-    muon = PRESETS["quickstart"]
+    muon = replace(PRESETS["quickstart"], max_steps=cfg.race_steps)
+    muon = replace(muon, warmup_steps=min(muon.warmup_steps, cfg.race_steps // 4))
     presets = (replace(muon, optimizer="adamw", max_lr=3e-3), muon)
     recipes = {f"ours {c.optimizer}": c for c in presets}
     if cfg.recipes:
         recipes |= {f"ours muon, {name}": replace(muon, **r) for name, r in RECIPES.items() if name != "Muon"}
-    schedule = {"max_steps": cfg.race_steps, "warmup_steps": min(muon.warmup_steps, cfg.race_steps // 4)}
-    runs = {}  # who -> (configuration, function, its keyword arguments)
-    for who, c in recipes.items():
-        c = replace(c, **schedule)
-        runs[who] = c, ours, {"options": Options(compile=False), "cfg": c}
+    runs = {who: (c, ours, {"options": Options(compile=False), "cfg": c}) for who, c in recipes.items()}
     for lr in (1e-3, 3e-3) if cfg.nanogpt else ():  # the better one counts; beta2 as in its config for Shakespeare
-        kwargs = {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
-        runs[f"nanoGPT lr {lr:g}"] = replace(muon, **schedule), karpathy, kwargs
+        runs[f"nanoGPT lr {lr:g}"] = muon, karpathy, {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
     vocab_size = -(-read_meta(cfg.data_dir)["vocab_size"] // 64) * 64
     T, B = muon.block_size, muon.total_batch_size // muon.block_size
     size = Size(vocab_size, muon.n_layer, muon.n_head, muon.n_embd, T, B, cfg.data_dir)
@@ -249,14 +245,17 @@ def racing(size, device, cfg, make, kwargs):
 
     def turn():
         """Train; its curve has (step, seconds, loss) of each validation."""
-        curve, started = [], time.perf_counter()
+        curve, trained = [], 0.0
+        started = resumed = time.perf_counter()
         for i in range(max_steps + 1):
             if i % max(1, max_steps // 12) == 0 or i == max_steps:
-                loss = validate()
-                curve.append((i, time.perf_counter() - started, loss))
+                synchronize(device)
+                trained += time.perf_counter() - resumed
+                loss, resumed = validate(), time.perf_counter()
+                curve.append((i, resumed - started, loss))
             set_lr(optimizers, i, cfg)
             step()
-        return {"seconds": curve[-1][1], "curve": curve}
+        return {"seconds": curve[-1][1], "seconds_per_step": trained / max_steps, "curve": curve}
 
     return turn
 

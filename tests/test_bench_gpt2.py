@@ -225,6 +225,8 @@ def test_the_race_stamps_losses_with_seconds(bench, corpus, nanogpt, monkeypatch
     first = [curve[0][2] for curve in curves.values()]
     assert max(first) - min(first) < 1e-4  # the same weights, the same validation
     assert all(row["val_loss"] < first[0] for row in rows.values())
+    assert all(0 < row["seconds_per_step"] < row["seconds"] / row["steps"] for row in rows.values())
+    assert all(row["tokens_to_loss"] == row["steps_to_loss"] * 256 <= 4 * 256 for row in rows.values())
     assert min(row["ratio"] for who, row in rows.items() if who.startswith("nanoGPT")) == 1
 
 
