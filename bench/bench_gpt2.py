@@ -1,4 +1,4 @@
-"""How fast GPT-2 trains here: an ablation of our step, other codebases; and what else is worth timing.
+"""Training speed of GPT-2: an ablation of our step, a comparison with other codebases; memory, and other timings.
 
     python bench/bench_gpt2.py ladder                                     # ablation; minutes on two cores
     python bench/bench_gpt2.py peers --size vocab-50304 --nanogpt ../nanoGPT --build-nanogpt ../build-nanogpt
@@ -52,7 +52,7 @@ RECIPES = {  # rows of the ladder, and with --recipes of the race, where the oth
     "late decay": {"lr_decay": "wsd"},
 }
 GPUS = (80, 40, 24, 16)  # GB of memory; the presets of `memory` run on eight of them
-GB_PER_SEQUENCE = 3.0  # of gpt2-124M's hungriest contestant: float32, attention matrices and logits in memory
+GB_PER_SEQUENCE = 3.0  # of the contestant at gpt2-124M that needs most: float32, attention matrices, all logits
 
 
 @dataclass(kw_only=True)
@@ -62,12 +62,12 @@ class Config(BenchConfig):
     size: Literal["auto", *SIZES] = "auto"  # model and batch; auto: gpt2-124M on a GPU, vocab-50304 elsewhere
     batch_size: int = 0  # sequences of a step; 0: the size's own, on a GPU as many of them as its memory holds
     steps: int = 4  # steps of a turn
-    limit_seconds: float = 3600.0  # who needs longer than this for a turn is stopped; HellaSwag and race take long
+    limit_seconds: float = 3600.0  # a turn that takes longer is stopped; those of hellaswag and race are long
     nanogpt: str = ""  # peers, race: checkout of karpathy/nanoGPT; empty: left out
     build_nanogpt: str = ""  # peers: checkout of karpathy/build-nanogpt; empty: left out
     data_dir: Path = ROOT / "data/corpora/pydocs"  # race, resume: token shards
-    race_steps: int = 300  # race: optimizer steps of each; --limit-seconds stops who needs longer
-    recipes: bool = False  # race: also our options of the optimizers and of the learning rate
+    race_steps: int = 300  # race: optimizer steps of each contestant
+    recipes: bool = False  # race: also Muon with each of our options
     model: str = "gpt2"  # hellaswag: Hugging Face causal LM, a folder or a name on the hub
     input: str = ""  # hellaswag: items, jsonl, gzipped or not; empty: from the hub
     items: int = 100  # hellaswag: the first so many of a fixed permutation; 0: all 10,042
@@ -207,7 +207,7 @@ def profile(cfg, log):
 def race(cfg, log):
     """Validation loss by seconds of training: our step with AdamW, with Muon and its options, and nanoGPT's.
 
-    Everybody takes the quickstart's shape and the same number of steps on the same batches, with the same schedule and
+    All have the quickstart's shape and the same number of steps on the same batches, with the same warm-up and
     validations. Compared are the losses when the first has finished, and seconds and tokens to the worst final loss.
     """
     muon = replace(PRESETS["quickstart"], max_steps=cfg.race_steps)

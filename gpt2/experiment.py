@@ -197,7 +197,7 @@ def main():
             log.print(f"\n{name}\n{describe(verdict)}")
         rows = [{"name": name, **verdict.as_dict()} for name, verdict in verdicts.items()]
         if verdicts:
-            draw_verdicts(log.run_dir / "verdicts.png", verdicts, title=cfg.base)
+            draw_verdicts(log.run_dir / "verdicts.png", verdicts, title=cfg.base.split(" --")[0])
         log.finish("success", rows=rows)
     if cfg.json:
         print(json.dumps(rows, ensure_ascii=False))
