@@ -21,6 +21,7 @@ from queue import SimpleQueue
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from common import keep_freed_memory
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.distributed import autocast
 from gpt2.loader import Loader
@@ -86,6 +87,7 @@ class Options:
     pad_vocab_to: int = 128
     fused_adamw: bool = True
     chunked_loss: bool = True
+    keep_memory: bool = True
 
 
 class NaiveAttention(CausalSelfAttention):
@@ -117,6 +119,8 @@ def average_last(model, optimizer, cfg):
 
 def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers."""
+    if options.keep_memory and device == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     model = GPT(GPTConfig(**dict(zip(SHAPE, size)), pad_vocab_to=options.pad_vocab_to))
     model.load_hf_state_dict(first_weights(size).hf_state_dict())  # without the rows of padding
@@ -254,6 +258,7 @@ def everybody(dtypes, nanogpt, build_nanogpt):
     """
     hf, found = version("transformers"), {"ours": (ours, {"options": Options(dtypes[0])})}
     found["ours eager"] = ours, {"options": Options(dtypes[0], compile=False)}
+    found["ours, memory not kept"] = ours, {"options": Options(dtypes[0], keep_memory=False)}
     found[f"transformers {hf} eager float32"] = transformers, {"dtype": "float32"}
     for dtype in dtypes:
         if dtype != dtypes[0]:

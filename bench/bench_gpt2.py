@@ -40,7 +40,7 @@ from gpt2.hellaswag import Encoded, evaluate, load_hf, load_items
 from gpt2.loader import Loader
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import CPU_MEMORY_SETTINGS, can_keep_memory, fitting_micro_batch, memory_estimate, peak_flops
+from gpt2.plan import fitting_micro_batch, memory_estimate, peak_flops
 from runlog import comparable_metrics
 
 VAL_TOKENS = 65536  # of the race's validations
@@ -94,10 +94,10 @@ def measure(cfg, log, size, entries):
     peak = matmul_peak(cfg.dtype) if cfg.device == "cpu" else peak
     peak_is = f" | peak {peak / 1e12:.3g} TFLOP/s" if peak else ""
     log.print(f"{cfg.size}: {size} | {cfg.hardware}, {torch.get_num_threads()} threads | ours in {cfg.dtype}{peak_is}")
-    contestants = {}
-    for label, (make, kwargs) in entries.items():
-        env = CPU_MEMORY_SETTINGS if label.endswith("--cpu-memory-settings") else {}
-        contestants[label] = Contestant(training, (make, size, cfg.device, kwargs, cfg.steps), env)
+    contestants = {
+        label: Contestant(training, (make, size, cfg.device, kwargs, cfg.steps))
+        for label, (make, kwargs) in entries.items()
+    }
     facts = take_turns(contestants, cfg, log, cfg.mode, keep=True)
     for f in (f for f in facts.values() if "seconds" in f):
         f["tok_per_sec"] = size.batch_size * size.block_size / f["seconds"]
@@ -152,11 +152,11 @@ def ladder(cfg, log):
         ("fused AdamW", {"fused_adamw": True}, True),
         ("chunked cross-entropy", {"chunked_loss": True}, True),
         ("eager again", {"compile": False}, False),
-        *([("--cpu-memory-settings", {}, True)] if cfg.device == "cpu" and can_keep_memory() else []),
+        *([("freed memory kept", {"keep_memory": True}, True)] if cfg.device == "cpu" else []),
     ]
     # The padded size's vocabulary without its padding: 50257, as GPT-2 has it.
     size = cfg.shape._replace(vocab_size=cfg.shape.vocab_size - 47 * (cfg.shape.vocab_size == 50304))
-    options, entries = Options("float32", False, False, False, 1, False, False), {}
+    options, entries = Options("float32", *[False] * 3, 1, *[False] * 3), {}
     for name, change, kept in changes:
         entries[name] = ours, {"options": replace(options, **change)}
         options = replace(options, **change) if kept else options
@@ -179,8 +179,6 @@ def peers(cfg, log):
     """
     dtypes = list(dict.fromkeys([cfg.dtype, cfg.dtype if cfg.device == "cuda" else "float32"]))
     entries = everybody(dtypes, cfg.nanogpt, cfg.build_nanogpt)
-    if cfg.device == "cpu" and can_keep_memory():
-        entries["ours --cpu-memory-settings"] = entries["ours"]
     facts, rows = measure(cfg, log, cfg.shape, entries), []
     for label, (_, kwargs) in entries.items():
         dtype = kwargs["options"].dtype if "options" in kwargs else kwargs["dtype"]

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.baselines import stock_trainer
 from bench.harness import BenchConfig, Contestant, finish, open_log, row, take_turns, timed
-from common import cli, pick_device
+from common import cli, keep_freed_memory, pick_device
 from lora.base import peft_config, quiet_libraries
 from lora.multi_lora import AdapterConfig, MultiLora
 
@@ -83,6 +83,8 @@ def in_peft(cfg, size):
 
 def engine(cfg, size, who):
     """The k adapters together -> a function that trains and gives the last losses, as `trainer` and `loop` do."""
+    if cfg.device == "cpu":
+        keep_freed_memory()  # as lora/sweep.py does
     trained = multi_lora(cfg, size, who)
     inputs = [{"input_ids": ids, "labels": ids} for ids in batches(cfg, size)]
     return lambda: [trained.step(trained.forward(batch))[0] for batch in inputs][-1]

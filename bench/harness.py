@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import pandas
 from matplotlib.figure import Figure
@@ -26,7 +25,8 @@ from common import ROOT, UsageError, atomic_open, peak_memory_mb, read_json, syn
 from runlog import RunLog
 
 # Fields of the rows that the table shows.
-COLUMNS = "seconds tok_per_sec mb_per_sec items_per_sec mfu peak_mb spread last_loss val_loss seconds_to_loss agree"
+COLUMNS = "seconds tok_per_sec mb_per_sec items_per_sec mfu micro_batch_size peak_mb estimate_mb spread last_loss"
+COLUMNS += " val_loss seconds_to_loss tokens_to_loss seconds_per_step agree"
 COLUMNS += " n_vocab bytes_per_token ratio ratio_to failed"
 
 
@@ -50,7 +50,6 @@ class Contestant:
 
     make: Callable
     args: tuple = ()
-    env: dict = field(default_factory=dict)  # environment variables of its process
     pool: ProcessPoolExecutor | None = field(default=None, init=False)
 
     def turn(self, limit_seconds):
@@ -58,8 +57,7 @@ class Contestant:
         try:
             if self.pool is None:
                 self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                with patch.dict(os.environ, self.env):
-                    self.pid = self.pool.submit(os.getpid).result()
+                self.pid = self.pool.submit(os.getpid).result()
             return self.pool.submit(_turn, self.make, self.args).result(limit_seconds)
         except UsageError:
             raise

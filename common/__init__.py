@@ -9,6 +9,7 @@ from common.devices import (
     free_memory,
     half_type,
     has_hidden_gpu,
+    keep_freed_memory,
     peak_memory_mb,
     pick_device,
     synchronize,

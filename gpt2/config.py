@@ -96,7 +96,6 @@ class TrainConfig:
     compile: bool = True  # torch.compile the model; eager, with a message, where no compiler is found
     exact_reduction: bool = False  # the same bits on 1, 2, 4, … processes with as many threads (GPUs: --deterministic)
     deterministic: bool = False  # deterministic kernels: with --compile, too, a resumed run ends bit-identical
-    cpu_memory_settings: bool = False  # Linux CPUs: restart with malloc settings that keep buffers (fewer page faults)
 
     # --- this start
     eval_only: bool = False  # evaluate the weights of --init once and stop: a reference line for a curve
@@ -136,7 +135,7 @@ class TrainConfig:
 
 # A resumed run may differ in these; all other settings decide what is learned.
 FREE_ON_RESUME = {
-    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic", "cpu_memory_settings"),
+    *("data_dir", "run_dir", "micro_batch_size", "device", "compile", "deterministic"),
     *("val_every", "val_tokens", "sample_every", "sample_prompt", "hellaswag_every", "hellaswag_file"),
     *("hellaswag_limit", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb"),
     *("eval_only", "plan", "stop_after_minutes", "overwrite", "allow_config_change"),

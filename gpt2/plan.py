@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import time
 from dataclasses import replace
 
@@ -25,13 +24,6 @@ PEAKS = {
     "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 
-# glibc returns large freed buffers to the system at once, and each comes back as a page fault per 4 kB: up to a third
-# of a step on a CPU. Kept, and backed by huge pages, they cost nothing, and matmuls have fewer TLB misses.
-CPU_MEMORY_SETTINGS = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:"
-    "glibc.malloc.hugetlb=1"
-}
-
 
 def peak_flops(device, dtype):
     """Peak FLOP/s of a GPU in bfloat16 or float16, or None where it is not known: no MFU is better than a wrong one."""
@@ -39,18 +31,6 @@ def peak_flops(device, dtype):
         return None
     name = torch.cuda.get_device_name(device)  # a "Laptop" GPU is another chip of the same name
     return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
-
-
-def can_keep_memory():
-    """Whether CPU_MEMORY_SETTINGS have an effect here: the C library is glibc."""
-    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
-
-
-def restart_with_memory_settings():
-    """Restart this program once with CPU_MEMORY_SETTINGS, which the C library reads only at the start."""
-    if can_keep_memory() and any(os.environ.get(k) != v for k, v in CPU_MEMORY_SETTINGS.items()):
-        os.environ.update(CPU_MEMORY_SETTINGS)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # --- the plan

@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
-from common import UsageError, cli, free_memory, peak_memory_mb, portable
+from common import UsageError, cli, free_memory, keep_freed_memory, peak_memory_mb, pick_device, portable
 from common.checkpoints import newest_checkpoint, sorted_checkpoints
 from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
@@ -43,7 +43,7 @@ from gpt2.distributed import Ranks, Stop, TreeSum, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import compile_problem, fitting_micro_batch, peak_flops, print_plan, restart_with_memory_settings
+from gpt2.plan import compile_problem, fitting_micro_batch, peak_flops, print_plan
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
@@ -474,8 +474,8 @@ def main():
     if cfg.plan:
         return print_plan(cfg)
     meta = check_folder(cfg.data_dir)
-    if cfg.cpu_memory_settings:
-        restart_with_memory_settings()
+    if pick_device(cfg.device).type == "cpu":
+        keep_freed_memory()
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks, meta)
     settings, where = all_settings(cfg, meta), portable(cfg.run_dir)
