@@ -7,6 +7,7 @@
     python bench/bench_gpt2.py hellaswag --model gpt2 --items 200         # batched scoring against naive scoring
     python bench/bench_gpt2.py profile --device cuda                      # the kernels of a step, and a trace
     python bench/bench_gpt2.py resume                                     # kill -9 while compiled, and the same end
+    python bench/bench_gpt2.py exact                                      # the cost of --exact-reduction
 
 Speed is measured on synthetic tokens. Contestants live in processes of their own, start from the same weights and take
 turns on the same batches; the median counts, and the losses at the end stand beside the figures. `mfu` is the share of
@@ -14,7 +15,10 @@ the GPU's peak in 16 bits, on a CPU the share of the speed of one large matmul, 
 """
 
 import functools
+import hashlib
+import itertools
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +45,7 @@ from gpt2.loader import Loader
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
 from gpt2.plan import fitting_micro_batch, memory_estimate, peak_flops
-from runlog import comparable_metrics
+from runlog import comparable_metrics, read_metrics
 
 VAL_TOKENS = 65536  # of the race's validations
 RECIPES = {  # rows of the ladder, and with --recipes of the race, where the others come on top of Muon
@@ -57,7 +61,7 @@ GB_PER_SEQUENCE = 3.0  # of the contestant at gpt2-124M that needs most: float32
 
 @dataclass(kw_only=True)
 class Config(BenchConfig):
-    mode: tyro.conf.Positional[Literal["ladder", "peers", "race", "memory", "hellaswag", "profile", "resume"]]
+    mode: tyro.conf.Positional[Literal["ladder", "peers", "race", "memory", "hellaswag", "profile", "resume", "exact"]]
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     size: Literal["auto", *SIZES] = "auto"  # model and batch; auto: gpt2-124M on a GPU, vocab-50304 elsewhere
     batch_size: int = 0  # sequences of a step; 0: the size's own, on a GPU as many of them as its memory holds
@@ -397,7 +401,46 @@ def resume(cfg, log):
     return [row("resume", "ours", facts, facts, "itself")], "seconds"
 
 
-MODES = {mode.__name__: mode for mode in (ladder, peers, race, memory, hellaswag, profile, resume)}
+def exact(cfg, log):
+    """--exact-reduction on 1 and 2 processes of one thread each: seconds a step against those without it, and the bits.
+
+    `sha256` is that of the final weights, which with it are the same on both numbers of processes.
+    """
+    ways = {
+        f"{optimizer}, {n} process(es){', exact' * flag}": (optimizer, n, flag)
+        for optimizer, n, flag in itertools.product(("adamw", "muon"), (1, 2), (False, True))
+    }
+    contestants = {who: Contestant(short_run, (cfg.data_dir, *way)) for who, way in ways.items()}
+    facts, rows = take_turns(contestants, cfg, log, "exact"), []
+    for who, f in facts.items():
+        rows.append(row("exact", f"ours {who}", f, facts[who.removesuffix(", exact")], "seconds without it"))
+    for optimizer in ("adamw", "muon"):
+        if len({facts[who].get("sha256") for who, (name, _, flag) in ways.items() if flag and name == optimizer}) > 1:
+            raise RuntimeError(f"{optimizer}: the weights differ between 1 process and 2")
+    return rows, "seconds"
+
+
+def short_run(data_dir, optimizer, nproc, exact, steps=60):
+    """A `turn` that trains the quickstart's shape in processes of their own: the median seconds of a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += [ROOT / "gpt2/train_gpt2.py", "quickstart", "--data-dir", data_dir, "--optimizer", optimizer]
+    command += f"--max-steps {steps} --micro-batch-size 4 --device cpu --log-every 1 --val-every 0".split()
+    command += ["--sample-every", "0", *["--exact-reduction"] * exact, "--run-dir"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def turn():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*command, folder], check=True, capture_output=True, env=env)
+            rates = [row["tok_per_sec"] for row in read_metrics(folder) if row["kind"] == "train"]
+            state = torch.load(max(Path(folder).glob("ckpt/step_*.pt")))["model"]
+        weights = b"".join(state[name].numpy().tobytes() for name in sorted(state))
+        seconds = PRESETS["quickstart"].total_batch_size / float(np.median(rates))
+        return {"seconds": seconds, "sha256": hashlib.sha256(weights).hexdigest()}
+
+    return turn
+
+
+MODES = {mode.__name__: mode for mode in (ladder, peers, race, memory, hellaswag, profile, resume, exact)}
 
 
 def main():

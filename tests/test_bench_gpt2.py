@@ -248,6 +248,12 @@ def test_the_last_weights_of_a_raced_model_are_their_mean():
         torch.testing.assert_close(p, (seen[1][name] + seen[2][name]) / 2, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_exact_reduction_is_timed_and_its_bits_are_compared(corpus):
+    one, two = (bench_gpt2.short_run(corpus, "adamw", n, True, steps=3)() for n in (1, 2))
+    assert one["sha256"] == two["sha256"] and one["seconds"] > 0
+
+
 @pytest.mark.core
 def test_the_race_is_read_from_two_curves_by_seconds():
     curves = {"ours": [(0, 0.0, 8.0), (1, 10.0, 4.0)], "nanoGPT": [(0, 0.0, 8.0), (1, 5.0, 7.0), (2, 20.0, 5.0)]}
