@@ -119,8 +119,8 @@ def average_last(model, optimizer, cfg):
 
 def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     """Our model and the step of gpt2/train_gpt2.py. cfg: of the optimizers."""
-    if options.keep_memory and device == "cpu":
-        keep_freed_memory()
+    if options.keep_memory:
+        keep_freed_memory(device)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     model = GPT(GPTConfig(**dict(zip(SHAPE, size)), pad_vocab_to=options.pad_vocab_to))
     model.load_hf_state_dict(first_weights(size).hf_state_dict())  # without the rows of padding

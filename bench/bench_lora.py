@@ -83,8 +83,7 @@ def in_peft(cfg, size):
 
 def engine(cfg, size, who):
     """The k adapters together -> a function that trains and gives the last losses, as `trainer` and `loop` do."""
-    if cfg.device == "cpu":
-        keep_freed_memory()  # as lora/sweep.py does
+    keep_freed_memory(cfg.device)  # as lora/sweep.py does
     trained = multi_lora(cfg, size, who)
     inputs = [{"input_ids": ids, "labels": ids} for ids in batches(cfg, size)]
     return lambda: [trained.step(trained.forward(batch))[0] for batch in inputs][-1]

@@ -60,13 +60,13 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_freed_memory():
-    """Keep large freed CPU buffers for reuse, in huge pages; call it before the first tensor. Linux with glibc only.
+def keep_freed_memory(device):
+    """On a CPU, keep large freed buffers for reuse, in huge pages; call it before the first tensor. Needs glibc.
 
     By default glibc returns them to the system, and each comes back as a page fault per 4 kB: up to a third of a step.
     The process then stays at its peak of memory.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and str(device) == "cpu" else None
     if hasattr(libc, "mallopt"):  # not in musl
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read by torch at its first allocation
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer gets a mapping of its own, which would end with it

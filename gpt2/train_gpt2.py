@@ -474,8 +474,7 @@ def main():
     if cfg.plan:
         return print_plan(cfg)
     meta = check_folder(cfg.data_dir)
-    if pick_device(cfg.device).type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(pick_device(cfg.device))
     ranks = Ranks(cfg.device)
     cfg = resolve(cfg, ranks, meta)
     settings, where = all_settings(cfg, meta), portable(cfg.run_dir)

@@ -109,8 +109,7 @@ def load_base(base, dtype="float32", device="cpu", load_in_4bit=False):
     Its own dropout is switched off (GPT-2 is published with 0.1): only the adapter's `lora_dropout` acts, so that an
     adapter learns the same alone and in a batch with others.
     """
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     options = {"config": without_noise(load_pretrained(AutoConfig, base)), "dtype": getattr(torch, dtype)}
     if load_in_4bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}

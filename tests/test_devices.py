@@ -70,7 +70,7 @@ def test_freed_memory_is_kept():
     """A buffer of 16 MB again and again: its 4,096 pages are not faulted in anew each time."""
     code = """
 import resource, common, torch
-common.keep_freed_memory()
+common.keep_freed_memory("cpu")
 faults = []
 for _ in range(20):
     torch.ones(2**22)
