@@ -213,12 +213,6 @@ class Config:
     batch_size: int = 16  # items in a forward pass
 
 
-def load_ours(name, device):
-    """A checkpoint of gpt2/train_gpt2.py -> (logits_of, the further arguments of Encoded)."""
-    model, tokenizer = load_model(name, device)
-    return partial(gpt_logits, model), (tokenizer.to_tiktoken().encode_ordinary_batch, model.config.block_size)
-
-
 def load_hf(name, device):
     """A Hugging Face causal LM, from a folder or the hub -> (logits_of, the further arguments of Encoded)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -245,8 +239,13 @@ def main():
         raise UsageError("name one model: --model FOLDER or --checkpoint RUN")
     items = load_items(cfg.input, cfg.limit)
     ranks = Ranks(cfg.device)
-    device, load = ranks.device, load_hf if cfg.model else load_ours
-    logits_of, arguments = load(cfg.model or cfg.checkpoint, device)
+    device = ranks.device
+    if cfg.model:
+        logits_of, arguments = load_hf(cfg.model, device)
+    else:
+        model, tokenizer = load_model(cfg.checkpoint, device)
+        logits_of = partial(gpt_logits, model)
+        arguments = tokenizer.to_tiktoken().encode_ordinary_batch, model.config.block_size
     with RunLog(cfg.run_dir, "hellaswag", cfg, enabled=ranks.main) as log:
         started = time.perf_counter()
         encoded = Encoded(items, *arguments, batch_size=cfg.batch_size)
@@ -263,7 +262,7 @@ def main():
             log.print(f"{kind:<8} {result[kind]:.4f}   95 % interval {low:.4f} to {high:.4f}")
         log.print(f"{len(rows):,} items, {encoded.cut} contexts cut on the left, {speed:.1f} items/s")
         log.finish("success", **result, cut=encoded.cut, items_per_sec=speed)
-    ranks.close()
+    ranks.end_process()
 
 
 if __name__ == "__main__":

@@ -483,7 +483,7 @@ def main():
         if ranks.main:
             steps = read_run(cfg.run_dir).result["step"]
             print(f"{where} is finished: {steps} steps; nothing is left to do (another --run-dir starts a new run)")
-        return ranks.close()
+        return ranks.end_process()
 
     options = {"resume": start != "replace", "tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
     with RunLog(cfg.run_dir, "gpt2", settings, enabled=ranks.main, **options) as log:
@@ -507,8 +507,7 @@ def main():
             log.print(f"success: {result['step']} steps{loss} | {where}/loss.png")
         else:
             log.print(f"{result['status']}: {result['reason']}")
-    ranks.wait()  # srun and torchrun kill the others when a rank ends early, and rank 0 may still write
-    ranks.close()
+    ranks.end_process()
 
 
 if __name__ == "__main__":

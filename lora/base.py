@@ -177,7 +177,7 @@ def load_pretrained(auto_class, base, **options):
     folder, extra = locate(base)
     try:
         return auto_class.from_pretrained(folder, **extra, **options)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError) as e:  # the last where bitsandbytes is missing
         reason = str(e).strip().splitlines()[0]
         raise UsageError(f"{base} could not be loaded as a causal LM ({reason})") from None
 

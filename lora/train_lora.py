@@ -19,7 +19,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile, ZipFile
@@ -83,8 +82,6 @@ def check(cfg):
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
     if cfg.max_steps == 0 and cfg.epochs == 0:
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
-    if cfg.load_in_4bit and find_spec("bitsandbytes") is None:
-        raise UsageError("--load-in-4bit needs a package that is not installed: pip install bitsandbytes")
     base.locate(cfg.base)
 
 
