@@ -80,6 +80,8 @@ class Config(BenchConfig):
     def __post_init__(self):
         self.device = pick_device(self.device).type
         self.hardware = torch.cuda.get_device_name() if self.device == "cuda" else self.device
+        if self.device == "cpu" and (cap := os.environ.get("ONEDNN_MAX_CPU_ISA")):
+            self.hardware = f"cpu capped to {cap}"
         if self.size == "auto":
             self.size = "gpt2-124M" if self.device == "cuda" else "vocab-50304"
         batch_size = self.batch_size or SIZES[self.size].batch_size

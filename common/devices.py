@@ -52,7 +52,8 @@ def half_type(device):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private functions, which may be removed
     in_hardware = device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
-    return "bfloat16" if in_hardware else None
+    has_kernels = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # ONEDNN_MAX_CPU_ISA caps them
+    return "bfloat16" if in_hardware and has_kernels() else None
 
 
 def available_cores():

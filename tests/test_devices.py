@@ -56,13 +56,15 @@ def test_a_device_that_is_not_there_is_refused(machine):
         pick_device("cuda")
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_the_16_bit_type_follows_the_hardware(monkeypatch, supported):
+@pytest.mark.parametrize(("supported", "has_kernels"), [(True, True), (True, False), (False, True)])
+def test_the_16_bit_type_follows_the_hardware_and_a_cap(monkeypatch, supported, has_kernels):
+    """has_kernels: false where ONEDNN_MAX_CPU_ISA says less than the hardware has."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_kernels, raising=False)
     assert half_type("cuda") == ("bfloat16" if supported else "float16")
-    assert half_type("cpu") == ("bfloat16" if supported else None) and half_type("mps") is None
+    assert half_type("cpu") == ("bfloat16" if supported and has_kernels else None) and half_type("mps") is None
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
