@@ -129,6 +129,8 @@ def training(make, size, device, kwargs, steps):
         for _ in range(steps):
             loss = step()
         facts = {**once, "last_loss": loss.item(), "seconds": (time.perf_counter() - started) / steps}
+        if not math.isfinite(facts["last_loss"]):
+            raise RuntimeError(f"its loss is {facts['last_loss']}")
         if device == "cuda":  # memory that torch keeps for later goes back: the others need it in their turns
             torch.cuda.empty_cache()
         return facts

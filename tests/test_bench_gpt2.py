@@ -337,3 +337,13 @@ def test_usage_errors_are_one_line(in_process, tmp_path):
     if not torch.cuda.is_available():  # no figures of a CPU under the name of a GPU
         code, _, err = in_process(bench_gpt2.main, "ladder", "--device", "cuda", "--run-dir", tmp_path / "run")
         assert code == 2 and "--device cuda" in err
+
+
+def test_a_loss_that_is_not_finite_is_no_measurement():
+    """As from a kernel compiled wrongly: its time is worth nothing."""
+    losses = iter([2.0, 2.0, 2.0, float("nan")])
+    turn = bench_gpt2.training(
+        lambda size, device: (lambda: torch.tensor(next(losses)), torch.nn.Linear(1, 1), None), None, "cpu", {}, 1
+    )
+    with pytest.raises(RuntimeError, match="loss is nan"):
+        turn()
