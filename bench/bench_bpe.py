@@ -2,6 +2,7 @@
 
     python bench/bench_bpe.py --input handbook.txt --vocab-size 1024 --pattern none --minbpe ../minbpe
     python bench/bench_bpe.py --input tinyshakespeare.txt --vocab-size 4096 --pattern gpt4 --growth 1 10 100
+    python bench/bench_bpe.py encode --input english.txt chinese.txt --tokenizers gpt2 cl100k_base
     python bench/bench_bpe.py compression --input english.txt chinese.jsonl
 
 Baselines: the naive algorithm (bpe/reference.py), Hugging Face `tokenizers`, `tiktoken` (encoding only), a checkout of
@@ -11,24 +12,30 @@ which defaults to all cores. Timed are training, from a str in memory to the mer
 tokenizer has not seen before: "cold" with an empty cache, "warm" after encoding the preceding part of the file. Peak
 memory is that of the process beyond its imports and the text.
 
+encode: published vocabularies. Each turn loads one from its library's file, encodes a line ("first call"), the first
+half of the text ("cold") and the second half ("warm"); ratios are tiktoken's time to that of the row.
+
 compression: each text gets its own tokenizer, trained on nine tenths; bytes per token are measured on the last tenth.
 One training serves all sizes, since the first merges of a large vocabulary are the smaller vocabulary.
 """
 
+import base64
 import importlib
 import os
 import sys
 import sysconfig
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from itertools import islice
-from operator import attrgetter
+from itertools import islice, product
+from operator import sub
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 import tyro
 from tqdm import tqdm
 
@@ -45,13 +52,14 @@ HELD_OUT = 10  # every tenth document is not trained on
 
 @dataclass(kw_only=True)
 class Config(BenchConfig):
-    mode: tyro.conf.Positional[Literal["speed", "compression"]] = "speed"
-    input: tuple[Path, ...]  # .jsonl (a document per line) or UTF-8 text, gzipped or not; compression: each by itself
+    mode: tyro.conf.Positional[Literal["speed", "encode", "compression"]] = "speed"
+    input: tuple[Path, ...]  # .jsonl (a document per line) or UTF-8 text, gzipped or not; but for speed, each by itself
     pattern: str = "gpt4"  # how text is cut before merging: none, gpt2, gpt4 or a regular expression
     vocab_size: int = 4096  # speed: the 256 bytes and the merges
     growth: tuple[int, ...] = ()  # speed: megabytes of installed Python source to train on, each size by itself
     threads: int = 0  # speed: threads that the others may use; 0: all cores
     minbpe: Path | None = None  # speed: checkout of karpathy/minbpe
+    tokenizers: tuple[str, ...] = ("gpt2",)  # encode: vocabularies by tiktoken's names, or .model files
     vocab_sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # compression: as vocab_size
 
 
@@ -74,8 +82,7 @@ def speed(cfg):
         kinds = {"encode": False} if cfg.pattern == "none" else {"encode cold": False, "encode warm": True}
         part = 0 if cfg.pattern == "none" else len(text) - len(text) // 4
         for name, warm in kinds.items():
-            args = (text[:part] if warm else "", tok.merges, cfg.pattern)
-            rows += compare(cfg, log, name, encoding, encoders, text[part:], args)[1]
+            rows += compare(cfg, log, name, encoding, encoders, text[part:], (text[:part] if warm else "", tok))[1]
         fast = {who: train for who, train in trainers.items() if who not in (NAIVE, "minbpe")}
         for megabytes in cfg.growth:
             source = python_source(megabytes * 10**6)
@@ -101,12 +108,58 @@ def training(train, text, vocab_size, pattern):
     return timed(lambda: train(text, vocab_size, pattern), "merges")
 
 
-def encoding(encoder, text, before, merges, pattern):
+def encoding(encoder, text, before, tok):
     """An encoder -> its `turn`. before: text that it encodes first, to fill its cache."""
-    encode = encoder(with_merges(Tokenizer(pattern), merges))
+    with tempfile.TemporaryDirectory() as folder:
+        encode = encoder(tok, Path(folder))()
     encode(" ".join(f"x{k}y" for k in range(99)))  # builds the tables of the first call, on other text
     encode(before)
     return timed(lambda: encode(text), "ids")
+
+
+PHASES = ("load", "first call", "cold", "warm")
+
+
+def encode(cfg):
+    """Load, first call, cold and warm encoding of each text by each published vocabulary."""
+    texts, rows = {file.name: "".join(read_documents([file])) for file in cfg.input}, []
+    vocabularies = {name: vocabulary(name) for name in cfg.tokenizers}
+    encoders = baselines(None)[1]
+    with open_log(cfg, "bench_bpe_encode") as log:
+        for (vocab, tok), (file, text) in product(vocabularies.items(), texts.items()):
+            middle, name = len(text) // 2, f"{vocab}, {file}"
+            parts = [text[middle:].lstrip()[:80].split("\n")[0], text[:middle], text[middle:]]
+            contestants = {who: Contestant(phases, (encoder, tok, parts)) for who, encoder in encoders.items()}
+            facts = take_turns(contestants, cfg, log, name)
+            for (phase, part), (who, f) in product(zip(PHASES, ["", *parts]), facts.items()):
+                mine, theirs = ({"seconds": each[phase]} if phase in each else each for each in (f, facts[TIKTOKEN]))
+                more = {"ids_equal_ours": f["ids"] == facts["ours"].get("ids")} if "ids" in f else {}
+                if phase in ("cold", "warm") and "seconds" in mine:
+                    more["mb_per_sec"] = len(part.encode("utf-8")) / 1e6 / mine["seconds"]
+                rows.append(row(f"{name}, {phase}", who, mine, theirs, f"speed of {TIKTOKEN}", speedup=True, **more))
+        finish(log, rows, "ratio")
+
+
+def vocabulary(name):
+    return Tokenizer.load(name) if name.endswith(".model") else Tokenizer.from_tiktoken(name)
+
+
+def phases(encoder, tok, parts):
+    """An encoder -> its `turn`: it loads the vocabulary from a file, then encodes the parts."""
+    folder = tempfile.TemporaryDirectory()
+    load = encoder(tok, Path(folder.name))
+
+    def turn():
+        clock, ids = [time.perf_counter()], []
+        encode = load()
+        clock.append(time.perf_counter())
+        for part in parts:
+            ids.append(encode(part))
+            clock.append(time.perf_counter())
+        folder.cleanup()
+        return dict(zip(PHASES, map(sub, clock[1:], clock))) | {"seconds": clock[-1] - clock[0], "ids": ids}
+
+    return turn
 
 
 def with_merges(tok, merges):
@@ -128,16 +181,15 @@ def python_source(size):
 
 
 # trainers: function of (text, vocab_size, pattern) -> merges, or None from libraries that do not expose them
-# encoders: function of (our Tokenizer) -> a function text -> ids, with the same merges
+# encoders: function of (our Tokenizer, folder for its file) -> a function that loads it -> a function text -> ids
 
-NAIVE = "naive (bpe/reference.py)"
+NAIVE, TIKTOKEN = "naive (bpe/reference.py)", f"tiktoken {version('tiktoken')}"
 
 
 def baselines(minbpe):
     """Trainers and encoders by name with version, ours first. minbpe: a folder or None."""
-    hf, tiktoken = f"tokenizers {version('tokenizers')}", f"tiktoken {version('tiktoken')}"
-    trainers = {"ours": train_ours, NAIVE: train_naive, hf: train_tokenizers}
-    encoders = {"ours": attrgetter("encode_ordinary"), tiktoken: encoder_tiktoken}
+    trainers = {"ours": train_ours, NAIVE: train_naive, f"tokenizers {version('tokenizers')}": train_tokenizers}
+    encoders = {"ours": encoder_ours, TIKTOKEN: encoder_tiktoken}
     for library in filter(find_spec, ("tokenizers", "fastokens", "gigatoken")):
         encoders[f"{library} {version(library)}"] = partial(encoder_of_json, library)
     if find_spec("rustbpe"):
@@ -177,19 +229,34 @@ def train_tokenizers(text, vocab_size, pattern):
     tok.train_from_iterator([text], trainer)
 
 
-def encoder_tiktoken(tok):
-    return tok.to_tiktoken().encode_ordinary
+def encoder_ours(tok, folder):
+    file = tok.save(folder / "ours")[0]
+    return lambda: Tokenizer.load(file).encode_ordinary
 
 
-def encoder_of_json(library, tok):
+def encoder_tiktoken(tok, folder):
+    encoding = tok.to_tiktoken()  # which refuses what tiktoken cannot express
+    tok.save_tiktoken(folder / "ranks.tiktoken")
+
+    def load():
+        pairs = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}  # as tiktoken reads it
+        options = {"pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        return tiktoken.Encoding(encoding.name, mergeable_ranks=ranks, **options).encode_ordinary
+
+    return load
+
+
+def encoder_of_json(library, tok, folder):
     """A library that reads the tokenizer.json that we export."""
     make = importlib.import_module(library).Tokenizer
-    with tempfile.TemporaryDirectory() as folder:
-        tok.save_huggingface(folder)
+    tok.save_huggingface(folder)
+
+    def load():
         theirs = getattr(make, "from_file", make)(f"{folder}/tokenizer.json")
-    if library == "gigatoken":
-        return lambda text: theirs.encode(text).tolist()
-    return lambda text: theirs.encode(text).ids
+        return lambda text: theirs.encode(text).tolist() if library == "gigatoken" else theirs.encode(text).ids
+
+    return load
 
 
 def minbpe_tokenizer(folder, pattern):
@@ -200,10 +267,10 @@ def minbpe_tokenizer(folder, pattern):
     return module.BasicTokenizer() if pattern == "none" else module.RegexTokenizer(PATTERNS.get(pattern, pattern))
 
 
-def encoder_minbpe(folder, tok):
-    theirs = minbpe_tokenizer(folder, tok.pattern)
+def encoder_minbpe(checkout, tok, folder):
+    theirs = minbpe_tokenizer(checkout, tok.pattern)
     theirs.merges = tok.merges
-    return theirs.encode
+    return lambda: theirs.encode
 
 
 def compression(cfg):
@@ -239,9 +306,9 @@ def compressed(name, who, tok, docs):
 
 
 def main():
-    """Speed, or compression."""
+    """The mode that was asked for."""
     cfg = tyro.cli(Config, description=__doc__)
-    compression(cfg) if cfg.mode == "compression" else speed(cfg)
+    {"speed": speed, "encode": encode, "compression": compression}[cfg.mode](cfg)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 import random
 
+import pytest
+
 from bench import bench_bpe
 from runlog import read_run
 
@@ -34,6 +36,19 @@ def test_each_turn_is_a_fresh_process_that_can_be_stopped(tmp_path, script):
     rows = read_run(tmp_path / "run").result["rows"]
     assert {"train", "encode"} == {r["name"] for r in rows} and all(r["peak_mb"] is not None for r in rows)
     assert [r["peak_mb"] < 100 for r in rows if r["who"] == "ours"] == [True, True]  # of the work, not of imports
+
+
+def test_published_vocabularies_are_encoded_as_tiktoken_does(tmp_path, in_process, contestants_here):
+    args = ("encode", "--input", write_text(tmp_path), "--rounds", 1, "--run-dir", tmp_path / "run")
+    code, _, err = in_process(bench_bpe.main, *args)
+    assert code == 0, err
+    rows = {(r["name"], r["who"].split()[0]): r for r in read_run(tmp_path / "run").result["rows"]}
+    for phase in bench_bpe.PHASES:
+        mine, theirs = (rows[f"gpt2, t.txt, {phase}", who] for who in ("ours", "tiktoken"))
+        assert mine["ids_equal_ours"] and theirs["ids_equal_ours"] and theirs["ratio"] == 1
+        assert mine["ratio"] == pytest.approx(theirs["seconds"] / mine["seconds"])
+    code, _, err = in_process(bench_bpe.main, *args, "--tokenizers", "gpt3", "--overwrite")
+    assert code == 2 and "gpt3" in err and err.count("\n") == 1
 
 
 MINBPE = """
