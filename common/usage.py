@@ -14,12 +14,21 @@ def cli(main):
 
     Bugs keep their traceback; only UsageError and the operating system's errors (no such file, no permission,
     disk full) are shortened. What is printed into a file or a pipe is UTF-8, on Windows too.
+
+    One of several ranks ends without the interpreter's shutdown: now and then a thread of gloo that still releases a
+    tensor aborts it, and torchrun restarts a finished run.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
-        return main()
+        main()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+            print(end="", flush=True)
+            os._exit(0)
+        return
     except UsageError as e:
         message = str(e)
     except BrokenPipeError:  # `… | head` closed our stdout

@@ -70,19 +70,8 @@ class Ranks:
         return [sum(column) for column in zip(*self.gather([float(v) for v in values]))]
 
     def wait(self):
-        """Wait until every rank has come here."""
+        """Wait until every rank has come here, as at the end: srun and torchrun kill the others when one ends early."""
         self.gather(None)
-
-    def end_process(self):
-        """Wait for every rank, then, where there are several, end without the interpreter's shutdown.
-
-        Now and then a thread of gloo that still releases a tensor aborts it, and torchrun restarts a finished run.
-        """
-        self.wait()  # srun and torchrun kill the others when a rank ends early
-        if self.control is not None:
-            dist.destroy_process_group()
-            print(end="", flush=True)
-            os._exit(0)
 
 
 def _interface_to(host):

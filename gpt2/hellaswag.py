@@ -262,7 +262,7 @@ def main():
             log.print(f"{kind:<8} {result[kind]:.4f}   95 % interval {low:.4f} to {high:.4f}")
         log.print(f"{len(rows):,} items, {encoded.cut} contexts cut on the left, {speed:.1f} items/s")
         log.finish("success", **result, cut=encoded.cut, items_per_sec=speed)
-    ranks.end_process()
+    ranks.wait()
 
 
 if __name__ == "__main__":

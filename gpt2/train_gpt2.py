@@ -483,7 +483,7 @@ def main():
         if ranks.main:
             steps = read_run(cfg.run_dir).result["step"]
             print(f"{where} is finished: {steps} steps; nothing is left to do (another --run-dir starts a new run)")
-        return ranks.end_process()
+        return ranks.wait()
 
     options = {"resume": start != "replace", "tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
     with RunLog(cfg.run_dir, "gpt2", settings, enabled=ranks.main, **options) as log:
@@ -507,7 +507,7 @@ def main():
             log.print(f"success: {result['step']} steps{loss} | {where}/loss.png")
         else:
             log.print(f"{result['status']}: {result['reason']}")
-    ranks.end_process()
+    ranks.wait()
 
 
 if __name__ == "__main__":

@@ -57,12 +57,12 @@ def test_restarts_keep_the_clock_of_the_first_attempt(monkeypatch):
 
 def test_a_process_that_is_done_does_not_shut_the_interpreter_down():
     """Which gloo's threads abort now and then; torchrun would restart a run that is done, or was told to stop."""
-    code = "import atexit, os; from gpt2.distributed import Ranks; atexit.register(os.abort); print('done', end='')"
+    code = "import atexit, os; from common import cli; from gpt2.distributed import Ranks; atexit.register(os.abort)"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", f"{code}; Ranks('cpu').end_process()"]
+    command = [sys.executable, "-c", f"{code}; print('done', end=''); cli(lambda: Ranks('cpu').wait())"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "done")
 
