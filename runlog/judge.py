@@ -115,8 +115,7 @@ def usable(runs, side, notes):
     return kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# figures by seed, or by item of HellaSwag
+# --- figures by seed, or by item of HellaSwag
 
 
 def compare_sides(baseline, candidate, metric, at, alpha, delta, fixed):
@@ -290,8 +289,7 @@ def holm(p_values, alpha):
     return levels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# for people
+# --- for people
 
 
 def describe(v):

@@ -181,8 +181,7 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mirrors of metrics.jsonl in other tools
+# --- mirrors of metrics.jsonl in other tools
 
 
 class TensorBoard:
@@ -237,8 +236,7 @@ class Wandb:
 MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a compact record
+# --- a compact record
 
 
 def export_record(run_dir, out):

@@ -67,8 +67,7 @@ def verify(run, steps=5, whole=False, data=None):
     return not report.failed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks for every kind
+# --- checks for every kind
 
 
 def check_metrics(run, report):
@@ -132,8 +131,7 @@ def hardware_reasons(run):
     return reasons + ([f"{world_size} processes then, one here"] if world_size != 1 else [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# for replay_run
+# --- for replay_run
 
 
 def locate_input(recorded, replacement=None):
