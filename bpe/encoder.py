@@ -49,6 +49,10 @@ class Encoder:
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
         p, q, self._made = np.array(self._merges, np.int64).reshape(-1, 3).T.copy()
+        first_use, order = np.full(len(inner), NO_RANK), np.arange(len(p))
+        for part in (p, q):
+            np.minimum.at(first_use, part, order)
+        self._early = set(np.flatnonzero(first_use[self._made] < order).tolist())  # whose tokens lower ranks use
         self._n_ids, self._rank_table = len(inner), Table(1)
         slots, _ = self._rank_table.insert(self._pair_words(p, q))
         self._rank_table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # 0, the value of an empty row, means NO_RANK
@@ -170,14 +174,18 @@ class Encoder:
         return False
 
     def _merge_by_rank(self, tokens):
-        """Rank by rank, each at all its positions."""
+        """Rank by rank, each at all its positions, or at the leftmost if its token is part of a merge of lower rank."""
         tokens.compact()
         todo, rank_of = _Agenda(), self._rank.get
         todo.add(np.arange(len(tokens.tok) - 1), self._ranks(tokens.tok[:-1], tokens.tok[1:]))
         while todo.ranks:
             rank = heapq.heappop(todo.ranks)
             p, q, new = self._merges[rank]
-            where = tokens.occurrences(todo.where.pop(rank), p, q)
+            where = todo.where.pop(rank)
+            if rank in self._early and len(where) > 1:
+                where, todo.where[rank] = where[:1], where[1:]
+                heapq.heappush(todo.ranks, rank)
+            where = tokens.occurrences(where, p, q)
             if not len(where):
                 continue
             done, before, left, right = tokens.merge(where, p, q, new)

@@ -29,7 +29,7 @@ from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, require
+from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, in_order, require
 from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
 from bpe.trainer import flat
 from common import UsageError, atomic_open, from_hub, read_json, write_json
@@ -306,10 +306,7 @@ def read_huggingface(file):
     data, file = read_json(file), Path(file)
     name = file.parent.resolve().name if file.name == "tokenizer.json" else file.stem
     try:
-        fields = _fields_of(data, partial(require, file))
-        with suppress(UsageError):
-            return checked_state(fields, file, name)
-        return checked_state(_without_dead_merges(fields), file, name)
+        return checked_state(_without_dead_merges(_fields_of(data, partial(require, file))), file, name)
     except UsageError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -359,12 +356,12 @@ def _fields_of(data, check):
 
 
 def _without_dead_merges(fields):
-    """Drop the merges that are never applied, of which converted tiktoken vocabularies list many."""
+    """Drop the merges that are never applied, of which converted tiktoken vocabularies list many for each token."""
+    if len({token for *_, token in fields["merges"]}) == len(fields["merges"]):
+        return fields
     data = {token: bytes([b]) for b, token in enumerate(fields["byte_ids"])}
-    todo = fields["merges"]
-    while ready := [m for m in todo if m[0] in data and m[1] in data]:
-        data |= {token: data[p] + data[q] for p, q, token in ready}
-        todo = [m for m in todo if m[2] not in data]
+    for p, q, token in in_order({(p, q): token for p, q, token in fields["merges"]}, data):
+        data[token] = data[p] + data[q]
     order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
     makes = {
         token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf)))

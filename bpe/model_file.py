@@ -24,7 +24,7 @@ def empty_state():
     """The state of an untrained tokenizer."""
     return {
         "pattern": "none",  # how text is split before merging; a list: each splits the chunks of the one before
-        "merges": {},  # {(int, int): int} in training order
+        "merges": {},  # {(int, int): int} in order of rank
         "byte_ids": [*range(256)],  # the id of each byte (GPT-2 has its own order), -1 - byte for one without a token
         "special_tokens": {},  # {str: int}
         "name": "untitled",  # for display
@@ -120,6 +120,21 @@ def _read_minbpe(file, lines):
     return checked_state(fields | {"pattern": names.get(pattern, pattern)}, file, Path(file).stem)
 
 
+def in_order(merges, byte_ids):
+    """Yield each merge (p, q, token) once its parts are made, by merges that may have a higher rank (as in Llama 3)."""
+    made, waiting = set(byte_ids), {}  # waiting: {missing part: merges}
+    for (p, q), token in merges.items():
+        ready = [(p, q, token)]
+        while ready:
+            merge = p, q, token = ready.pop()
+            if missing := {p, q} - made:
+                waiting.setdefault(missing.pop(), []).append(merge)
+            else:
+                yield merge
+                made.add(token)
+                ready += waiting.pop(token, [])
+
+
 def checked_state(fields, source, name):
     """Check the fields of a model file -> state. `source` is named in errors."""
     check, state = partial(require, source), {**empty_state(), **fields, "name": name}
@@ -136,19 +151,17 @@ def checked_state(fields, source, name):
     check(isinstance(merges, list), "its merges are not a list")
     of_bytes = isinstance(byte_ids, list) and all(is_id(i) or i == -1 - b for b, i in enumerate(byte_ids))
     check(of_bytes and len(byte_ids) == len(set(byte_ids)) == 256, "its byte_ids are not 256 different ids")
-    known, used, table = dict.fromkeys(byte_ids, 1), set(), {}  # known: {id: length in bytes}
-    length = 3 if "byte_ids" in fields else 2
+    known, table, length = dict.fromkeys(byte_ids, 1), {}, 3 if "byte_ids" in fields else 2  # known: {id: bytes}
     for rank, merge in enumerate(merges):
         shape = isinstance(merge, list) and len(merge) == length and all(map(is_id, merge))
         check(shape, f"merge {rank} is not {length} ids")
         p, q, token = (*merge, 256 + rank)[:3]
-        check(p in known and q in known, f"merge {rank} refers to a token that is made later, or never")
         check((p, q) not in table, f"merge {rank} repeats an earlier one")
-        # the encoder relies on all merges of a token coming before the merges that use it
-        check(token not in used and known.get(token, 2) > 1, f"merge {rank} makes a token that is in use already")
+        check(token not in known, f"merge {rank} makes the token of a byte")
         table[p, q] = token
+    for p, q, token in in_order(table, known):
         known[token] = known[p] + known[q]
-        used |= {p, q}
+    check(known.keys() >= {*table.values()}, "its merges refer to a token that no merge makes")
     check(sum(known.values()) < MAX_VOCAB_BYTES, "its tokens are gigabytes long")
     ids = [*known, *state["added_tokens"].values(), *state["unmerged_tokens"].values()]
     check(len(ids) == len(set(ids)), "two of its tokens have the same id")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from bpe import interop
 from bpe.encoder import Encoder
-from bpe.model_file import END_OF_TEXT, empty_state, is_id, read_model, state_sha256, write_model, write_vocab
+from bpe.model_file import END_OF_TEXT, empty_state, in_order, is_id, read_model, state_sha256, write_model, write_vocab
 from bpe.pretokenizer import Splitter, SplitterSequence, check_pattern, count_chunks, valid
 from bpe.reference import render_token
 from bpe.trainer import check_size, learn_merges
@@ -46,7 +46,7 @@ class Tokenizer:
         The well-known patterns use the character classes of Unicode 16.0, as tiktoken does; others those of the
         installed `regex` (see pretokenizer.py).
 
-    merges: {(int, int): int}, in training order.
+    merges: {(int, int): int}, in order of rank.
     vocab: {int: bytes}, special tokens included.
     special_tokens: {str: int}.
     n_vocab: rows that an embedding needs: the highest id + 1 (256 + merges + special tokens if no id is skipped).
@@ -66,7 +66,7 @@ class Tokenizer:
         vars(self).update(empty_state() | state)
         self._split = (Splitter if isinstance(self.pattern, str) else SplitterSequence)(self.pattern)
         self.vocab = {token: bytes([b]) for b, token in enumerate(self.byte_ids) if token >= 0}
-        for (p, q), token in self.merges.items():
+        for p, q, token in in_order(self.merges, self.byte_ids):
             data = self.vocab[p] + self.vocab[q]
             if self.vocab.setdefault(token, data) != data:
                 raise UsageError(f"two merges make token {token}, but of different bytes")

@@ -1,5 +1,6 @@
 """Vocabularies exchanged with tiktoken and Hugging Face give the same ids there."""
 
+import base64
 import gzip
 import json
 import random
@@ -380,6 +381,30 @@ def test_a_merge_that_comes_too_late_is_dropped_or_refused(tmp_path):
     for _ in range(100):
         text = "".join(rnd.choices("abcd", k=12))
         assert ours.encode(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranks_in_any_order(seed, tmp_path):
+    """As in Llama 3 and Qwen 3.5, whose tokens may be made of tokens of higher rank, or of no two tokens."""
+    import tokenizers
+
+    rnd = random.Random(seed)
+    letters = "ab"[: 1 + seed % 2] + "c"
+    tokens = {"".join(rnd.choices(letters, k=rnd.randint(2, 6))).encode() for _ in range(60)}
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {token: 256 + k for k, token in enumerate(rnd.sample(sorted(tokens), len(tokens)))}
+    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+    (tmp_path / "any.tiktoken").write_bytes(lines)
+    ours = Tokenizer.from_tiktoken(tmp_path / "any.tiktoken", r"[a-z]+|\s")
+    theirs = tiktoken.Encoding("any", pat_str=r"[a-z]+|\s", mergeable_ranks=ranks, special_tokens={})
+    assert any(token < max(pair) for pair, token in ours.merges.items())
+    ours.save_huggingface(tmp_path)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    words = ["".join(rnd.choices(letters, k=rnd.randint(1, 30))) for _ in range(500)]
+    for text in (*words[:50], " ".join(words), "".join(rnd.choices(letters, k=3000))):
+        assert ours.encode(text) == theirs.encode(text) == exported.encode(text).ids == ours.to_tiktoken().encode(text)
+    assert Tokenizer.load(ours.save(tmp_path / "saved")[0]).sha256 == ours.sha256
+    assert Tokenizer.from_huggingface(tmp_path / "tokenizer.json").sha256 == ours.sha256
 
 
 # ----------------------------------------------------------------------------------------------------------------------
