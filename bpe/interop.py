@@ -27,6 +27,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
+from operator import itemgetter
 from pathlib import Path
 
 from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, in_order, require
@@ -344,7 +345,7 @@ def _fields_of(data, check):
     if re.search('"(SpecialToken|cls)"', json.dumps(data.get("post_processor"))):
         warnings.warn("its post_processor adds special tokens to a text; encode does not", stacklevel=4)
     used = {*byte_ids, *(token for _, _, token in merges), *(token["id"] for token in added)}
-    spelled = {text: token for text, token in vocab.items() if token not in used}
+    spelled = {text: token for text, token in sorted(vocab.items(), key=itemgetter(1)) if token not in used}
     unmerged = {b"".join(bytes_of.get(c, c.encode("utf-8")) for c in text).hex(): i for text, i in spelled.items()}
     check(len(unmerged) == len(spelled), "two of its tokens have the same bytes")
     return {
@@ -357,20 +358,18 @@ def _fields_of(data, check):
 
 def _without_dead_merges(fields):
     """Drop the merges that are never applied, of which converted tiktoken vocabularies list many for each token."""
-    if len({token for *_, token in fields["merges"]}) == len(fields["merges"]):
+    made = {token for *_, token in fields["merges"]}
+    if len(made) == len(fields["merges"]):
         return fields
     data = {token: bytes([b]) for b, token in enumerate(fields["byte_ids"])}
     for p, q, token in in_order({(p, q): token for p, q, token in fields["merges"]}, data):
         data[token] = data[p] + data[q]
     order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
-    makes = {
-        token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf)))
-        for token in {m[2] for m in fields["merges"]}
-    }
+    makes = {token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf))) for token in made}
     merges = [m for k, m in enumerate(fields["merges"]) if order.get(makes[m[2]]) == k]
-    lost = makes.keys() - {token for _, _, token in merges}
-    unmerged = fields["unmerged_tokens"] | {data[token].hex(): token for token in lost}
-    return fields | {"merges": merges, "unmerged_tokens": unmerged}
+    unmerged = {data[token].hex(): token for token in made - {token for _, _, token in merges}}
+    unmerged |= fields["unmerged_tokens"]
+    return fields | {"merges": merges, "unmerged_tokens": dict(sorted(unmerged.items(), key=itemgetter(1)))}
 
 
 def _pattern_of(pre, check):
