@@ -44,7 +44,7 @@ from bpe import reference
 from bpe.pretokenizer import PATTERNS, Splitter
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
-from common import UsageError, cli
+from common import UsageError, cli, read_json, write_json
 from data.sources import documents
 
 HELD_OUT = 10  # every tenth document is not trained on
@@ -247,10 +247,22 @@ def encoder_tiktoken(tok, folder):
     return load
 
 
+# GPT-4's pattern as conversions on the hub spell it, by which gigatoken knows it
+GPT4_ON_THE_HUB = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
 def encoder_of_json(library, tok, folder):
     """A library that reads the tokenizer.json that we export."""
     make = importlib.import_module(library).Tokenizer
     tok.save_huggingface(folder)
+    data = read_json(folder / "tokenizer.json")
+    for part in data["pre_tokenizer"].get("pretokenizers", ()):
+        if part["type"] == "Split" and part["pattern"].get("Regex", "").startswith("'(?i:[sdmt]|ll|ve|re)"):
+            part["pattern"]["Regex"] = GPT4_ON_THE_HUB
+            write_json(folder / "tokenizer.json", data)
 
     def load():
         theirs = getattr(make, "from_file", make)(f"{folder}/tokenizer.json")
