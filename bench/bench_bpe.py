@@ -137,7 +137,7 @@ def encode(cfg):
                 if phase in ("cold", "warm") and "seconds" in mine:
                     more["mb_per_sec"] = len(part.encode("utf-8")) / 1e6 / mine["seconds"]
                 rows.append(row(f"{name}, {phase}", who, mine, theirs, f"speed of {TIKTOKEN}", speedup=True, **more))
-        finish(log, rows, "ratio")
+        finish(log, rows, "mb_per_sec")
 
 
 def vocabulary(name):
