@@ -16,7 +16,6 @@ the rows, too.
 """
 
 import contextlib
-import functools
 import json
 import os
 import queue
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from common import ROOT, UsageError, cli, portable
 from gpt2 import train_gpt2
 from runlog import Run, RunLog, read_run
-from runlog.judge import describe, draw_verdicts, judge_all
+from runlog.judge import describe, draw_verdicts, judge_all, verified
 from runlog.run import is_locked
 
 
@@ -67,7 +66,6 @@ class Arm:
     env: dict = field(default_factory=dict)  # environment variables of its runs
     runs: dict[int, Run] = field(default_factory=dict)  # round -> run
     verdict: object = None  # the newest Verdict of a candidate
-    contradicted: str = ""  # what verify found
 
 
 def arms_of(cfg):
@@ -140,22 +138,7 @@ def look(cfg, baseline, candidates):
     sides = [*baseline.runs.values()], [[*arm.runs.values()] for arm in candidates]
     verdicts = judge_all(*sides, cfg.alpha, metric=cfg.metric, at=cfg.at, delta=cfg.delta)
     for arm, verdict in zip(candidates, verdicts):
-        arm.verdict = verdict
-        if arm.verdict.verdict == "better" and not arm.contradicted:
-            found = (verify_by_replay(run.run_dir) for run in [*baseline.runs.values(), *arm.runs.values()])
-            arm.contradicted = next(filter(None, found), "")
-        if arm.contradicted:
-            notes = [*arm.verdict.notes, f"verify contradicts it: {arm.contradicted}"]
-            arm.verdict = replace(arm.verdict, verdict="undecided", notes=notes)
-
-
-@functools.cache
-def verify_by_replay(run_dir):
-    """What `runlog verify` finds wrong with a run, or an empty string."""
-    command = [sys.executable, "-m", "runlog", "verify", str(run_dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    wrong = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    return "" if done.returncode == 0 else (wrong or done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        arm.verdict = verified(verdict, [*baseline.runs.values(), *arm.runs.values()])
 
 
 def experiment(cfg, log, arms):
@@ -174,7 +157,7 @@ def experiment(cfg, log, arms):
             for arm in candidates:
                 v = arm.verdict
                 log.metric(number, arm.name, verdict=v.verdict, difference=v.difference, low=v.low, high=v.high, p=v.p)
-            undecided = [arm for arm in candidates if arm.verdict.verdict == "undecided" and not arm.contradicted]
+            undecided = [a for a in candidates if a.verdict.verdict == "undecided" and not a.verdict.contradicted]
             if not undecided:
                 break
 

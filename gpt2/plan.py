@@ -14,8 +14,6 @@ from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers
 
-# --- the hardware
-
 # Dense peaks in FLOP/s of the matmul units in 16 bits, from the vendors' data sheets, by words in torch's device name
 # ("NVIDIA H100 80GB HBM3"); the first match counts.
 PEAKS = {
@@ -31,9 +29,6 @@ def peak_flops(device, dtype):
         return None
     name = torch.cuda.get_device_name(device)  # a "Laptop" GPU is another chip of the same name
     return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
-
-
-# --- the plan
 
 
 def memory_estimate(model, cfg, device_type):

@@ -165,7 +165,7 @@ def next_round(cfg, grid, configs):
         return new
     frame, names = adapter_frame(configs)
     baseline, verdicts = judge_configs(frame, names)
-    again = {values for values, verdict in verdicts.items() if verdict.verdict == "undecided"}
+    again = {values for values, v in verdicts.items() if v.verdict == "undecided" and not v.contradicted}
     print(f"{len(again)} of {len(verdicts)} configurations are undecided after {seeds - 1} of {len(grid.seeds)} seeds")
     return [one for one in new if again and tuple(getattr(one, name) for name in names) in {baseline, *again}]
 

@@ -14,7 +14,7 @@ from scipy.stats import t
 from common import atomic_open
 from lora.train_lora import NO_EFFECT, mean_train_loss, write_experiment
 from runlog import RunLog, read_run
-from runlog.judge import judge_all
+from runlog.judge import judge_all, verified
 
 FIRST = ("lr", "r", "lora_alpha", "lora_dropout")  # columns of the table, before all others that vary
 
@@ -109,14 +109,16 @@ def contrasts_table(frame, names):
 def judge_configs(frame, names):
     """Is a configuration better or worse than the baseline, the first that did not always diverge? By `runlog.judge`.
 
-    -> (values of the baseline, {values of another: Verdict}); where all diverged, (None, {}).
+    -> (values of the baseline, {values of another: Verdict}); where all diverged, (None, {}). The better are verified.
     """
     runs = {values: [*same["run"]] for values, same in frame.groupby(names, sort=False)}
     finished = [values for values, own in runs.items() if any(run.status != "diverged" for run in own)]
     if not finished:
         return None, {}
     baseline = runs.pop(finished[0])
-    return finished[0], dict(zip(runs, judge_all(baseline, runs.values(), metric="held_out_loss")))
+    verdicts = judge_all(baseline, runs.values(), metric="held_out_loss")
+    verdicts = [verified(verdict, [*baseline, *own]) for verdict, own in zip(verdicts, runs.values())]
+    return finished[0], dict(zip(runs, verdicts))
 
 
 def verdicts_table(verdicts, names):

@@ -18,7 +18,7 @@ candidate with a diverged run is never called better, and one without any other 
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -26,7 +26,7 @@ from scipy import stats
 from common import UsageError, atomic_open, read_jsonl
 from runlog.compare_runs import differences, number
 from runlog.run import untimed
-from runlog.verify import Report, check_metrics, check_result
+from runlog.verify import Report, check_metrics, check_result, verify_by_replay
 
 PRIOR_VARIANCE = 16.0  # of mean / standard deviation of the differences, in the mixture; what it is changes power alone
 HIGHER_IS_BETTER = {"acc", "acc_norm", "acc_char", "accuracy", "tok_per_sec", "mfu"}
@@ -56,6 +56,7 @@ class Verdict:
     values: dict = field(default_factory=dict)  # {"baseline": {seed: figure}, "candidate": {seed: figure}}
     settings: dict = field(default_factory=dict)  # what differs: {setting: [baseline's value, candidate's]}
     notes: list = field(default_factory=list)  # runs that were left out, or are not proved
+    contradicted: bool = False  # `runlog verify` found a run wrong: further seeds decide nothing
 
     def as_dict(self):
         """What --json prints."""
@@ -91,6 +92,14 @@ def judge_all(baseline, candidates, alpha=0.05, **options):
     """[Verdict] of several lists of candidate runs; any of them is false with probability alpha at most (Holm)."""
     levels = holm([judge(baseline, runs, alpha=alpha, **options).p for runs in candidates], alpha)
     return [judge(baseline, runs, alpha=level, **options) for runs, level in zip(candidates, levels)]
+
+
+def verified(verdict, runs):
+    """The verdict, but undecided instead of better if `runlog verify` contradicts one of the runs that it rests on."""
+    found = (verify_by_replay(run.run_dir.resolve()) for run in runs if verdict.verdict == "better")
+    wrong = next(filter(None, found), "")
+    notes = [*verdict.notes, f"verify contradicts it: {wrong}"]
+    return replace(verdict, verdict="undecided", contradicted=True, notes=notes) if wrong else verdict
 
 
 def usable(runs, side, notes):

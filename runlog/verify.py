@@ -4,8 +4,11 @@ Every run is checked for its checksums and for figures that its files state twic
 `replay_run(run, report, *, steps, whole, data)` of the package that made the run, imported here only when needed.
 """
 
+import functools
 import importlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +68,15 @@ def verify(run, steps=5, whole=False, data=None):
         unproved = f"; not proved: {report.unproved}" if report.unproved else ""
         print(f"          nothing contradicts the record{unproved}")
     return not report.failed
+
+
+@functools.cache
+def verify_by_replay(run_dir):
+    """What `runlog verify`, in a process of its own, finds wrong with a run, or an empty string."""
+    command = [sys.executable, "-m", "runlog", "verify", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    return "" if done.returncode == 0 else (wrong or done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 # --- checks for every kind

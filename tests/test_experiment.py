@@ -34,7 +34,7 @@ def trained(monkeypatch):
         return read_run(run_dir)
 
     monkeypatch.setattr(experiment.Runner, "train", train)
-    monkeypatch.setattr(experiment, "verify_by_replay", lambda *arms: "")
+    monkeypatch.setattr("runlog.judge.verify_by_replay", lambda run_dir: "")
     return done
 
 
@@ -67,7 +67,7 @@ def test_the_exit_status_is_the_answer(trained, tmp_path, in_process, change, ma
 
 
 def test_what_verify_contradicts_is_not_better(trained, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr(experiment, "verify_by_replay", lambda *arms: "FAIL step 3")
+    monkeypatch.setattr("runlog.judge.verify_by_replay", lambda run_dir: "FAIL step 3")
     args = ["quickstart", "--change", "--max-lr 1e-2", "--run-dir", tmp_path, "--json"]
     code, out, _ = in_process(experiment.main, *args)
     row = json.loads(out)[0]

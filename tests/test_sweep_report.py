@@ -1,6 +1,7 @@
 """What is read off a sweep: from runs written here, finished and diverged."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,17 @@ def test_the_table_has_means_over_seeds_best_first(sweep):
     assert lines[2].startswith("| 0.0003 | 4 | 0.05 | 2.2000 ± 2.5412 | 2 | 20 20 | 2.0000 2.4000 | end at 20 |")
     assert lines[3].startswith("| 0.0003 | 4 | 0.1 | 2.3000 | 1 |")  # no interval of a single value
     assert "2.8000 ± 2.5412" in lines[4] and lines[4].endswith("f1 0.500 |") and "diverged at 10" in lines[5]
+
+
+def test_better_is_said_of_what_a_replay_does_not_contradict(sweep, monkeypatch):
+    frame, names = sweep
+    verdicts = [replace(verdict, verdict="better") for verdict in judge_configs(frame, names)[1].values()]
+    monkeypatch.setattr("lora.sweep_report.judge_all", lambda *args, **options: verdicts)
+    wrong = frame["run"][5].run_dir  # of the last configuration alone
+    monkeypatch.setattr("runlog.judge.verify_by_replay", lambda run_dir: "FAIL it" if run_dir == wrong else "")
+    found = [*judge_configs(frame, names)[1].values()]
+    assert [v.verdict for v in found] == ["better", "better", "undecided"] and found[2].contradicted
+    assert found[2].notes[-1] == "verify contradicts it: FAIL it"
 
 
 def test_verdicts_are_those_of_the_judge_at_holms_levels(sweep):
