@@ -3,9 +3,9 @@
 Needs requirements-vocabularies.txt, whose llama-index-core ships cl100k and o200k, and a package index.
 """
 
+import shutil
 import subprocess
 import sys
-import tarfile
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -67,8 +67,7 @@ def test_tiktokens_own_tests_pass(tmp_path, monkeypatch):
     pip = [sys.executable, "-m", "pip", "download", source, "--no-deps", "--no-binary", "tiktoken", "-d", tmp_path]
     if subprocess.run(pip, capture_output=True).returncode:
         pytest.skip(f"the source distribution of {source} cannot be had here")
-    with tarfile.open(next(tmp_path.glob("tiktoken-*.tar.gz"))) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(next(tmp_path.glob("tiktoken-*.tar.gz")), tmp_path)
     tests = next(tmp_path.glob("tiktoken-*/tests")).rename(tmp_path / "suite")  # away from its own package
     (tests / "conftest.py").write_text(ADAPTER, encoding="utf-8")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
