@@ -42,7 +42,7 @@ from tqdm import tqdm
 from bench.harness import BenchConfig, Contestant, finish, open_log, row, take_turns, timed
 from bpe import reference
 from bpe.pretokenizer import PATTERNS, Splitter
-from bpe.tokenizer import Tokenizer
+from bpe.tokenizer import Tokenizer, load_tokenizer
 from bpe.train_bpe import read_documents
 from common import UsageError, cli, read_json, write_json
 from data.sources import documents
@@ -59,7 +59,7 @@ class Config(BenchConfig):
     growth: tuple[int, ...] = ()  # speed: megabytes of installed Python source to train on, each size by itself
     threads: int = 0  # speed: threads that the others may use; 0: all cores
     minbpe: Path | None = None  # speed: checkout of karpathy/minbpe
-    tokenizers: tuple[str, ...] = ("gpt2",)  # encode: vocabularies by tiktoken's names, or .model files
+    tokenizers: tuple[str, ...] = ("gpt2",)  # encode: what `load_tokenizer` reads: tiktoken's names, files
     vocab_sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # compression: as vocab_size
 
 
@@ -123,7 +123,7 @@ PHASES = ("load", "first call", "cold", "warm")
 def encode(cfg):
     """Load, first call, cold and warm encoding of each text by each published vocabulary."""
     texts, rows = {file.name: "".join(read_documents([file])) for file in cfg.input}, []
-    vocabularies = {name: vocabulary(name) for name in cfg.tokenizers}
+    vocabularies = {name: load_tokenizer(name) for name in cfg.tokenizers}
     encoders = baselines(None)[1]
     with open_log(cfg, "bench_bpe_encode") as log:
         for (vocab, tok), (file, text) in product(vocabularies.items(), texts.items()):
@@ -140,16 +140,13 @@ def encode(cfg):
         finish(log, rows, "mb_per_sec")
 
 
-def vocabulary(name):
-    return Tokenizer.load(name) if name.endswith(".model") else Tokenizer.from_tiktoken(name)
-
-
 def phases(encoder, tok, parts):
     """An encoder -> its `turn`: it loads the vocabulary from a file, then encodes the parts."""
     folder = tempfile.TemporaryDirectory()
     load = encoder(tok, Path(folder.name))
 
     def turn():
+        """Its seconds by phase, in all, and the ids."""
         clock, ids = [time.perf_counter()], []
         encode = load()
         clock.append(time.perf_counter())
@@ -235,16 +232,18 @@ def encoder_ours(tok, folder):
 
 
 def encoder_tiktoken(tok, folder):
+    """tiktoken, which reads the rank file that we export."""
     encoding = tok.to_tiktoken()  # which refuses what tiktoken cannot express
     tok.save_tiktoken(folder / "ranks.tiktoken")
+    return lambda: encode_by_ranks(folder / "ranks.tiktoken", encoding._pat_str, encoding._special_tokens)
 
-    def load():
-        pairs = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}  # as tiktoken reads it
-        options = {"pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
-        return tiktoken.Encoding(encoding.name, mergeable_ranks=ranks, **options).encode_ordinary
 
-    return load
+def encode_by_ranks(file, pattern, special_tokens):
+    """tiktoken's encode function for a rank file, which it reads in this way."""
+    pairs = (line.split() for line in file.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    options = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": special_tokens}
+    return tiktoken.Encoding(file.stem, **options).encode_ordinary
 
 
 # GPT-4's pattern as conversions on the hub spell it, by which gigatoken knows it

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from bench.bench_bpe import python_source
+from bench.bench_bpe import encode_by_ranks, python_source
 from bench.harness import open_log
 from bpe.tokenizer import Tokenizer
 from bpe.train_bpe import read_documents
@@ -99,7 +99,12 @@ def published(folder):
         (folder / "tekken.tiktoken").write_bytes(lines_of(ranks))
         ranked["tekken"] = "mistral-common", folder / "tekken.tiktoken", tekken["config"]["pattern"]
     for name, (package, file, pattern) in ranked.items():
-        yield name, package, partial(Tokenizer.from_tiktoken, file, pattern), partial(tiktoken_encode, file, pattern)
+        yield (
+            name,
+            package,
+            partial(Tokenizer.from_tiktoken, file, pattern),
+            partial(encode_by_ranks, file, pattern, {}),
+        )
     for name in sorted({"Llama 3", "Qwen 2"} & ranked.keys()):  # as on the hub, where Qwen's normalizes the text
         package, file, pattern = ranked[name]
         converted = TikTokenConverter(str(file), pattern).converted()
@@ -130,14 +135,9 @@ def lines_of(ranks):
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
 
 
-def tiktoken_encode(name_or_file, pattern=None):
-    """The encode function of tiktoken, for one of its vocabularies or for a rank file."""
-    if pattern is None:
-        return tiktoken.get_encoding(name_or_file).encode_ordinary
-    pairs = (line.split() for line in name_or_file.read_bytes().splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    options = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": {}}
-    return tiktoken.Encoding(name_or_file.stem, **options).encode_ordinary
+def tiktoken_encode(name):
+    """The encode function of one of tiktoken's vocabularies."""
+    return tiktoken.get_encoding(name).encode_ordinary
 
 
 def json_encode(file):

@@ -65,7 +65,8 @@ class Contestant:
             os.kill(self.pid, signal.SIGTERM)
             return {"failed": f"stopped after {limit_seconds:.0f} s"}
         except Exception as e:
-            return {"failed": f"{type(e).__name__}: {e}".splitlines()[0], "traceback": traceback.format_exc()}
+            trace = traceback.format_exc().replace(f"{ROOT}{os.sep}", "")  # records are portable
+            return {"failed": f"{type(e).__name__}: {e}".splitlines()[0], "traceback": trace}
 
     def close(self):
         """End the process and free its memory; the next turn starts another one."""
