@@ -367,8 +367,8 @@ def _without_dead_merges(fields):
     order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
     makes = {token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf))) for token in made}
     merges = [m for k, m in enumerate(fields["merges"]) if order.get(makes[m[2]]) == k]
-    unmerged = {data[token].hex(): token for token in made - {token for _, _, token in merges}}
-    unmerged |= fields["unmerged_tokens"]
+    lost = made - {token for _, _, token in merges}
+    unmerged = fields["unmerged_tokens"] | {data[token].hex(): token for token in lost}
     return fields | {"merges": merges, "unmerged_tokens": dict(sorted(unmerged.items(), key=itemgetter(1)))}
 
 

@@ -127,12 +127,12 @@ def in_order(merges, byte_ids):
         ready = [(p, q, token)]
         while ready:
             merge = p, q, token = ready.pop()
-            if missing := {p, q} - made:
-                waiting.setdefault(missing.pop(), []).append(merge)
-            else:
+            if p in made and q in made:
                 yield merge
                 made.add(token)
                 ready += waiting.pop(token, [])
+            else:
+                waiting.setdefault(q if p in made else p, []).append(merge)
 
 
 def checked_state(fields, source, name):

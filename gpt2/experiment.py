@@ -138,7 +138,8 @@ def look(cfg, baseline, candidates):
     sides = [*baseline.runs.values()], [[*arm.runs.values()] for arm in candidates]
     verdicts = judge_all(*sides, cfg.alpha, metric=cfg.metric, at=cfg.at, delta=cfg.delta)
     for arm, verdict in zip(candidates, verdicts):
-        arm.verdict = verified(verdict, [*baseline.runs.values(), *arm.runs.values()])
+        if not (arm.verdict and arm.verdict.contradicted):  # which stays as it is
+            arm.verdict = verified(verdict, [*baseline.runs.values(), *arm.runs.values()])
 
 
 def experiment(cfg, log, arms):

@@ -12,7 +12,6 @@ from runlog.run import AXES, draw_curves
 # Settings that do not change what a run computes.
 IGNORED = {"run_dir", "out", "overwrite", "plan", "plan_tok_per_sec", "stop_after_minutes", "allow_config_change"}
 IGNORED |= {"tensorboard", "wandb", "verbose", "show_batch"}
-CURVE_POINTS = 8  # columns of the table of curves
 
 
 def compare(runs, x="step", kind=None, y="loss", out=None):
@@ -84,9 +83,9 @@ def spread(values):
 
 
 def curve_table(curves, title):
-    """Each curve (xs, ys) at a few points of the longest one, linearly interpolated."""
+    """Each curve (xs, ys) at eight points of the longest one, linearly interpolated."""
     grid = np.array(max((xs for xs, _ in curves.values()), key=lambda xs: xs[-1]))
-    places = grid[np.unique(np.linspace(0, len(grid) - 1, CURVE_POINTS).round().astype(int))]
+    places = grid[np.unique(np.linspace(0, len(grid) - 1, 8).round().astype(int))]
     rows = {label: np.interp(places, *curve, left=np.nan, right=np.nan) for label, curve in curves.items()}
     columns = [number(float(place)).removesuffix(".0000") for place in places]
     return table(pd.DataFrame(rows, index=columns).T.rename_axis(title))
