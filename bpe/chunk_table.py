@@ -1,4 +1,4 @@
-"""A hash table in numpy that looks up all chunks of a text at once.
+"""Hash tables in numpy: all chunks of a text, or many pairs of ids, are looked up at once.
 
 The key of a chunk of up to 7 bytes is one 64-bit word, read from the text in place, with the length in its last byte;
 for up to LONGEST bytes it is three such words. Keys are hashed to the rows of a table with open addressing and linear
@@ -7,6 +7,10 @@ probing. Longer chunks are rare and kept in a dict.
 
 import numpy as np
 
+from common import UsageError
+
+NO_RANK = 2**31 - 1  # of a pair that is not merged
+EMPTY = np.uint64(2**64 - 1)  # row of PairRanks: the number of no pair
 LONGEST = 23  # bytes of a chunk in the table
 PADDING = 24  # bytes after the last chunk, so that three words can be read at any position
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # odd, random bits
@@ -57,7 +61,7 @@ class Table:
 
     def __init__(self, n_words):
         self.n_words, self.used = n_words, 0
-        self.rows = np.zeros((1024, n_words + 1), np.uint64)
+        self.rows = np.zeros((1 << 14, n_words + 1), np.uint64)
 
     def insert(self, words):
         """Keys, a list of n_words arrays (n,) -> (the row of each, the indices of new keys: of equal ones the first).
@@ -111,3 +115,50 @@ def _words(data, starts, lengths, n_words):
     words = [at.take(starts + 8 * k) & BITS[k].take(lengths) for k in range(n_words)]
     words[-1] |= lengths.view(np.uint64) << np.uint64(56)
     return words
+
+
+class PairRanks:
+    """The rank of each pair of ids that is merged.
+
+    A pair is in one of two rows (cuckoo hashing, Pagh and Rodler 2001), so that many are looked up without a loop.
+    """
+
+    def __init__(self, left, right, n_ids):
+        """left, right: the pairs in order of rank. n_ids: all ids are smaller."""
+        self.n_ids, self.bits = np.int64(n_ids), np.uint64(len(left).bit_length())
+        if int(self.bits) + 2 * n_ids.bit_length() > 64:
+            raise UsageError(f"{n_ids:,} tokens are more than fit: a pair and its rank share one 64-bit word")
+        self.mask = (np.uint64(1) << self.bits) - np.uint64(1)
+        pairs, size = self._numbers(left, right), 2 << len(left).bit_length()
+        while not self._place(pairs, size):
+            size *= 2
+
+    def __call__(self, left, right):
+        """Ranks of the pairs (left[i], right[i]), NO_RANK for a pair of no merge; an id may be -1, one side an int."""
+        pairs = self._numbers(left, right)
+        row, other = (self.rows.take(slots) for slots in self._slots(pairs))
+        row = np.where(row >> self.bits == pairs, row, other)
+        return np.where(row >> self.bits == pairs, (row & self.mask).view(np.int64), NO_RANK)
+
+    def _place(self, pairs, size):
+        """Fill a table of `size` rows -> whether all pairs have one."""
+        self.shift = np.uint64(65 - size.bit_length())
+        rows, slots = np.full(size, -1), np.stack(self._slots(pairs))
+        todo, turn = np.arange(len(pairs)), np.zeros(len(pairs), np.int64)  # turn: which of its two rows
+        for _ in range(100):
+            at = slots[turn[todo], todo]
+            evicted = np.unique(rows[at])
+            rows[at] = todo  # of several, the last one
+            todo = np.concatenate([todo[rows[at] != todo], evicted[evicted >= 0]])
+            turn[todo] ^= 1
+        used = np.flatnonzero(rows >= 0)
+        self.rows = np.full(size, EMPTY)
+        self.rows[used] = pairs[rows[used]] << self.bits | rows[used].view(np.uint64)
+        return not len(todo)
+
+    def _numbers(self, left, right):
+        """A number for each pair; a pair with an id of -1 has that of no other."""
+        return (left * (self.n_ids + 1) + right + 1).view(np.uint64)
+
+    def _slots(self, pairs):
+        return [(pairs * m >> self.shift).view(np.int64) for m in MIX[:2]]

@@ -18,11 +18,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from bpe.chunk_table import PADDING, ChunkTable, Table
+from bpe.chunk_table import NO_RANK, PADDING, ChunkTable, PairRanks
 from bpe.pretokenizer import BLOCK, PADDED_END
 from bpe.trainer import DEAD, SEP, LinkedTokens, flat
 
-NO_RANK = 2**31 - 1
 MANY = 48  # chunks; with fewer, a round of numpy calls costs more than it saves
 LONG = 64  # mean bytes of a chunk up to which chunks are merged in rounds, and the maximum number of rounds
 MAX_CHUNKS = 1 << 19  # in the cache: a table of 32 MB
@@ -53,9 +52,8 @@ class Encoder:
         for part in (p, q):
             np.minimum.at(first_use, part, order)
         self._early = set(np.flatnonzero(first_use[self._made] < order).tolist())  # whose tokens lower ranks use
-        self._n_ids, self._rank_table = len(inner), Table(1)
-        slots, _ = self._rank_table.insert(self._pair_words(p, q))
-        self._rank_table.rows[slots, -1] = NO_RANK - np.arange(len(p))  # 0, the value of an empty row, means NO_RANK
+        self._pair_ranks, ids = PairRanks(p, q, len(inner)), np.arange(SEP, 256)
+        self._byte_pair_ranks = self._pair_ranks(np.repeat(ids, 257), np.tile(ids, 257))  # the first that are needed
         self._vocab, self._whole, self._crossed = vocab, whole, None
         # A call takes a cache from this list and puts it back when it is done: threads never share one, no lock is held
         # when a process forks, and a cache that an interrupt left half-filled is never used again.
@@ -107,17 +105,21 @@ class Encoder:
         A chunk of `_whole` has the value ~v: its first id in the pool is its token, the others what the merges make of
         it where it is a part of a chunk.
         """
+        order = np.argsort(-lengths)  # longest first, so that _merge_by_rounds has less to do with every round
+        starts, lengths = starts[order], lengths[order]
         at = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
         at += np.arange(len(at))
         ids, counts = self.merge(data.take(at), lengths)
-        if not self._whole:
-            return cache.add(ids, counts)
-        names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
-        tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
-        is_token = tokens != SEP
-        ids = np.insert(ids, (counts.cumsum() - counts)[is_token], tokens[is_token])
+        is_token = np.zeros(len(starts), bool)
+        if self._whole:
+            names = (data[i : i + n].tobytes() for i, n in zip(starts.tolist(), lengths.tolist()))
+            tokens = np.array([self._whole.get(name, SEP) for name in names], np.int32)
+            is_token = tokens != SEP
+            ids = np.insert(ids, (counts.cumsum() - counts)[is_token], tokens[is_token])
         places = cache.add(ids, counts + is_token)
-        return np.where(is_token, ~places, places)
+        values = np.empty(len(starts), np.int64)
+        values[order] = np.where(is_token, ~places, places)
+        return values
 
     def _cut(self, data, starts):
         """Starts of chunks, as Splitter.split returns them -> (starts of pieces, mask of those that are not whole)."""
@@ -154,12 +156,17 @@ class Encoder:
     def _merge_by_rounds(self, tokens):
         """Up to LONG rounds, each of which merges the best pair of every chunk -> whether no chunk has one any more."""
         tok, next_, prev = tokens.tok, tokens.next, tokens.prev
-        begins = np.flatnonzero(tok == SEP)[:-1]  # each chunk from the SEP before it
-        rank = np.append(self._ranks(tok[:-1], tok[1:]), NO_RANK)
+        begins = np.flatnonzero(tok == SEP)  # each chunk from the SEP before it
+        lengths = np.diff(begins) - 1
+        rank = np.append(self._byte_pair_ranks.take((tok[:-1] - SEP) * 257 + tok[1:] - SEP), NO_RANK)
         bits = len(tok).bit_length()
         key = rank << bits | np.arange(len(tok))  # the minimum has the lowest rank and is the leftmost of that rank
-        for _ in range(LONG):
-            best = np.minimum.reduceat(key, begins)
+        for done in range(LONG):
+            unfinished = np.flatnonzero(lengths - done > 1)  # the others have merged all their bytes
+            if not len(unfinished):
+                return True
+            n = unfinished[-1] + 1
+            best = np.minimum.reduceat(key[: begins[n]], begins[:n])
             best = best[best < NO_RANK << bits]
             if not len(best):
                 return True
@@ -170,14 +177,14 @@ class Encoder:
             next_[at], prev[after] = after, at
             key[gone] = NO_RANK << bits
             changed = np.append(at, before)
-            key[changed] = self._ranks(tok[changed], tok[next_[changed]]) << bits | changed
+            key[changed] = self._pair_ranks(tok[changed], tok[next_[changed]]) << bits | changed
         return False
 
     def _merge_by_rank(self, tokens):
         """Rank by rank, each at all its positions, or at the leftmost if its token is part of a merge of lower rank."""
         tokens.compact()
         todo, rank_of = _Agenda(), self._rank.get
-        todo.add(np.arange(len(tokens.tok) - 1), self._ranks(tokens.tok[:-1], tokens.tok[1:]))
+        todo.add(np.arange(len(tokens.tok) - 1), self._pair_ranks(tokens.tok[:-1], tokens.tok[1:]))
         while todo.ranks:
             rank = heapq.heappop(todo.ranks)
             p, q, new = self._merges[rank]
@@ -193,17 +200,8 @@ class Encoder:
                 todo.add(done, [rank_of((new, x), NO_RANK) for x in right])
                 todo.add(before, [rank_of((x, new), NO_RANK) for x in left])
             else:
-                todo.add(done, self._ranks(new, right))
-                todo.add(before, self._ranks(left, new))
-
-    def _ranks(self, left, right):
-        """Ranks of the pairs (left[i], right[i]), NO_RANK for a pair of no merge; either may be SEP."""
-        found = self._rank_table.rows[self._rank_table.find(self._pair_words(left, right)), -1]
-        return NO_RANK - found.view(np.int64)
-
-    def _pair_words(self, left, right):
-        """The key of each pair in the table. SEP is -1 and in no merge; no other pair has the key of one with SEP."""
-        return [(left * np.int64(self._n_ids + 1) + right + 1).view(np.uint64)]
+                todo.add(done, self._pair_ranks(new, right))
+                todo.add(before, self._pair_ranks(left, new))
 
 
 class _Cache:

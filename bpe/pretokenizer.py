@@ -86,7 +86,7 @@ WHITE, PUNCTUATION, NUMBERS, LETTERS = 0, 1, 2, 3  # the groups, without END's
 END_CHARACTER = "\ud800"  # a surrogate is in no valid text; in ASCII text and UTF-8 the byte 0xFF takes its place
 
 PADDED_END = b"\xff" + bytes(PADDING)
-BLOCK = 1 << 19  # characters that are split at a time; few enough that the arrays stay in the CPU's cache
+BLOCK = 1 << 18  # characters that are split at a time; few enough that the arrays stay in the CPU's cache
 TASK = 1 << 22  # characters that a worker process is given at a time
 # Where a text may be cut: no chunk of these patterns extends from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
