@@ -44,6 +44,7 @@ class Encoder:
         for token in merges.values():
             inner.setdefault(token, len(inner))  # two merges may make the same token
         self._missing = np.array([token < 0 for token in byte_ids])
+        self._outer_ids = [*inner]
         self._outer = np.array([*inner, SEP], np.int32)  # SEP is -1: it picks the last entry
         self._merges = [(inner[p], inner[q], inner[token]) for (p, q), token in merges.items()]
         self._rank = {(p, q): rank for rank, (p, q, _) in enumerate(self._merges)}
@@ -87,17 +88,28 @@ class Encoder:
         return np.concatenate(ids), lengths
 
     def encode_short(self, splitter, text):
-        """The same for one ASCII text of a few lines -> list of ids, without the overhead of numpy."""
+        """The same for one text of a few lines that `STABLE` matches -> list of ids, without the overhead of numpy."""
+        if len(self._short) > MAX_SHORT:
+            self._short = {}  # a new dict: other threads may still read the old one
         chunks, known = splitter.findall(text), self._short
-        if new := [chunk for chunk in dict.fromkeys(chunks) if chunk not in known]:
-            if len(known) > MAX_SHORT:
-                known = self._short = {}  # a new dict: other threads may still read the old one
-                new = list(dict.fromkeys(chunks))
-            encoded = [chunk.encode("ascii") for chunk in new]
-            ids, lengths = self.merge(*flat(encoded))
-            for chunk, data, part in zip(new, encoded, np.split(ids, lengths.cumsum()[:-1])):
-                known[chunk] = [self._whole[data]] if data in self._whole else part.tolist()
+        for chunk in chunks:
+            if chunk not in known:
+                known[chunk] = self._merge_one(chunk.encode("utf-8"))
         return [token for chunk in chunks for token in known[chunk]]
+
+    def _merge_one(self, data):
+        """Bytes of one chunk -> list of ids."""
+        if data in self._whole:
+            return [self._whole[data]]
+        if len(data) > LONG:  # quadratic below
+            return self.merge(*flat([data]))[0].tolist()
+        rank_of = self._rank.get
+        tokens = merge_few(
+            [b for b in data if not self._missing[b]],
+            lambda p, q: rank_of((p, q), NO_RANK),
+            lambda p, q: self._merges[rank_of((p, q))][2],
+        )
+        return [self._outer_ids[token] for token in tokens]
 
     def _add(self, cache, data, starts, lengths):
         """Merge the new chunks that start in `data` -> their values in the cache.
@@ -247,6 +259,23 @@ class _Agenda:
             else:
                 self.where[rank] = positions
                 heapq.heappush(self.ranks, rank)
+
+
+def merge_few(tokens, rank_of, join):
+    """Merge a list of tokens in place, in plain Python and in quadratic time -> the list.
+
+    rank_of: two neighbours -> their rank, NO_RANK if they are not merged. join: two neighbours -> the token they make.
+    """
+    ranks = [rank_of(p, q) for p, q in pairwise(tokens)]
+    while ranks and (best := min(ranks)) < NO_RANK:
+        i = ranks.index(best)
+        tokens[i] = join(tokens[i], tokens.pop(i + 1))
+        del ranks[i]
+        if i > 0:
+            ranks[i - 1] = rank_of(tokens[i - 1], tokens[i])
+        if i < len(ranks):
+            ranks[i] = rank_of(tokens[i], tokens[i + 1])
+    return tokens
 
 
 def _crossed(tokens, missing):

@@ -14,7 +14,7 @@ Readers return a tokenizer's state (see model_file.py), writers take a Tokenizer
 import base64
 import hashlib
 import json
-import math
+import operator
 import os
 import random
 import re
@@ -27,9 +27,10 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
-from operator import itemgetter
 from pathlib import Path
 
+from bpe.chunk_table import NO_RANK
+from bpe.encoder import merge_few
 from bpe.model_file import END_OF_TEXT, NORMALIZERS, checked_state, in_order, require
 from bpe.pretokenizer import PATTERNS, RULES, Splitter, lossless_pattern
 from bpe.trainer import flat
@@ -116,7 +117,7 @@ def _ranks(tok):
         raise UsageError("two tokens have the same bytes, which a tiktoken vocabulary cannot express")
     # tiktoken looks up whole chunks first, and merges any pair whose bytes are a token
     _, lengths = tok._encoder.merge(*flat([tok.vocab[token] for token in ids]))
-    extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b, math.inf)
+    extra, rank_of = tok.unmerged_tokens, lambda a, b: ranks.get(a + b, NO_RANK)
     if (lengths > 1).any() or (extra and not tok.ignore_merges) or any(len(_parts(t, rank_of)) == 2 for t in extra):
         raise UsageError("tiktoken would use tokens that these merges do not make")
     return ranks
@@ -158,7 +159,7 @@ def _state_of_ranks(ranks, pattern, special_tokens, name):
         raise UsageError(f"{name} is not a byte-level vocabulary: it has no token for byte {byte_ids.index(None)}")
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = _parts(token, lambda a, b: ranks.get(a + b, math.inf))
+            parts = _parts(token, lambda a, b: ranks.get(a + b, NO_RANK))
             if len(parts) == 2:
                 merges.append([ranks[parts[0]], ranks[parts[1]], rank])
             else:
@@ -168,23 +169,15 @@ def _state_of_ranks(ranks, pattern, special_tokens, name):
 
 
 def _parts(token, rank_of):
-    """Encode the bytes of a token up to its last merge -> the two parts of that merge, or more if no merge makes it.
+    """Merge the bytes of a token, but for the merge that makes it -> its two parts, or more if no merge makes it.
 
-    rank_of: two neighbouring parts -> the rank of their merge, infinite if there is none.
+    rank_of: bytes of two neighbours -> the rank of their merge, NO_RANK if there is none.
 
     How a token is merged does not depend on its context, so these are its parts wherever it occurs.
     """
-    parts = [token[i : i + 1] for i in range(len(token))]
-    ranks = [rank_of(a, b) for a, b in pairwise(parts)]
-    while len(ranks) > 1 and (best := min(ranks)) < math.inf:
-        i = ranks.index(best)
-        parts[i] += parts.pop(i + 1)
-        del ranks[i]
-        if i > 0:
-            ranks[i - 1] = rank_of(parts[i - 1], parts[i])
-        if i < len(ranks):
-            ranks[i] = rank_of(parts[i], parts[i + 1])
-    return parts if min(ranks) < math.inf else [*parts, b""]
+    size = len(token)
+    pieces = [token[i : i + 1] for i in range(size)]
+    return merge_few(pieces, lambda a, b: NO_RANK if len(a) + len(b) == size else rank_of(a, b), operator.add)
 
 
 def bytes_to_unicode():
@@ -345,7 +338,7 @@ def _fields_of(data, check):
     if re.search('"(SpecialToken|cls)"', json.dumps(data.get("post_processor"))):
         warnings.warn("its post_processor adds special tokens to a text; encode does not", stacklevel=4)
     used = {*byte_ids, *(token for _, _, token in merges), *(token["id"] for token in added)}
-    spelled = {text: token for text, token in sorted(vocab.items(), key=itemgetter(1)) if token not in used}
+    spelled = {text: token for text, token in sorted(vocab.items(), key=operator.itemgetter(1)) if token not in used}
     unmerged = {b"".join(bytes_of.get(c, c.encode("utf-8")) for c in text).hex(): i for text, i in spelled.items()}
     check(len(unmerged) == len(spelled), "two of its tokens have the same bytes")
     return {
@@ -365,11 +358,11 @@ def _without_dead_merges(fields):
     for p, q, token in in_order({(p, q): token for p, q, token in fields["merges"]}, data):
         data[token] = data[p] + data[q]
     order = {(data[p], data[q]): k for k, (p, q, _) in enumerate(fields["merges"]) if p in data and q in data}
-    makes = {token: tuple(_parts(data[token], lambda a, b: order.get((a, b), math.inf))) for token in made}
+    makes = {token: tuple(_parts(data[token], lambda a, b: order.get((a, b), NO_RANK))) for token in made}
     merges = [m for k, m in enumerate(fields["merges"]) if order.get(makes[m[2]]) == k]
     lost = made - {token for _, _, token in merges}
     unmerged = fields["unmerged_tokens"] | {data[token].hex(): token for token in lost}
-    return fields | {"merges": merges, "unmerged_tokens": dict(sorted(unmerged.items(), key=itemgetter(1)))}
+    return fields | {"merges": merges, "unmerged_tokens": dict(sorted(unmerged.items(), key=operator.itemgetter(1)))}
 
 
 def _pattern_of(pre, check):

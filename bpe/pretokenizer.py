@@ -88,6 +88,10 @@ END_CHARACTER = "\ud800"  # a surrogate is in no valid text; in ASCII text and U
 PADDED_END = b"\xff" + bytes(PADDING)
 BLOCK = 1 << 18  # characters that are split at a time; few enough that the arrays stay in the CPU's cache
 TASK = 1 << 22  # characters that a worker process is given at a time
+# Characters of the most common scripts that all versions of Unicode classify alike, so that `regex` may split them.
+STABLE = re.compile(
+    r"[\0-\u024f\u0400-\u0481\u2010-\u2027\u3000-\u3003\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uff01-\uff5e]*"
+)
 # Where a text may be cut: no chunk of these patterns extends from a visible character to a space, and none looks back.
 _CUT = re.compile(r"\S(?= )")
 

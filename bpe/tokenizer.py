@@ -30,7 +30,7 @@ from tqdm import tqdm
 from bpe import interop
 from bpe.encoder import Encoder
 from bpe.model_file import END_OF_TEXT, empty_state, in_order, is_id, read_model, state_sha256, write_model, write_vocab
-from bpe.pretokenizer import Splitter, SplitterSequence, check_pattern, count_chunks, valid
+from bpe.pretokenizer import STABLE, Splitter, SplitterSequence, check_pattern, count_chunks, valid
 from bpe.reference import render_token
 from bpe.trainer import check_size, learn_merges
 from common import UsageError
@@ -204,8 +204,8 @@ class Tokenizer:
         return self._encode_one(valid(text), ())
 
     def _encode_one(self, text, special):
-        """str -> list of ids; short ASCII texts, such as single lines, without setting up arrays."""
-        if len(text) <= SHORT_TEXT and text.isascii() and not (special or self.added_tokens or self.normalizer):
+        """str -> list of ids; short texts, such as single lines, without setting up arrays."""
+        if len(text) <= SHORT_TEXT and STABLE.fullmatch(text) and not (special or self.added_tokens or self.normalizer):
             return self._encoder.encode_short(self._split, text)
         return self._encode([text], special)[0].tolist()
 

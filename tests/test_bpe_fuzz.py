@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 import pytest
 
 import bpe.encoder
+import bpe.tokenizer
 import bpe.trainer
 from bpe import Tokenizer, reference
 from common import valid
@@ -32,6 +33,7 @@ def test_500_cases_without_a_difference(seed, monkeypatch):
         monkeypatch.setattr(bpe.trainer, "FEW", rnd.choice([0, 2, 48]))
         monkeypatch.setattr(bpe.encoder, "MANY", rnd.choice([0, 48]))
         monkeypatch.setattr(bpe.encoder, "LONG", rnd.choice([64, 3]))
+        monkeypatch.setattr(bpe.tokenizer, "SHORT_TEXT", rnd.choice([0, 1000]))
         num_merges = rnd.randint(0, 40)
         documents = [some_text(rnd) for _ in range(rnd.choice([1, 1, 2, 6]))]
         tok = Tokenizer(rnd.choice(PATTERNS))

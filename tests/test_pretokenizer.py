@@ -17,6 +17,7 @@ from bpe.pretokenizer import (
     O200K_SPLIT_PATTERN,
     PATTERNS,
     RULES,
+    STABLE,
     Splitter,
     kinds,
 )
@@ -80,6 +81,14 @@ def test_the_kinds_of_characters_are_those_of_tiktokens_regular_expressions():
 @settings(max_examples=200, deadline=None)
 def test_ascii_is_split_as_by_the_pattern(pattern, text):
     assert Splitter(pattern)(text) == by_the_book(pattern, text)
+
+
+@pytest.mark.parametrize("pattern", KNOWN)
+def test_regex_splits_stable_characters_as_the_pinned_classes_do(pattern):
+    chars = [char for char in map(chr, range(0xD800)) if STABLE.fullmatch(char)]
+    assert len(chars) > 20_000 and "北" in chars and "\u0558" not in chars
+    texts = [f"a{char}b A{char}B {char} 1{char}\n{char}" for char in chars]
+    assert split_together(pattern, texts) == [Splitter(pattern).findall(text) for text in texts]
 
 
 @pytest.mark.core
