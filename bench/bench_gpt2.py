@@ -45,7 +45,7 @@ from gpt2.loader import Loader
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
 from gpt2.plan import fitting_micro_batch, memory_estimate, peak_flops
-from runlog import comparable_metrics, read_metrics
+from runlog import comparable_metrics, read_run
 
 VAL_TOKENS = 65536  # of the race's validations
 RECIPES = {  # rows of the ladder, and with --recipes of the race, where the others come on top of Muon
@@ -435,7 +435,7 @@ def short_run(data_dir, optimizer, nproc, exact, steps=60):
     def turn():
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([*command, folder], check=True, capture_output=True, env=env)
-            rates = [row["tok_per_sec"] for row in read_metrics(folder) if row["kind"] == "train"]
+            rates = [row["tok_per_sec"] for row in read_run(folder).rows("train")]
             state = torch.load(max(Path(folder).glob("ckpt/step_*.pt")))["model"]
         weights = b"".join(state[name].numpy().tobytes() for name in sorted(state))
         seconds = PRESETS["quickstart"].total_batch_size / float(np.median(rates))

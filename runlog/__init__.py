@@ -15,6 +15,6 @@ read it back through `read_run` (run.py), which also reads the compact records i
 """
 
 from runlog.record import RunLog
-from runlog.run import TIMING_FIELDS, Run, comparable_metrics, read_metrics, read_run
+from runlog.run import TIMING_FIELDS, Run, comparable_metrics, read_run
 
-__all__ = ["TIMING_FIELDS", "Run", "RunLog", "comparable_metrics", "read_metrics", "read_run"]
+__all__ = ["TIMING_FIELDS", "Run", "RunLog", "comparable_metrics", "read_run"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import ROOT, UsageError, atomic_folder, locked, plain, write_json
-from runlog.run import draw_curves, read_metrics, read_run
+from runlog.run import draw_curves, read_run
 
 STATUSES = ("running", "success", "preempted", "diverged", "failed")
 
@@ -63,10 +63,10 @@ class RunLog:
             metrics = self.run_dir / "metrics.jsonl"
             if metrics.exists():  # without an incomplete last line
                 os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
-            for row in read_metrics(self.run_dir):
-                self._remember_loss(row)
             write_json(self.run_dir / "config.json", {"kind": self.kind, "settings": settings, **provenance()})
             write_json(self.run_dir / "env.json", environment())
+            for row in read_run(self.run_dir).metrics:
+                self._remember_loss(row)
             self._metrics = stack.enter_context(open(metrics, "a", encoding="utf-8", newline="\n"))
             self._log = stack.enter_context(open(self.run_dir / "log.txt", "a", encoding="utf-8", newline="\n"))
             self.started = time.time()

@@ -46,29 +46,26 @@ class Run:
         return [row for row in self.metrics if row["kind"] == kind]
 
     def curve(self, kind, y="loss", x="step"):
-        """Two lists (xs, ys) of the rows of one kind that have both. x: a field, or one of AXES."""
-        place = self.axis(x)
-        rows = [row for row in self.rows(kind) if row.get(y) is not None and place(row) is not None]
-        return [place(row) for row in rows], [row[y] for row in rows]
-
-    def axis(self, x):
-        """row -> its place on the axis, or None. UsageError where the run does not record what the axis needs.
+        """Two lists (xs, ys) of the rows of one kind that have y. x: one of AXES; UsageError where it is not recorded.
 
         tokens are those seen before the row's step, flops those of the model's passes over them. seconds are those of
         the steps where they are timed (evaluations and pauses left out), else the clock since the first row.
         """
+        rows = [row for row in self.rows(kind) if row.get(y) is not None]
+        xs, ys = [row["step"] for row in rows], [row[y] for row in rows]
         if x in ("tokens", "flops"):
             per_token = 1 if x == "tokens" else self.settings.get("flops_per_token")
             if self.tokens is None or per_token is None:
                 raise UsageError(f"{self.run_dir} ({self.kind}) does not record its {x}; compare by step or seconds")
-            return lambda row: row["step"] * self.settings["total_batch_size"] * per_token
-        if x == "seconds":
-            timed = [(row["step"], row["ms"] / 1e3) for row in self.rows("train") if row.get("ms") is not None]
-            if not timed:
-                return lambda row: row["time"] - self.metrics[0]["time"]
-            steps, spent = [step for step, _ in timed], [0.0, *accumulate(seconds for _, seconds in timed)]
-            return lambda row: spent[bisect_left(steps, row["step"])]
-        return lambda row: row.get(x)
+            xs = [step * self.settings["total_batch_size"] * per_token for step in xs]
+        elif x == "seconds":
+            timed = {row["step"]: row["ms"] / 1e3 for row in self.rows("train") if row.get("ms") is not None}
+            steps, spent = [*timed], [0.0, *accumulate(timed.values())]
+            if timed:
+                xs = [spent[bisect_left(steps, step)] for step in xs]
+            else:
+                xs = [row["time"] - self.metrics[0]["time"] for row in rows]
+        return xs, ys
 
     @property
     def status(self):
@@ -149,11 +146,21 @@ def read_run(run_dir):
         raise UsageError(f"{run_dir} is not a run directory: it has no config.json or record.json")
     if not all(isinstance(part, dict) for part in (config, env, result)) or not {"kind", "settings"} <= config.keys():
         raise UsageError(f"{run_dir} is not a run directory: its config has no kind and settings, or a file is damaged")
-    return _make_run(run_dir, config, env, result, _metrics_lines(run_dir))
+    metrics = run_dir / "metrics.jsonl"
+    return _make_run(run_dir, config, env, result, metrics.read_bytes() if metrics.exists() else b"")
 
 
-def _make_run(run_dir, config, env, result, lines):
-    rows, digest = _parse_metrics(lines, run_dir), hashlib.sha256(lines).hexdigest()
+def _make_run(run_dir, config, env, result, metrics):
+    """metrics: the bytes of metrics.jsonl; what a kill left of the last line is ignored. (CRLF becomes LF.)"""
+    lines, rows = metrics.replace(b"\r\n", b"\n").split(b"\n")[:-1], {}
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows[row["step"], row["kind"]] = row
+        except (ValueError, KeyError, TypeError):  # a whole line, so no kill explains it
+            raise UsageError(f"{run_dir}/metrics.jsonl, line {i} is not a metrics row; it is damaged") from None
+    digest = hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
+    rows = sorted(rows.values(), key=lambda row: row["step"])
     return Run(run_dir, config["kind"], config["settings"], config, env, result, rows, digest)
 
 
@@ -177,33 +184,9 @@ def is_locked(run_dir):
         return False
 
 
-def read_metrics(run_dir):
-    """Rows of metrics.jsonl, the last one per (step, kind), sorted by step; a torn last line is ignored."""
-    return _parse_metrics(_metrics_lines(run_dir), run_dir)
-
-
-def _metrics_lines(run_dir):
-    """The whole lines of metrics.jsonl as bytes: what a kill left of the last one is cut off. (CRLF becomes LF.)"""
-    path = Path(run_dir) / "metrics.jsonl"
-    data = path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else b""
-    return data[: data.rfind(b"\n") + 1]
-
-
-def _parse_metrics(lines, run_dir):
-    rows = {}
-    for i, line in enumerate(lines.decode(errors="replace").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows[row["step"], row["kind"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError):  # a whole line, so no kill explains it
-                raise UsageError(f"{run_dir}/metrics.jsonl, line {i} is not a metrics row; it is damaged") from None
-    return sorted(rows.values(), key=lambda r: r["step"])
-
-
 def comparable_metrics(run_dir):
     """What "identical runs" compares: the metrics rows without the fields of time and memory."""
-    return untimed(read_metrics(run_dir))
+    return untimed(read_run(run_dir).metrics)
 
 
 def untimed(rows):

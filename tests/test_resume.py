@@ -16,7 +16,7 @@ import torch
 from lingering_train_gpt2 import LINGER_FROM
 
 from gpt2 import checkpoint
-from runlog import comparable_metrics, read_metrics, read_run
+from runlog import comparable_metrics, read_run
 
 MAX_STEPS = 240
 FLAGS = [
@@ -64,7 +64,8 @@ def finish(process, timeout=900):
 
 def last_step(run_dir):
     """The newest training step that a run has recorded, or -1."""
-    return max((row["step"] for row in read_metrics(run_dir) if row["kind"] == "train"), default=-1)
+    started = (run_dir / "metrics.jsonl").exists()
+    return max((row["step"] for row in read_run(run_dir).rows("train")), default=-1) if started else -1
 
 
 def wait_for(condition, process, what, timeout=600):

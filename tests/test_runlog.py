@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common import ROOT, UsageError, atomic_open, portable, write_json
-from runlog import RunLog, comparable_metrics, read_metrics, read_run
+from runlog import RunLog, comparable_metrics, read_run
 from runlog.record import export_record
 
 
@@ -39,14 +39,14 @@ def test_a_run_reads_back(tmp_path):
 def test_the_last_row_for_a_step_and_kind_wins(tmp_path):
     write_run(tmp_path, (3.0, 2.0))
     write_run(tmp_path, (3.0, 1.5), resume=True)
-    assert [r["loss"] for r in read_metrics(tmp_path)] == [3.0, 1.5]
+    assert [r["loss"] for r in read_run(tmp_path).metrics] == [3.0, 1.5]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_without_resume_the_old_record_is_replaced(tmp_path):
     write_run(tmp_path, (3.0, 2.0, 1.0))
     write_run(tmp_path, (3.0,))
-    assert len(read_metrics(tmp_path)) == 1
+    assert len(read_run(tmp_path).metrics) == 1
 
 
 @pytest.mark.core
@@ -54,9 +54,9 @@ def test_a_torn_last_line_is_ignored_and_cut_on_resume(tmp_path):
     write_run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "kind": "tr')
-    assert len(read_metrics(tmp_path)) == 2
+    assert len(read_run(tmp_path).metrics) == 2
     write_run(tmp_path, (9.0, 8.0), resume=True)
-    assert [r["loss"] for r in read_metrics(tmp_path)] == [9.0, 8.0]
+    assert [r["loss"] for r in read_run(tmp_path).metrics] == [9.0, 8.0]
 
 
 @pytest.mark.core
@@ -65,7 +65,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0][:10], lines[1], ""]))
     with pytest.raises(UsageError, match="line 1"):
-        read_metrics(tmp_path)
+        read_run(tmp_path)
 
 
 def test_samples_read_back_in_order(tmp_path):
@@ -280,7 +280,7 @@ def test_a_mirror_that_does_not_start_leaves_the_earlier_run_and_its_lock(tmp_pa
     log = RunLog(tmp_path, "test", {}, wandb=True)
     with pytest.raises(UsageError, match="wandb did not start"):
         log.__enter__()
-    assert read_run(tmp_path).status == "success" and len(read_metrics(tmp_path)) == 2
+    assert read_run(tmp_path).status == "success" and len(read_run(tmp_path).metrics) == 2
     write_run(tmp_path)
 
 
