@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -179,7 +179,7 @@ def main():
         verdicts = {arm.name: arm.verdict for arm in arms[1:] if arm.verdict}
         for name, verdict in verdicts.items():
             log.print(f"\n{name}\n{describe(verdict)}")
-        rows = [{"name": name, **verdict.as_dict()} for name, verdict in verdicts.items()]
+        rows = [{"name": name, **asdict(verdict)} for name, verdict in verdicts.items()]
         if verdicts:
             draw_verdicts(log.run_dir / "verdicts.png", verdicts, title=cfg.base.split(" --")[0])
         log.finish("success", rows=rows)

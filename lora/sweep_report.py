@@ -29,7 +29,7 @@ def summarize(folder, configs, judged=False):
     if judged:  # contrasts would compare means over different seeds
         baseline, verdicts = judge_configs(frame, names)
         table += f"\n{verdicts_table(verdicts, names)}\nbaseline: {label(baseline, names)}\n"
-        rows = [{"name": label(values, names), **verdict.as_dict()} for values, verdict in verdicts.items()]
+        rows = [{"name": label(values, names), **asdict(verdict)} for values, verdict in verdicts.items()]
     else:
         table += f"\n{contrasts_table(frame, names)}"
     with RunLog(folder, "lora_sweep", read_run(folder).settings, resume=True) as log:

@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def main():
         options = {"metric": args.metric, "at": args.at, "alpha": args.alpha, "delta": args.delta, "fixed": args.fixed}
         sides = [[run for name in names for run in find_named(name)] for names in (args.baseline, args.candidate)]
         verdict = judge(*sides, **options)
-        return print(json.dumps(verdict.as_dict(), ensure_ascii=False) if args.json else describe(verdict))
+        return print(json.dumps(asdict(verdict), ensure_ascii=False) if args.json else describe(verdict))
     runs = [run for name in args.run for run in find_named(name)]
     if args.command == "export":
         export_record(runs[0].run_dir, args.out)

@@ -18,7 +18,7 @@ candidate with a diverged run is never called better, and one without any other 
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -26,7 +26,7 @@ from scipy import stats
 from common import UsageError, atomic_open, read_jsonl
 from runlog.compare_runs import differences, number
 from runlog.run import untimed
-from runlog.verify import Report, check_metrics, check_result, verify_by_replay
+from runlog.verify import contradictions, verify_by_replay
 
 PRIOR_VARIANCE = 16.0  # of mean / standard deviation of the differences, in the mixture; what it is changes power alone
 HIGHER_IS_BETTER = {"acc", "acc_norm", "acc_char", "accuracy", "tok_per_sec", "mfu"}
@@ -58,10 +58,6 @@ class Verdict:
     notes: list = field(default_factory=list)  # runs that were left out, or are not proved
     contradicted: bool = False  # `runlog verify` found a run wrong: further seeds decide nothing
 
-    def as_dict(self):
-        """What --json prints."""
-        return asdict(self)
-
 
 def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, fixed=False):
     """Two lists of runs (`read_run`) -> Verdict.
@@ -73,19 +69,17 @@ def judge(baseline, candidate, *, metric="", at="step", alpha=0.05, delta=None, 
     """
     if not 0 < alpha < 1 or (delta is not None and delta <= 0):
         raise UsageError(f"alpha {alpha:g} must lie between 0 and 1, and delta {delta} above 0")
-    notes, diverged, named = [], any(run.status == "diverged" for run in candidate), candidate
+    notes, diverged = [], [run for run in candidate if run.status == "diverged"]
     baseline, candidate = usable(baseline, "baseline", notes), usable(candidate, "candidate", notes)
     if not baseline or not (candidate or diverged):
         raise UsageError("no run is left to judge: " + ("; ".join(notes) or "none was named"))
-    facts = compare_sides(baseline, candidate or baseline, metric, at, alpha, delta, fixed)
+    verdict = compare_sides(baseline, candidate or baseline, metric, at, alpha, delta, fixed)
     if not candidate:
-        facts.update(verdict="worse", difference=None, low=None, high=None, candidate=None, n=0, more=0)
-    elif diverged and facts["verdict"] in ("better", "no difference"):
-        facts["verdict"] = "undecided"
-    frame = differences([*baseline, *(candidate or named)]).drop(columns=["seed"], errors="ignore")
-    old, new = frame.iloc[0], frame.iloc[-1]
-    settings = {name: [old[name], new[name]] for name in frame if old[name] != new[name]}
-    return Verdict(**facts, alpha=alpha, settings=settings, notes=notes)
+        verdict = replace(verdict, verdict="worse", difference=None, low=None, high=None, candidate=None, n=0, more=0)
+    elif diverged and verdict.verdict in ("better", "no difference"):
+        verdict = replace(verdict, verdict="undecided")
+    settings = differences([baseline[0], (candidate or diverged)[0]]).drop(columns=["seed"], errors="ignore")
+    return replace(verdict, settings=settings.to_dict("list"), notes=notes)
 
 
 def judge_all(baseline, candidates, alpha=0.05, **options):
@@ -104,23 +98,17 @@ def verified(verdict, runs):
 
 def usable(runs, side, notes):
     """The runs that can be averaged; what is wrong with the others, or cannot be verified, is appended to `notes`."""
-    kept, open_ = [], []
+    kept = []
     for run in runs:
-        said = []
-        report = Report(say=said.append)
-        check_metrics(run, report)
-        check_result(run, report)
         if run.status in ("running", "stale", "preempted", "failed", "diverged"):
             notes.append(f"{side} {run.name} is left out: its status is {run.status}")
-        elif report.failed:
-            why = next(line.split(maxsplit=1)[1] for line in said if line.startswith("FAIL"))
-            notes.append(f"{side} {run.name} is left out: it contradicts its record ({why})")
+        elif wrong := contradictions(run):
+            notes.append(f"{side} {run.name} is left out: it contradicts its record ({wrong[0]})")
         else:
             kept.append(run)
-            if report.unproved or not (run.run_dir / "ckpt").exists():
-                open_.append(run.name)
-    if open_:
-        notes.append(f"{side} without weights or checksum, so not verified by a replay: {', '.join(open_)}")
+    unproved = [r.name for r in kept if "metrics_file_sha256" not in r.result or not (r.run_dir / "ckpt").exists()]
+    if unproved:
+        notes.append(f"{side} without weights or checksum, so not verified by a replay: {', '.join(unproved)}")
     return kept
 
 
@@ -128,7 +116,7 @@ def usable(runs, side, notes):
 
 
 def compare_sides(baseline, candidate, metric, at, alpha, delta, fixed):
-    """The test on the figures of both sides -> the fields of a Verdict.
+    """The test on the figures of both sides -> Verdict.
 
     Of HellaSwag runs the items are the pairs, all of them at one look, and the p-value is that of McNemar's exact test.
     """
@@ -156,12 +144,11 @@ def compare_sides(baseline, candidate, metric, at, alpha, delta, fixed):
         verdict, low, high = "no difference", 0.0, 0.0
     more = 0 if verdict != "undecided" else None if items else sample.more(alpha, fixed, delta)
     low, high = (bound if math.isfinite(bound) else None for bound in (low, high))
-    return {
-        "verdict": verdict, "metric": metric, "at": where, "difference": sample.mean, "low": low, "high": high,
-        "p": p, "n": sample.n, "paired": sample.paired, "noise": noise, "delta": delta, "more": more,
-        "baseline": float(np.mean([*a.values()])), "candidate": float(np.mean([*b.values()])),
-        "values": {} if items else {"baseline": a, "candidate": b},
-    }  # fmt: skip
+    return Verdict(
+        verdict, metric, where, sample.mean, low, high, p, sample.n, paired, noise, delta, more, alpha=alpha,
+        baseline=float(np.mean([*a.values()])), candidate=float(np.mean([*b.values()])),
+        values={} if items else {"baseline": a, "candidate": b},
+    )  # fmt: skip
 
 
 def outcomes(baseline, candidate, metric, at):
@@ -329,19 +316,19 @@ def draw_verdicts(out, verdicts, title=""):
 
     fig = Figure(figsize=(7.2, 1.4 + 0.32 * len(verdicts)), dpi=130, layout="constrained")
     ax = fig.subplots()
-    finite = [abs(x) for v in verdicts.values() for x in (v.low, v.difference, v.high) if x is not None]
-    widest = max([*finite, 1e-9])
     for y, v in enumerate(verdicts.values()):
-        low, high = (-2 * widest, 2 * widest) if v.low is None else (v.low, v.high)
-        ax.plot([low, high], [y, y], color=COLORS[v.verdict], lw=2)
-        ax.plot(widest if v.difference is None else v.difference, y, "o", ms=5, color=COLORS[v.verdict])
+        if v.low is None:
+            ax.axhline(y, color=COLORS[v.verdict], lw=2, ls=":")  # unbounded
+        else:
+            ax.plot([v.low, v.high], [y, y], color=COLORS[v.verdict], lw=2)
+        if v.difference is not None:
+            ax.plot(v.difference, y, "o", ms=5, color=COLORS[v.verdict])
         ax.annotate(f"{v.verdict}, n = {v.n}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     delta = next((v.delta for v in verdicts.values() if v.delta is not None), 0.0)
     ax.axvspan(-delta, delta, color="#dddddd", zorder=0, label=f"±delta {delta:.4f}")
     ax.axvline(0, color="#444444", lw=1)
     metric = next(iter(verdicts.values())).metric
-    ax.set(yticks=range(len(verdicts)), yticklabels=verdicts, xlim=(-1.1 * widest - delta, 1.1 * widest + delta))
-    ax.set(xlabel=f"{metric}, candidate minus baseline")
+    ax.set(yticks=range(len(verdicts)), yticklabels=verdicts, xlabel=f"{metric}, candidate minus baseline")
     ax.set_title(title, loc="left")
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))

@@ -9,7 +9,6 @@ import importlib
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,18 +26,17 @@ class Report:
     failed: int = 0  # checks that contradict the record
     unproved: int = 0  # checks that could not be made
     reasons: list = field(default_factory=list)  # why a replay here may differ in the last bits
-    say: Callable = lambda text: print(text, flush=True)  # where a line goes
 
     def ok(self, text):
-        self.say(f"ok        {text}")
+        print(f"ok        {text}", flush=True)
 
     def fail(self, text):
         self.failed += 1
-        self.say(f"FAIL      {text}")
+        print(f"FAIL      {text}", flush=True)
 
     def open(self, text):
         self.unproved += 1
-        self.say(f"unproved  {text}")
+        print(f"unproved  {text}", flush=True)
 
 
 def verify(run, steps=5, whole=False, data=None):
@@ -47,11 +45,14 @@ def verify(run, steps=5, whole=False, data=None):
     steps: optimizer steps to replay from the start and from each kept checkpoint. whole: replay all of them.
     data: path of the corpus, text or rows, if not as recorded.
     """
-    report = Report()
+    report = Report(reasons=[*code_reasons(run), *hardware_reasons(run)])
     print(f"{run.run_dir.as_posix()}: {run.kind}, {run.status}")
-    check_metrics(run, report)
-    check_result(run, report)
-    report.reasons += [*code_reasons(run), *hardware_reasons(run)]
+    for text in contradictions(run):
+        report.fail(text)
+    if run.result.get("metrics_file_sha256") is None:
+        report.open("no checksum of metrics.jsonl is recorded: a changed digit is found only if it is replayed")
+    elif not report.failed:
+        report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl match the checksum and figures in result.json")
     if run.kind in REPLAYS:
         station = importlib.import_module(REPLAYS[run.kind])
         try:
@@ -82,29 +83,18 @@ def verify_by_replay(run_dir):
 # --- checks for every kind
 
 
-def check_metrics(run, report):
-    """The rows of metrics.jsonl against the checksum in result.json."""
-    recorded = run.result.get("metrics_file_sha256")
-    if recorded is None:
-        report.open("no checksum of metrics.jsonl is recorded: a changed digit is found only if it is replayed")
-    elif recorded == run.metrics_sha256:
-        report.ok(f"the {len(run.metrics):,} rows of metrics.jsonl match the checksum in result.json")
-    else:
-        report.fail("metrics.jsonl was changed after the run: its checksum is not the one in result.json")
-
-
-def check_result(run, report):
-    """Figures of result.json against the rows."""
+def contradictions(run):
+    """Where result.json differs from the rows of metrics.jsonl -> list of texts."""
     last = run.rows("val")[-1] if run.rows("val") else {}
-    expected = {"val_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
+    by_rows = {"val_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
+    by_rows["metrics_file_sha256"] = run.metrics_sha256
     if run.settings.get("total_batch_size") and run.result.get("step") is not None:
-        expected["tokens"] = run.result["step"] * run.settings["total_batch_size"]
-    stated = {k: run.result[k] for k, v in expected.items() if v is not None and run.result.get(k) is not None}
-    wrong = [name for name, value in stated.items() if value != expected[name]]
-    for name in wrong:
-        report.fail(f"result.json says {name} {stated[name]!r}, the rows say {expected[name]!r}")
-    if stated and not wrong:
-        report.ok(f"result.json agrees with the rows ({', '.join(stated)})")
+        by_rows["tokens"] = run.result["step"] * run.settings["total_batch_size"]
+    return [
+        f"result.json says {name} {run.result[name]!r}, its rows and settings say {value!r}"
+        for name, value in by_rows.items()
+        if None not in (value, run.result.get(name)) and value != run.result[name]
+    ]
 
 
 def check_adapters(run, report, steps, whole, data):

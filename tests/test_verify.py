@@ -101,7 +101,7 @@ def third_digit(text):
 
 def test_a_run_as_it_was_computed_passes_to_the_last_bit(run_dir, verify):
     out = verify(run_dir)
-    assert "the 23 rows of metrics.jsonl match the checksum" in out and "result.json agrees with the rows" in out
+    assert "the 23 rows of metrics.jsonl match the checksum and figures in result.json" in out
     assert "the shards in" in out and "as the run read them" in out
     for part in ("step 0 to 5, from the start", "step 15 to 20, from step_000015.pt", "step 20 to 20, from step_"):
         line = next(line for line in out.splitlines() if part in line)
@@ -112,7 +112,7 @@ def test_a_run_as_it_was_computed_passes_to_the_last_bit(run_dir, verify):
 @pytest.mark.parametrize("step, kind", [(9, "train"), (17, "train"), (10, "val")])
 def test_one_digit_of_one_loss_is_found(run_dir, verify, step, kind):
     edit(run_dir, step, kind, last_digit)
-    assert "FAIL      metrics.jsonl was changed after the run" in verify(run_dir, "--steps", "0", ok=False)
+    assert "FAIL      result.json says metrics_file_sha256" in verify(run_dir, "--steps", "0", ok=False)
 
 
 @pytest.mark.parametrize("step, kind, where", [(2, "train", "from the start"), (17, "train", "from step_000015.pt")])
@@ -308,7 +308,7 @@ def test_an_adapter_edited_inside_a_record_is_found(verify, tmp_path):
     adapter["metrics"][0]["loss"] += 1e-9
     (copy / "adapters.jsonl").write_text("\n".join([lines[0], json.dumps(adapter), ""]), encoding="utf-8")
     out = verify(copy, ok=False)
-    assert out.count("metrics.jsonl was changed after the run") == 1 and "match the checksum" in out
+    assert out.count("FAIL      result.json says metrics_file_sha256") == 1 and "match the checksum" in out
 
 
 @pytest.mark.core
