@@ -67,8 +67,8 @@ class TrainConfig:
     cooldown_share: float = 0.2  # share of the steps after the warm-up in which the rate of wsd falls
 
     # --- optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw: GPT-2's recipe; muon: Muon for hidden matrices, else AdamW
-    muon_lr: float = 0.01  # peak learning rate of Muon, scaled to AdamW's RMS; same schedule
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # GPT-2's adamw; muon and normuon: for hidden matrices
+    muon_lr: float = 0.01  # peak learning rate of Muon and NorMuon, scaled to AdamW's RMS; same schedule
     weight_decay: float = 0.1  # decoupled weight decay, on parameters of two or more dimensions only
     cautious_decay: bool = False  # weight decay only where the update also shrinks the weight
     average_last: int = 0  # average the weights of so many last steps into the final weights; 0: no averaging

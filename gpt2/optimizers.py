@@ -1,4 +1,4 @@
-"""AdamW as GPT-2 and GPT-3 were trained, or Muon on the hidden matrices; one learning-rate schedule for both."""
+"""AdamW as GPT-2 and GPT-3 were trained, or Muon or NorMuon on the hidden matrices; one schedule for all."""
 
 import math
 
@@ -25,7 +25,7 @@ def make_optimizers(model, cfg):
     Weight decay is for matrices and embeddings alone: one-dimensional biases and norms have no scale to keep small.
     fused: one kernel for all parameters instead of several for each; the same figures, faster on every device.
     """
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if cfg.optimizer == "muon" else []
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2] if cfg.optimizer != "adamw" else []
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
     groups = [
@@ -35,7 +35,8 @@ def make_optimizers(model, cfg):
     optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if hidden:
         group = {"params": hidden, "max_lr": cfg.muon_lr}
-        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, sharded=not cfg.exact_reduction))
+        options = {"sharded": not cfg.exact_reduction, "even_rows": cfg.optimizer == "normuon"}
+        optimizers.append(Muon([group], cfg.muon_lr, cfg.weight_decay, **options))
     for optimizer in optimizers if cfg.cautious_decay else ():
         decay_cautiously(optimizer)
     return optimizers
@@ -81,10 +82,12 @@ class Muon(torch.optim.Optimizer):
     matrices of one shape are orthogonalised together in one batched product, and on a CPU in float32, since few CPUs
     multiply bfloat16 natively and the others take ten times as long.
     sharded: each rank computes some of the matrices; the rounding of a batched product may depend on how many it has.
+    even_rows: NorMuon, see `with_even_rows`.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, sharded=True):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, sharded=True, even_rows=False):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.even_rows = even_rows
         self.orthogonalise = orthogonalise_on_all_ranks if sharded else orthogonalise
 
     @torch.no_grad()
@@ -104,10 +107,25 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     update.append(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov momentum
                 update = self.orthogonalise(torch.stack(update))  # (n, out, in)
+                update = with_even_rows(update, [self.state[p] for p in params]) if self.even_rows else update
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, u in zip(params, update):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u, alpha=-group["lr"] * scale)
+
+
+def with_even_rows(update, states, beta=0.95):
+    """Divide the rows of updates (n, out, in), one an output neuron, by the root of their running mean square.
+
+    A matrix keeps its norm, so that one learning rate suits Muon and NorMuon (Li et al. 2025). states: n dicts; the
+    mean, (out, 1), begins at 0, which makes all rows of the first steps too long alike: the norm undoes that.
+    """
+    update = update.float()
+    for state, square in zip(states, update.square().mean(2, keepdim=True)):
+        state.setdefault("mean_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
+    even = update / torch.stack([state["mean_square"] for state in states]).sqrt().clamp(min=1e-10)
+    norm, even_norm = (x.norm(dim=(1, 2), keepdim=True) for x in (update, even))  # (n, 1, 1)
+    return even * (norm / even_norm.clamp(min=1e-10))
 
 
 def orthogonalise_on_all_ranks(x):

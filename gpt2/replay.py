@@ -90,7 +90,7 @@ def replay(run, report, cfg, meta, at, until, path):
             recorded[f"{kind} {name} of step {step}"] = row[name]
             computed[f"{kind} {name} of step {step}"] = kept[step, kind].get(name)
     if recorded:
-        precision = "16 bit" if cfg.dtype != "float32" else "muon" if cfg.optimizer == "muon" else "float32"
+        precision = "16 bit" if cfg.dtype != "float32" else "muon" if cfg.optimizer != "adamw" else "float32"
         compare_figures(report, what, recorded, computed, TOLERANCE[precision])
     else:
         report.open(f"{what}: no row of these steps is recorded")

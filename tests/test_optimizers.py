@@ -1,5 +1,6 @@
-"""The schedule, the groups, and Muon against torch's own."""
+"""The schedule, the groups, Muon against torch's own, NorMuon against its paper."""
 
+import math
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -51,7 +52,7 @@ def test_a_cooldown_is_a_share():
             TrainConfig(cooldown_share=share)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(optimizer):
     model = tiny()
     optimizers = make_optimizers(model, replace(TrainConfig(), optimizer=optimizer))
@@ -60,7 +61,7 @@ def test_every_parameter_is_in_one_group_and_decay_is_for_matrices(optimizer):
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     for group in groups:
         assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
-    if optimizer == "muon":
+    if optimizer != "adamw":
         hidden = {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
         assert {id(p) for p in optimizers[1].param_groups[0]["params"]} == hidden
 
@@ -73,7 +74,7 @@ def test_each_group_follows_the_schedule_from_its_own_peak():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_cautious_decay_takes_away_where_the_update_does(optimizer):
     """The update is that of a twin without decay, as it follows from the gradients alone."""
     cfg = TrainConfig(optimizer=optimizer, cautious_decay=True, weight_decay=0.5, max_lr=0.01, warmup_steps=0)
@@ -123,7 +124,40 @@ def test_muon_follows_torchs_own():
         assert (p - q).norm() < 0.02 * (q - s).norm()
 
 
-def muon_steps(rank, world_size, store, out):
+def naive_normuon(w, grads, lr, decay):
+    """Li et al. 2025, algorithm 1, with Nesterov momentum, of one matrix in float64, row by row -> the last weight."""
+    w, momentum, v = w.double(), 0.0, [0.0] * len(w)
+    for grad in grads:
+        momentum = 0.95 * momentum + 0.05 * grad.double()
+        x = 0.05 * grad.double() + 0.95 * momentum
+        x /= x.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        v = [0.95 * mean + 0.05 * row.dot(row) / len(row) for mean, row in zip(v, x)]
+        step = torch.stack([row / mean.sqrt() for mean, row in zip(v, x)])
+        step *= 0.2 * math.sqrt(max(w.shape)) * x.norm() / step.norm()
+        w = w - lr * decay * w - lr * step
+    return w
+
+
+@pytest.mark.core
+def test_normuon_follows_its_paper():
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in [(8, 24), (24, 8), (8, 24)]]
+    scales = [torch.logspace(-2, 0, len(p))[:, None] for p in start]  # neurons of unlike gradients
+    grads = [[scale * torch.randn_like(p) for p, scale in zip(start, scales)] for _ in range(6)]
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizers = [Muon(params, lr=0.01, weight_decay=0.1, even_rows=True) for _ in range(2)]
+    for i, step in enumerate(grads):
+        for p, grad in zip(params, step):
+            p.grad = grad.clone()
+        optimizers[i > 2].step()
+        optimizers[1].load_state_dict(optimizers[i > 2].state_dict())  # as a resume does
+    for p, w, *own in zip(params, start, *grads):
+        torch.testing.assert_close(p.detach().double(), naive_normuon(w, own, 0.01, 0.1), rtol=0, atol=1e-6)
+
+
+def muon_steps(rank, world_size, store, out, optimizer):
     """Three steps of Muon on one of `world_size` gloo ranks; rank 0 saves the weights, and its number of matrices."""
     computed, compute = [], orthogonalise
     optimizers_module.orthogonalise = lambda x: computed.append(len(x)) or compute(x)
@@ -133,7 +167,7 @@ def muon_steps(rank, world_size, store, out):
         torch.distributed.init_process_group("gloo", store=shared, rank=rank, world_size=world_size, timeout=timeout)
     torch.set_num_threads(1)
     model = tiny()
-    optimizers = make_optimizers(model, replace(TrainConfig(), optimizer="muon"))
+    optimizers = make_optimizers(model, replace(TrainConfig(), optimizer=optimizer))
     idx = torch.arange(16).view(2, 8)
     for _ in range(3):
         model(idx, idx)[1].backward()
@@ -148,13 +182,14 @@ def muon_steps(rank, world_size, store, out):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
-def test_muon_sharded_over_ranks_gives_the_weights_of_one_rank(tmp_path):
+def test_muon_sharded_over_ranks_gives_the_weights_of_one_rank(tmp_path, optimizer):
     """Two matrices of a shape over 2 and 3 ranks: an even share, and a rank with nothing but filling."""
-    muon_steps(0, 1, None, tmp_path / "1.pt")
+    muon_steps(0, 1, None, tmp_path / "1.pt", optimizer)
     alone = torch.load(tmp_path / "1.pt")
     for world_size in (2, 3):
-        args = (world_size, str(tmp_path / f"store{world_size}"), tmp_path / f"{world_size}.pt")
+        args = (world_size, str(tmp_path / f"store{world_size}"), tmp_path / f"{world_size}.pt", optimizer)
         torch.multiprocessing.start_processes(muon_steps, args, nprocs=world_size, start_method="fork")
         sharded = torch.load(tmp_path / f"{world_size}.pt")
         for name, weight in alone.items():

@@ -96,8 +96,8 @@ def test_the_result_does_not_depend_on_processes_or_micro_batches(
 
 
 def test_exact_reduction_gives_the_same_bits_on_another_number_of_processes(corpus, train, tmp_path):
-    """The masks of --dropout and Muon's update included; resumed on one process as well."""
-    flags = ["--exact-reduction", "--micro-batch-size", "2", "--dropout", "0.1", "--optimizer", "muon"]
+    """The masks of --dropout and NorMuon's update included; resumed on one process as well."""
+    flags = ["--exact-reduction", "--micro-batch-size", "2", "--dropout", "0.1", "--optimizer", "normuon"]
     train(tmp_path / "alone", *flags)
     torchrun(tmp_path / "run", corpus, *flags, before=["--standalone"])
     assert identical(tmp_path / "alone", tmp_path / "run")
