@@ -1,7 +1,9 @@
 import json
 import math
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +186,31 @@ def test_a_killed_search_gives_the_same_results(base, rows, tmp_path, kind):
         proposed = next_points(kind, space, points[:at], losses[:at], min(size, 7 - at))
         assert points[at : at + size] == proposed
     assert len(list((tmp_path / "run/rounds").glob("*"))) == (2 if kind == "tpe" else 0)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_packed_search_change_nothing(base, rows, tmp_path):
+    """TPE with halving, killed from outside at random moments, each time after it has saved once."""
+    pytest.importorskip("optuna", reason="the package optuna is not installed")
+    space = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "r": {"low": 1, "high": 4}}
+    settings = {"max_steps": 80, "eval_every": 1, "metric_rows": 0}
+    grid = write_grid(tmp_path / "grid.json", settings, grid=space, trials=12, search="tpe")
+    whole, cfg = (
+        config(grid, base, rows, tmp_path / name, packing=True, halving=True, adapters_at_once=2)
+        for name in ("whole", "run")
+    )
+    run_sweep(whole)
+    draws, code = random.Random(0), f"from lora import sweep\nsweep.run_sweep(sweep.{cfg!r})"
+    for _ in range(10):
+        before = {*(tmp_path / "run").rglob("step_*.pt")}
+        with subprocess.Popen([sys.executable, "-c", code]) as process:
+            while process.poll() is None and {*(tmp_path / "run").rglob("step_*.pt")} <= before:
+                time.sleep(0.01)
+            time.sleep(draws.uniform(0, 1))
+            process.kill()
+        assert process.returncode == -9
+    run_sweep(cfg)
+    assert_same_sweep(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow
