@@ -40,6 +40,7 @@ class AdapterConfig:
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"  # course of the learning rate after warm-up
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     max_steps: int = 1000  # optimizer steps, where the schedule ends
+    grad_accum_steps: int = 1  # batches of an optimizer step; all of their target tokens weigh the same
     weight_decay: float = 0.0  # of AdamW; never on biases
     max_grad_norm: float = 1.0  # clips the gradient of the adapter; 0: off
     seed: int = 0  # of initial weights, data order and dropout

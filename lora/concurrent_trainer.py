@@ -24,7 +24,7 @@ from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan
 from runlog import RunLog, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
-VARIABLE = {"run_dir", "epochs", *(field.name for field in fields(AdapterConfig))} - {"target_modules"}
+VARIABLE = {"run_dir", "epochs", "batch_size", *(field.name for field in fields(AdapterConfig))} - {"target_modules"}
 RUNGS = (0.125, 0.25, 0.5)  # of successive halving, as fractions of an adapter's steps
 SMOOTHING, WARM = 0.95, 20  # of the loss that tells divergence: its decay, and steps before it is judged
 
@@ -76,6 +76,9 @@ class Group:
         self.tokenizer, self.model, self.data = load(self.first)
         plans = [plan_steps(cfg, len(self.data.train)) for cfg in configs]
         self.configs = [replace(cfg, max_steps=n, eval_every=every) for cfg, (n, every) in zip(configs, plans)]
+        # All adapters have as many rows in a pass of the base; one of larger batches takes more passes a step.
+        self.b = math.gcd(*(cfg.batch_size for cfg in configs))
+        self.parts = [replace(c, grad_accum_steps=c.grad_accum_steps * c.batch_size // self.b) for c in self.configs]
         self.inputs, self.pad = fingerprint(self.first), pad_id(self.tokenizer)
         self.held_out = self.data.held_out[: self.first.eval_rows or None]
         self.rungs = {}  # rung -> held-out losses of those that reached it
@@ -88,12 +91,14 @@ class Group:
     def is_due(self, i):
         """Whether the held-out loss of slot i is taken at its step."""
         step, cfg = self.engine.steps[i], self.slots[i].cfg
+        if self.engine.parts[i]:  # within a step
+            return False
         return step % cfg.eval_every == 0 or step == cfg.max_steps or step in self.rung_steps(i)
 
     def build(self, members):
         """Put these configurations into the slots of an engine with room for all others of the group."""
-        configs = [self.configs[i] for i in members]
-        self.engine = MultiLora(self.model, configs, self.configs, self.first.gradient_checkpointing)
+        configs = [self.parts[i] for i in members]
+        self.engine = MultiLora(self.model, configs, self.parts, self.first.gradient_checkpointing)
         if self.first.packing and not self.engine.packs:
             raise UsageError(f"{type(self.model).__name__} cannot keep packed rows apart; leave --packing out")
 
@@ -101,9 +106,9 @@ class Group:
         """Fill the slots, from the checkpoint if there is one."""
         if path := newest_checkpoint(self.log.ckpt_dir, self.log.print):
             return self.restore(torch.load(path, weights_only=True, map_location=self.model.device))
-        longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.first.batch_size]
+        longest = sorted(self.data.train, key=lambda row: -len(row["input_ids"]))[: self.b]
         batch = pack(longest, 1, self.pad) if self.first.packing else collate(longest, self.pad)
-        needed = memory_per_adapter(self.model, self.configs, batch, self.first.gradient_checkpointing)
+        needed = memory_per_adapter(self.model, self.parts, batch, self.first.gradient_checkpointing)
         fit = int(0.8 * free_memory(self.model.device) // needed)  # a fifth is left for what no estimate sees
         k = self.sweep.adapters_at_once or max(1, min(len(self.queue), fit))
         self.log.print(f"{len(self.configs)} adapters, {k} at a time, {needed / 2**20:,.1f} MB each, {fit} would fit")
@@ -120,7 +125,7 @@ class Group:
         """Write the checkpoint: everything that the next step depends on."""
         slots = [(self.configs.index(slot.cfg), slot.state, slot.best_theta) for slot in self.slots]
         state = {"queue": self.queue, "rungs": self.rungs, "trained": self.trained, "slots": slots}
-        state |= {"engine": self.engine.state, "steps": self.engine.steps}
+        state |= {name: getattr(self.engine, name) for name in ("state", "steps", "parts", "pending")}
         save_checkpoint(self.log.ckpt_dir, self.trained, state)
 
     def restore(self, state):
@@ -128,8 +133,9 @@ class Group:
         self.queue, self.rungs, self.trained = state["queue"], state["rungs"], state["trained"]
         if state["slots"]:  # else killed after the last adapter's end
             self.build([number for number, _, _ in state["slots"]])
-            self.engine.state.copy_(state["engine"])
-            self.engine.steps = state["steps"]
+            self.engine.state.copy_(state["state"])
+            self.engine.pending.copy_(state["pending"])
+            self.engine.steps, self.engine.parts = state["steps"], state["parts"]
             self.slots = [Slot(self.configs[number], self.inputs, *saved) for number, *saved in state["slots"]]
             self.log.print(f"resuming at step {max(self.engine.steps)} with {len(self.slots)} adapters")
 
@@ -141,8 +147,8 @@ class Group:
             with tqdm(total=total, initial=self.trained, unit="step", disable=None) as bar:
                 while self.slots:
                     losses, norms, finite = self.engine.step(self.engine.forward(self.batch()))
-                    self.trained += len(self.slots)
-                    bar.update(len(self.slots))
+                    bar.update(done := self.engine.parts.count(0))
+                    self.trained += done
                     gone = self.record(losses, norms, finite)
                     due = {i for i in range(len(self.slots)) if self.is_due(i)}.union(gone)
                     if due:
@@ -153,10 +159,11 @@ class Group:
                 slot.close()
 
     def batch(self):
-        """Each slot's rows of its own step -> {"input_ids", "labels"}, (k, b, T); a short last batch is filled up."""
-        b, rows = self.first.batch_size, []
-        for slot, step in zip(self.slots, self.engine.steps):
-            own = [self.data.train[i] for i in batch_rows(len(self.data.train), b, step, slot.cfg.seed)]
+        """Each slot's rows of its own step and part -> {"input_ids", "labels"}, (k, b, T); short ones are filled up."""
+        b, rows, n = self.b, [], len(self.data.train)
+        for cfg, step, part in zip(self.engine.configs, self.engine.steps, self.engine.parts):
+            own = batch_rows(n, b * cfg.grad_accum_steps, step, cfg.seed)[part * b :][:b]
+            own = [self.data.train[i] for i in own]
             rows += own + [{"input_ids": [self.pad], "labels": [IGNORE]}] * (b - len(own))
         if self.first.packing:
             return pack(rows, len(self.slots), self.pad)
@@ -170,6 +177,8 @@ class Group:
             if not finite[i]:
                 slot.log.print(f"step {step}: loss {losses[i]} or gradient norm {norms[i]} is not finite")
                 gone[i] = "diverged"
+                continue
+            if self.engine.parts[i]:  # its batch is not full yet
                 continue
             window = slot.state["window"]
             window.append(losses[i])
@@ -205,9 +214,9 @@ class Group:
             self.finish(i, why)
             self.slots[i] = None
             if self.queue:
-                cfg = self.configs[self.queue.pop(0)]
-                self.engine.replace(i, cfg)
-                self.slots[i] = Slot(cfg, self.inputs)
+                number = self.queue.pop(0)
+                self.engine.replace(i, self.parts[number])
+                self.slots[i] = Slot(self.configs[number], self.inputs)
                 self.evaluate([i])
         stay = [i for i, slot in enumerate(self.slots) if slot is not None]
         if stay and len(stay) < len(self.slots):

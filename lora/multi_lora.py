@@ -153,7 +153,7 @@ class MultiLora:
             model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
         self._check(weights, loss)
-        self.r_max = max(c.r for c in every)
+        self.r_max, self.accumulates = max(c.r for c in every), any(c.grad_accum_steps > 1 for c in every)
         self.with_bias = any(c.bias == "lora_only" for c in every)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,7 +164,7 @@ class MultiLora:
 
     def _check(self, weights, expected):
         """Refuse a model on which these weights {name: (A, B)}, next to another adapter, do not give PEFT's loss."""
-        self.r_max, self.with_bias = CHECK.r, False
+        self.r_max, self.with_bias, self.accumulates = CHECK.r, False, False
         self._allocate(2)
         self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
         for layer in self.layers:
@@ -189,11 +189,14 @@ class MultiLora:
             if self.with_bias and layer.base.bias is not None:
                 sizes.append((layer, "bias", (layer.n_out,)))
         lengths = [math.prod(shape) for _, _, shape in sizes]
-        needed = 4 * k * sum(lengths) * self.dtype.itemsize / 2**30  # GB, as in memory_per_adapter
+        copies = 4 + 2 * self.accumulates  # as in memory_per_adapter
+        needed = copies * k * sum(lengths) * self.dtype.itemsize / 2**30  # GB
         if needed > (free := free_memory(self.device) / 2**30):
             raise UsageError(f"lower r: {k} adapters of r {self.r_max} need {needed:,.1f} GB, {free:,.1f} are free")
         self.state = torch.zeros(3, k, sum(lengths), dtype=self.dtype, device=self.device)
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
+        # (k, P + 2): a step's gradient, loss and tokens so far, the first two summed over tokens
+        self.pending = torch.zeros(k, (sum(lengths) + 2) * self.accumulates, dtype=self.dtype, device=self.device)
         kinds = [[torch.full((n,), a == kind) for (_, a, _), n in zip(sizes, lengths)] for kind in ("A", "bias")]
         # (P,): A has a learning rate of its own; biases are never decayed, and not trained in every slot
         self.is_A, self.is_bias = (torch.cat(parts).to(self.device) for parts in kinds)
@@ -202,7 +205,7 @@ class MultiLora:
             self.parameters.append(nn.Parameter(part.view(k, *shape)))
             setattr(layer, attribute, self.parameters[-1])
         self.k, self.only = k, None
-        self.configs, self.steps = [None] * k, [0] * k
+        self.configs, self.steps, self.parts = [None] * k, [0] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
 
     def replace(self, i, config):
@@ -222,16 +225,17 @@ class MultiLora:
             layer.A.data[i, : config.r] = A.to(self.device)
             if layer.bias is not None:
                 layer.bias.data[i] = layer.base.bias
-        self.configs[i], self.steps[i] = config, 0
+        self.configs[i], self.steps[i], self.parts[i] = config, 0, 0
         self.scaling[i] = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def keep(self, slots):
         """Keep only these slots, in this order, and free the memory of the others."""
-        state, scaling = self.state[:, slots], self.scaling[slots]
-        configs, steps = [self.configs[i] for i in slots], [self.steps[i] for i in slots]
+        state, pending, scaling = self.state[:, slots], self.pending[slots], self.scaling[slots]
+        lists = [[values[i] for i in slots] for values in (self.configs, self.steps, self.parts)]
         self._allocate(len(slots))
         self.state.copy_(state)
-        self.scaling, self.configs, self.steps = scaling, configs, steps
+        self.pending, self.scaling = pending, scaling
+        self.configs, self.steps, self.parts = lists
 
     def unwrap(self):
         """Give the model its own layers back -> the model, as it was."""
@@ -242,7 +246,8 @@ class MultiLora:
     def dropout(self, z, layer):
         """Dropout with each adapter's own probability, while gradients are recorded. z: (k, b*T, in)
 
-        Drawn position by position, so that padding to the longest row of the batch comes last and shifts nothing.
+        Drawn position by position, so that padding to the longest row of the batch comes last and shifts nothing, and
+        for all rows of a step, so that it does not matter in how many parts they come.
         """
         if not torch.is_grad_enabled() or not any(c.lora_dropout for c in self.configs):
             return z
@@ -251,9 +256,10 @@ class MultiLora:
             if config.lora_dropout:
                 seed = zlib.crc32(f"{config.seed}/{self.steps[i]}/{layer}".encode())
                 keep = 1 - config.lora_dropout
-                kept = z.new_empty(z.shape[1] // self.n_rows, self.n_rows, z.shape[2])  # (T, b, in)
+                b, part = self.n_rows, self.parts[i]
+                kept = z.new_empty(z.shape[1] // b, b * config.grad_accum_steps, z.shape[2])  # (T, rows, in)
                 kept.bernoulli_(keep, generator=self.generator.manual_seed(seed))
-                mask[i] = kept.div_(keep).transpose(0, 1).flatten(0, 1)
+                mask[i] = kept[:, part * b : (part + 1) * b].div_(keep).transpose(0, 1).flatten(0, 1)
         return z * mask
 
     @contextmanager
@@ -287,8 +293,8 @@ class MultiLora:
 
     def forward(self, batch):
         """Mean loss per target token of each adapter -> (k,)."""
-        sums, counts = self.nll(batch)
-        return sums / counts.clamp(min=1).to(sums)
+        sums, self.tokens = self.nll(batch)
+        return sums / self.tokens.clamp(min=1).to(sums)
 
     def gradients(self, losses):
         """Gradient of each loss by its own adapter's weights -> (k, P), laid out as `theta`."""
@@ -301,16 +307,26 @@ class MultiLora:
     def step(self, losses):
         """One AdamW step of every adapter -> (losses, gradient norms, whether finite): three lists of k.
 
-        An adapter whose loss or gradient is not finite keeps its weights and optimizer state.
+        An adapter whose loss or gradient is not finite keeps its weights and optimizer state. With grad_accum_steps one
+        takes its step with the last of so many batches, for the mean over all of their target tokens; `parts` counts
+        the batches since the last step, and losses and norms are of these.
         """
-        grad = self.gradients(losses)
-        losses, norms = torch.stack([losses.detach().to(grad), grad.norm(dim=1)]).tolist()
+        grad, losses = self.gradients(losses), losses.detach()
+        if self.accumulates:
+            self.pending[[part == 0 for part in self.parts]] = 0
+            tokens = self.tokens.to(grad)[:, None]
+            self.pending += torch.cat([grad, losses.to(grad)[:, None], torch.ones_like(tokens)], dim=1) * tokens
+            mean = self.pending / self.pending[:, -1:].clamp(min=1)
+            grad, losses = mean[:, :-2], mean[:, -2]
+        losses, norms = torch.stack([losses.to(grad), grad.norm(dim=1)]).tolist()
         fine = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms)]
-        bad = [i for i in range(self.k) if not fine[i]]
-        kept = self.state[:, bad]
+        full = [part + 1 == config.grad_accum_steps for part, config in zip(self.parts, self.configs)]
+        stay = [i for i in range(self.k) if not (fine[i] and full[i])]
+        kept = self.state[:, stay]
         self._adamw(grad, norms)
-        self.state[:, bad] = kept
-        self.steps = [step + ok for step, ok in zip(self.steps, fine)]
+        self.state[:, stay] = kept
+        self.steps = [step + (i not in stay) for i, step in enumerate(self.steps)]
+        self.parts = [0 if full[i] or not fine[i] else part + 1 for i, part in enumerate(self.parts)]
         return losses, norms, fine
 
     def _adamw(self, grad, norms):
@@ -391,4 +407,4 @@ def memory_per_adapter(model, configs, batch, gradient_checkpointing=False):
         saved.pop(own.untyped_storage().data_ptr(), None)
     del losses
     engine.unwrap()
-    return 4 * engine.theta[0].nbytes + sum(saved.values())
+    return 4 * engine.theta[0].nbytes + 2 * engine.pending[0].nbytes + sum(saved.values())

@@ -14,7 +14,8 @@ With `--judge` each round trains the first configuration, the baseline, and thos
 until runlog/judge.py has decided on all of them, or the seeds or `--minutes` are used up. Its error rate of 0.05 covers
 all rounds and configurations. The same command with more seeds or minutes resumes.
 
-The adapters of a group share the base's forward and backward pass. One that diverges (a loss that is not finite, or
+The adapters of a group share the base's forward and backward pass; one with larger batches than others takes more
+passes a step. One that diverges (a loss that is not finite, or
 whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights are kept, and the next
 configuration takes its slot; likewise where `patience` or `--halving` stops one. What the engine does not support
 (DoRA, initializations that change the base, bias "all") is trained by the Trainer, one adapter after another. Killed at
@@ -190,8 +191,9 @@ def make_groups(configs, engine, n):
     """Cut the configurations into groups that can train together -> [(engine, [index, …])], at least n if possible."""
     alike = {}
     for i, cfg in enumerate(configs):
-        kind = "trainer" if engine == "trainer" or cfg.grad_accum_steps > 1 or unsupported(cfg) else "concurrent"
-        rest = {k: v for k, v in asdict(cfg).items() if k not in VARIABLE}
+        kind = "trainer" if engine == "trainer" or unsupported(cfg) else "concurrent"
+        same = {"batch_size"} if cfg.packing else set()  # packed, a dropout mask depends on it
+        rest = {k: v for k, v in asdict(cfg).items() if k not in VARIABLE - same}
         alike.setdefault((kind, repr(rest)), []).append(i)
     groups = []
     for (kind, _), members in alike.items():

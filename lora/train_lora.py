@@ -52,7 +52,6 @@ class TrainConfig(AdapterConfig):
     held_out: float = 0.05  # fraction of rows never trained on, chosen by hash
     batch_size: int = 4  # rows per process and micro-step
     packing: bool = False  # a batch as one row, without padding, attention only within its rows
-    grad_accum_steps: int = 1  # micro-steps of an optimizer step
     epochs: float = 1.0  # passes over the training rows
     max_steps: int = 0  # optimizer steps; 0: as `epochs` says
     log_every: int = 10  # steps between logged losses, each the mean since the last

@@ -144,6 +144,27 @@ def test_twenty_steps_equal_pefts_in_float64(family):
             assert (tensor - start[i][name]).abs().max() > 1e-5, name
 
 
+def test_accumulated_batches_train_as_one_does_in_peft_in_float64():
+    """Three adapters of one engine, with one, two and four batches a step, of which the tokens differ in number."""
+    engine = engine_of("llama", [plain_adapter(r=4, lr=3e-3, seed=n, grad_accum_steps=n) for n in (1, 2, 4)])
+    start = [{name: tensor.clone() for name, tensor in engine.tensors(i).items()} for i in range(3)]
+    batches = [batch(k=3, seed=step) for step in range(8)]
+    for data in batches:
+        engine.step(engine.forward(data))
+    assert engine.steps == [8, 4, 2] and engine.parts == [0, 0, 0]
+    for i, config in enumerate(engine.configs):
+        n, twin = config.grad_accum_steps, peft_twin("llama", config, start[i])
+        whole = [
+            [torch.cat([data[name][i] for data in batches[at : at + n]]) for name in batches[0]]
+            for at in range(0, 8, n)
+        ]
+        train_twin(twin, config, whole)
+        own = dict(twin.named_parameters())
+        for name, tensor in engine.tensors(i).items():
+            assert (own[in_peft(name)] - tensor).abs().max() < 1e-7, name
+            assert (tensor - start[i][name]).abs().max() > 1e-4, name
+
+
 @pytest.mark.core
 def test_padding_of_ranks_stays_zero():
     engine = engine_of("gpt2")

@@ -188,6 +188,26 @@ def test_a_killed_search_gives_the_same_results(base, rows, tmp_path, kind):
     assert len(list((tmp_path / "run/rounds").glob("*"))) == (2 if kind == "tpe" else 0)
 
 
+def test_adapters_of_one_group_have_batches_of_their_own(base, rows, tmp_path):
+    """Each trains as alone, also when the group is killed while a batch is not full."""
+    points = [{"batch_size": 2}, {"batch_size": 1, "grad_accum_steps": 3}, {"batch_size": 3}]
+    grid = write_grid(tmp_path / "grid.json", {"metric_rows": 0, "lr": 1e-2}, configs=points)
+    run_sweep(config(grid, base, rows, tmp_path / "whole"))
+    cfg = config(grid, base, rows, tmp_path / "run")
+    kill(cfg, "step 11")
+    run_sweep(cfg)
+    assert_same_sweep(tmp_path / "whole", tmp_path / "run")
+    assert len(list((tmp_path / "run/groups").glob("*.lock"))) == 1
+    two, parts, three = (read_run(folder) for folder in adapters(tmp_path / "run").values())
+    alone = write_grid(tmp_path / "alone.json", {"metric_rows": 0, "lr": 1e-2}, configs=points[2:])
+    run_sweep(config(alone, base, rows, tmp_path / "alone"))
+    [single] = map(read_run, adapters(tmp_path / "alone").values())
+    for kind in ("train", "val"):
+        assert three.curve(kind)[1] == pytest.approx(single.curve(kind)[1], abs=1e-5)
+        assert parts.curve(kind)[1] == pytest.approx(three.curve(kind)[1], abs=1e-5)
+        assert two.curve(kind)[1] != pytest.approx(three.curve(kind)[1], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_ten_kills_of_a_packed_search_change_nothing(base, rows, tmp_path):
     """TPE with halving, killed from outside at random moments, each time after it has saved once."""

@@ -142,7 +142,7 @@ def test_the_trainer_reads_the_rows_that_adapters_at_once_read(base, rows, tmp_p
         assert torch.equal(labels, tasks.collate(batch, 0)["labels"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"lr_scheduler": "constant", "warmup_steps": 3}])
+@pytest.mark.parametrize("settings", [{}, {"lr_scheduler": "constant", "warmup_steps": 3}, {"grad_accum_steps": 3}])
 def test_the_trainer_trains_as_adapters_at_once(base, rows, tmp_path, monkeypatch, settings):
     """From the same weights the same losses and weights, with weight decay and LoRA+."""
     settings |= {"loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "lora_dropout": 0.0, "bias": "none"}
@@ -159,9 +159,10 @@ def test_the_trainer_trains_as_adapters_at_once(base, rows, tmp_path, monkeypatc
 
     monkeypatch.setattr(train_lora.base, "add_adapter", add_adapter)
     train_lora.run(cfg)
-    for step in range(cfg.max_steps):
+    for step in range(cfg.max_steps * cfg.grad_accum_steps):
         batch = tasks.collate([data.train[i] for i in tasks.batch_rows(len(data.train), 2, step, cfg.seed)], 0)
         losses.append(engine.step(engine.forward(batch))[0][0])
+    losses = losses[cfg.grad_accum_steps - 1 :: cfg.grad_accum_steps]
     assert read_run(tmp_path).curve("train")[1] == pytest.approx(losses, abs=1e-4)
     trained = load_file(tmp_path / "ckpt/adapter/adapter_model.safetensors")
     for name, tensor in engine.tensors(0).items():
