@@ -35,6 +35,7 @@ class AdapterConfig:
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     bias: Literal["none", "lora_only", "all"] = "lora_only"  # biases to train, too: of the wrapped layers, or of all
     target_modules: str = "auto"  # comma-separated names, all-linear, or auto: the attention's inputs
+    modules_to_save: str = ""  # names of modules to train whole, comma-separated; of tied ones only those named
     lr: float = 3e-4  # peak learning rate
     loraplus_lr_ratio: float = 1.0  # learning rate of B and biases over that of A (LoRA+)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"  # course of the learning rate after warm-up
@@ -190,15 +191,19 @@ def target_modules(setting, model):
     """
     if setting == "all-linear":
         return setting
-    modules = [name for name, _ in model.named_modules()]
     if setting == "auto":
-        found = {name.rsplit(".", 1)[-1] for name in modules}
+        found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         usual = (["query_key_value"], ["c_attn"], ["q_proj", "k_proj", "v_proj"])
         return next((names for names in usual if found.issuperset(names)), "all-linear")
-    names = [name.strip() for name in setting.split(",")]
-    for name in names:  # PEFT accepts the others where one of them is there
+    return known_modules(setting, model, "--target-modules")
+
+
+def known_modules(setting, model, flag):
+    """Comma-separated names of modules as a list; UsageError for one that the model lacks, of which PEFT is silent."""
+    names, modules = [name.strip() for name in setting.split(",") if name], [name for name, _ in model.named_modules()]
+    for name in names:
         if not any(f".{module}".endswith(f".{name}") for module in modules):
-            raise UsageError(f"--target-modules: the model has no module {name}")
+            raise UsageError(f"{flag}: the model has no module {name}")
     return names
 
 
@@ -209,6 +214,7 @@ def peft_config(cfg, model, **more):
         use_rslora=cfg.use_rslora, use_dora=cfg.use_dora, target_modules=target_modules(cfg.target_modules, model),
         init_lora_weights=True if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2's weights are (in, out)
+        modules_to_save=known_modules(cfg.modules_to_save, model, "--modules-to-save") or None,
         **more,
     )  # fmt: skip
 

@@ -49,6 +49,7 @@ LOSS_CHUNK = 4096  # target positions whose logits are in memory at once
 def unsupported(config):
     """The setting of an AdapterConfig that the engine does not support, as text, or None."""
     known = {"bias": ("none", "lora_only"), "init_lora_weights": ("default", "gaussian"), "use_dora": (False,)}
+    known |= {"modules_to_save": ("",)}
     wrong = [f"{name} {getattr(config, name)}" for name in known if getattr(config, name) not in known[name]]
     wrong += ["load_in_4bit"] * getattr(config, "load_in_4bit", False)
     return wrong[0] if wrong else None

@@ -15,11 +15,11 @@ until runlog/judge.py has decided on all of them, or the seeds or `--minutes` ar
 all rounds and configurations. The same command with more seeds or minutes resumes.
 
 The adapters of a group share the base's forward and backward pass; one with larger batches than others takes more
-passes a step. One that diverges (a loss that is not finite, or
-whose smoothed value exceeds `--divergence-factor` times its best) is stopped, its best weights are kept, and the next
-configuration takes its slot; likewise where `patience` or `--halving` stops one. What the engine does not support
-(DoRA, initializations that change the base, bias "all") is trained by the Trainer, one adapter after another. Killed at
-any moment and started again with the same command, a sweep resumes from its last checkpoint with the same results.
+passes a step. One that diverges (a loss that is not finite, or whose smoothed value exceeds `--divergence-factor` times
+its best) is stopped, its best weights are kept, and the next configuration takes its slot; likewise where `patience` or
+`--halving` stops one. What the engine does not support (DoRA, initializations that change the base, bias "all", whole
+modules) is trained by the Trainer, one adapter after another. Killed at any moment and started again with the same
+command, a sweep resumes from its last checkpoint with the same results.
 
 Leaves in the run directory: adapters/NAME/ (a run directory each, with ckpt/adapter in PEFT's format), table.md
 (held-out losses with confidence intervals over seeds, and the effect of each setting or the verdicts), loss.png,

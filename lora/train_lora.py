@@ -81,6 +81,8 @@ def check(cfg):
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
     if cfg.max_steps == 0 and cfg.epochs == 0:
         raise UsageError("there is nothing to train: give --epochs above 0, or --max-steps of at least 1")
+    if cfg.modules_to_save and cfg.dtype != "float32":  # layers in bfloat16 cannot read what they give
+        raise UsageError("--modules-to-save trains in float32: choose --dtype float32")
     base.locate(cfg.base)
 
 

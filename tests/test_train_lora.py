@@ -200,6 +200,31 @@ def test_an_adapter_of_any_initialization_is_loaded_with_the_loss_recorded(rows,
     assert loss == pytest.approx(result["held_out_loss"], abs=1e-5)
 
 
+def test_modules_trained_whole_learn_new_tokens_and_are_kept(rows, tmp_path):
+    """The new token is in the rows, and the base's vocabulary has room for it."""
+    from transformers import AutoTokenizer
+
+    base, data_file = save_tiny(tmp_path / "base", "llama"), tmp_path / "rows.json"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<sat>"])
+    tokenizer.save_pretrained(base)
+    data_file.write_text(rows.read_text().replace(" sat ", "<sat>"))
+    cfg = config(base, data_file, tmp_path / "run", modules_to_save="embed_tokens,lm_head", lora_dropout=0.0)
+    result = train_lora.run(cfg)
+    _, model, data = train_lora.load(cfg)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.shape == (300, 32)}
+    assert train_lora.held_out_loss(load_adapter(model, tmp_path / "run"), data.held_out[:4], 0) == pytest.approx(
+        result["held_out_loss"], abs=1e-6
+    )
+    kept = load_file(tmp_path / "run/ckpt/adapter/adapter_model.safetensors")
+    for name, weight in before.items():
+        moved = (kept[f"base_model.model.{name}"] - weight).abs().sum(1)
+        assert moved[tokenizer.convert_tokens_to_ids("<sat>")] > 0.1
+    assert set(before) == {"model.embed_tokens.weight", "lm_head.weight"}
+    with pytest.raises(UsageError, match="cannot have modules_to_save embed_tokens,lm_head; use"):
+        MultiLora(load_base(str(base)), [cfg])
+
+
 @pytest.mark.slow
 def test_patience_outlives_a_kill(base, rows, tmp_path):
     changes = {"lr": 3.0, "max_steps": 40, "eval_every": 1, "patience": 3}
@@ -360,6 +385,8 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
     """PEFT would train the others and say nothing."""
     with pytest.raises(UsageError, match="no module c_prj"):
         train_lora.run(config(base, rows, tmp_path, target_modules="c_attn,c_prj"))
+    with pytest.raises(UsageError, match="--modules-to-save: the model has no module wet"):
+        train_lora.run(config(base, rows, tmp_path / "other", modules_to_save="wet"))
 
 
 @pytest.mark.core
@@ -388,6 +415,7 @@ def test_a_misspelt_target_is_refused(base, rows, tmp_path):
             for name in ("lora_ga", "eva", "pissa_niter_4", "loftq")
         ],
         ({"max_steps": 0, "epochs": 0}, "nothing to train"),
+        ({"modules_to_save": "lm_head", "dtype": "bfloat16"}, "choose --dtype float32"),
     ],
 )
 def test_usage_errors_are_named_before_anything_is_loaded_or_written(base, rows, tmp_path, changes, says):
