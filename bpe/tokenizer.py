@@ -124,6 +124,8 @@ class Tokenizer:
     ):  # fmt: skip
         """Learn merges from a str, or from an iterable of str (documents; no merge crosses their borders).
 
+        Here and wherever text is encoded, bytes are text in UTF-8; others are a UsageError.
+
         vocab_size: the 256 bytes and the merges; special tokens come on top, and earlier ones are dropped.
         verbose: print each merge with its token and count.
         num_workers: processes that split the text into chunks. The merges do not depend on it.
@@ -143,7 +145,7 @@ class Tokenizer:
             raise UsageError(f"max_token_length {max_token_length} is too small: a merge makes 2 bytes or more")
         base = _from_state({"pattern": self.pattern}) if init is None else init
         vocab = _vocab_to_continue(base, self.pattern, vocab_size)
-        is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str)
+        is_documents = isinstance(text_or_iterable, Iterable) and not isinstance(text_or_iterable, str | bytes)
         documents = text_or_iterable if is_documents else [text_or_iterable]
         size = len(text_or_iterable) if isinstance(text_or_iterable, str) else None
         with tqdm(total=size, unit="char", unit_scale=True, desc="split", disable=None) as bar:

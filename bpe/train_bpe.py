@@ -19,7 +19,7 @@ import tyro
 
 from bpe.interop import to_huggingface, to_tiktoken
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from common import UsageError, cli, file_sha256, open_text, read_texts
+from common import UsageError, cli, file_sha256, open_text, peak_memory_mb, read_texts
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
@@ -58,10 +58,11 @@ def main():
         say = log.print if log.enabled else print
         started = time.perf_counter()
         tok = train(cfg)
-        seconds = time.perf_counter() - started
+        cost = {"train_seconds": round(time.perf_counter() - started, 4), "peak_mb": peak_memory_mb()}
         tok.training = sources
         save(tok, cfg.out)
-        say(f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {seconds:.2f} s")
+        took = f"{cost['train_seconds']:.2f} s, {cost['peak_mb'] or '?'} MB of memory"
+        say(f"{len(tok.merges):,} merges from {sources['input']['bytes']:,} bytes in {took}")
         numbers = round_trip(f"{cfg.out}.model", cfg.input)
         say(
             f"{numbers['bytes_per_token']:.3f} bytes per token of the input: {numbers['bytes']:,} bytes, "
@@ -69,7 +70,7 @@ def main():
         )
         say(f"loaded, encoded, decoded, identical: {numbers['round_trip_seconds']:.2f} s")
         say(f"wrote {cfg.out}.model, .vocab, .tiktoken and {cfg.out}-hf/")
-        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, train_seconds=round(seconds, 4), **numbers)
+        log.finish("success", n_vocab=tok.n_vocab, sha256=tok.sha256, **cost, **numbers)
 
 
 def train(cfg):

@@ -128,9 +128,14 @@ def read_jsonl(path):
 
 
 def valid(text):
-    """The text with surrogate pairs joined and lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
+    """A str, or bytes in UTF-8, as str; a surrogate pair is joined, a lone one, which UTF-8 cannot hold, is U+FFFD."""
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UsageError(f"bytes of text are UTF-8, and these are not: {e}") from None
     if not isinstance(text, str):
-        raise UsageError(f"text is a str, or for training an iterable of str; here is {type(text).__name__}")
+        raise UsageError(f"text is str or bytes, or for training an iterable of them; here is {type(text).__name__}")
     if text.isascii():
         return text
     try:

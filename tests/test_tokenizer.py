@@ -529,6 +529,23 @@ def test_short_texts_are_encoded_apart_to_the_same_ids(pattern, monkeypatch):
         assert tok.encode(text) == tok.encode_ordinary(text) == tok.encode_to_numpy(text).tolist()
 
 
+def test_bytes_are_text_in_utf8():
+    text, tok, same = "北京大学 is in Běijīng. " * 9, Tokenizer("gpt4"), Tokenizer("gpt4")
+    tok.train([text, text], 300)
+    same.train(iter([text.encode(), text.encode()]), 300)
+    assert same.merges == tok.merges and same.encode(text.encode()) == tok.encode(text)
+    assert same.encode_batch([text.encode(), text]) == [tok.encode(text)] * 2
+    same.train(text.encode(), 280)
+    assert len(same.merges) == 24
+    for wrong in (
+        lambda: same.train(b"\xff", 300),
+        lambda: same.train([b"\xe5\x8c"], 300),
+        lambda: same.encode(b"a\xff"),
+    ):
+        with pytest.raises(UsageError, match="bytes of text are UTF-8, and these are not"):
+            wrong()
+
+
 def test_a_piece_of_a_clause_is_no_chunk(tmp_path):
     """Chunks are cut where no token crosses; one that is a token as a whole is none as such a piece."""
     more = {"merges": [], "ignore_merges": True, "unmerged_tokens": {"北".encode().hex(): 256}}
