@@ -34,24 +34,25 @@ class ChunkTable:
             -> their values.
         """
         lengths, values = np.diff(starts, append=len(data) - PADDING), np.empty(len(starts), np.int64)
-        is_short = lengths < 8
+        is_short, words = lengths < 8, np.ndarray(len(data) - 7, np.dtype("<u8"), data, strides=(1,)).copy()
         groups = np.flatnonzero(is_short), np.flatnonzero(~is_short & (lengths <= LONGEST))
-        found = []
+        found = []  # words: the one at each byte
         for table, at in zip(self.tables, groups):
-            slots, first = table.insert(_words(data, starts.take(at), lengths.take(at), table.n_words))
-            found.append((slots, first, at))
+            rows = table.insert(_key(words, starts.take(at), lengths.take(at), table.n_words))
+            found.append((*rows, at))
         long = np.flatnonzero(lengths > LONGEST)
         names = [data[i : i + n].tobytes() for i, n in zip(starts[long].tolist(), lengths[long].tolist())]
         unknown = {name: i for name, i in zip(reversed(names), reversed(long.tolist())) if name not in self.long}
-        new = [at[first] for _, first, at in found] + [np.array([*unknown.values()], np.int64)]
+        new = [at[first] for _, first, _, _, at in found] + [np.array([*unknown.values()], np.int64)]
         if any(map(len, new)):
             order = np.sort(np.concatenate(new))
             values[order] = make(starts[order], lengths[order])
-            for table, (slots, first, at) in zip(self.tables, found):
+            for table, (slots, first, _, _, at) in zip(self.tables, found):
                 table.rows[slots[first], -1] = values[at[first]]
             self.long |= {name: int(values[i]) for name, i in unknown.items()}
-        for table, (slots, _, at) in zip(self.tables, found):
-            values[at] = table.rows[slots, -1].view(np.int64)
+        for table, (slots, _, rows, fresh, at) in zip(self.tables, found):
+            rows[fresh] = table.rows.take(slots[fresh], axis=0)
+            values[at] = rows[:, -1].view(np.int64)
         values[long] = [self.long[name] for name in names]
         return values
 
@@ -68,8 +69,9 @@ class Table:
 
         The value of a new key is its index in `words`; the caller replaces it.
         """
-        slots = self.find(words)
-        todo, first = np.flatnonzero(self.rows[slots, -2] == 0), [slots[:0]]
+        slots, found = self.find(words)
+        todo = fresh = np.flatnonzero(found[:, -2] == 0)
+        first = [slots[:0]]
         while len(todo):
             back = todo[::-1]  # the first of equal keys is written last, and stays
             self.rows[slots[back]] = np.stack([*(w[back] for w in words), back.view(np.uint64)], axis=1)
@@ -79,25 +81,27 @@ class Table:
             todo = todo[_differ(rows, [w[todo] for w in words])]  # another key has taken its row
             if 2 * self.used > len(self.rows):
                 self._grow()
-                slots = self.find(words)
-            slots[todo] = self.find([w[todo] for w in words])
-        return slots, np.concatenate(first)
+                slots, _ = self.find(words)
+            slots[todo], _ = self.find([w[todo] for w in words])
+        return slots, np.concatenate(first), found, fresh
 
     def find(self, words):
-        """Keys, as for `insert` -> the row that holds each key, or the empty one where it would be inserted."""
+        """Keys, as for `insert` -> (where the row of each key is, or would be inserted; the rows themselves)."""
         shift = np.uint64(65 - len(self.rows).bit_length())
         mixed = [w * m for w, m in zip(words, MIX)]
         slots = ((mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1] + mixed[2]) >> shift).view(np.int64)
-        todo = np.flatnonzero(_differ(self.rows.take(slots, axis=0), words))
+        rows = self.rows.take(slots, axis=0)
+        todo = np.flatnonzero(_differ(rows, words))
         while len(todo):
             slots[todo] = (slots[todo] + 1) & (len(self.rows) - 1)
-            todo = todo[_differ(self.rows.take(slots[todo], axis=0), [w[todo] for w in words])]
-        return slots
+            rows[todo] = self.rows.take(slots[todo], axis=0)
+            todo = todo[_differ(rows[todo], [w[todo] for w in words])]
+        return slots, rows
 
     def _grow(self):
         old = self.rows[self.rows[:, -2] != 0]
         self.rows, self.used = np.zeros((4 * len(self.rows), self.n_words + 1), np.uint64), 0
-        slots, _ = self.insert([old[:, k].copy() for k in range(self.n_words)])
+        slots = self.insert([old[:, k].copy() for k in range(self.n_words)])[0]
         self.rows[slots, -1] = old[:, -1]
 
 
@@ -109,12 +113,11 @@ def _differ(rows, words):
     return differ & (rows[:, -2] != 0)
 
 
-def _words(data, starts, lengths, n_words):
-    """The key of each chunk: a list of n_words arrays (n,)."""
-    at = np.ndarray(len(data) - 7, np.dtype("<u8"), data, strides=(1,))  # the word at each byte
-    words = [at.take(starts + 8 * k) & BITS[k].take(lengths) for k in range(n_words)]
-    words[-1] |= lengths.view(np.uint64) << np.uint64(56)
-    return words
+def _key(words, starts, lengths, n_words):
+    """The key of each chunk: a list of n_words arrays (n,). words: the one at each byte."""
+    key = [words.take(starts + 8 * k) & BITS[k].take(lengths) for k in range(n_words)]
+    key[-1] |= lengths.view(np.uint64) << np.uint64(56)
+    return key
 
 
 class PairRanks:

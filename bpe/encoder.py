@@ -55,7 +55,7 @@ class Encoder:
         self._early = set(np.flatnonzero(first_use[self._made] < order).tolist())  # whose tokens lower ranks use
         self._pair_ranks, ids = PairRanks(p, q, len(inner)), np.arange(SEP, 256)
         self._byte_pair_ranks = self._pair_ranks(np.repeat(ids, 257), np.tile(ids, 257))  # the first that are needed
-        self._vocab, self._whole, self._crossed = vocab, whole, None
+        self._whole, self._crossed = whole, _crossed(vocab.values(), self._missing)
         # A call takes a cache from this list and puts it back when it is done: threads never share one, no lock is held
         # when a process forks, and a cache that an interrupt left half-filled is never used again.
         self._idle = []
@@ -80,8 +80,8 @@ class Encoder:
             at = np.repeat((places >> 32) - (ends - count), count)
             at += np.arange(len(at))
             ids.append(cache.pool.take(at))
-            total = np.append(0, ends[data.take(starts) == 0xFF])  # up to the end of each piece
-            np.add.at(lengths, [number for number, _ in block], np.diff(total))
+            borders = starts.searchsorted(np.flatnonzero(data == 0xFF))  # the last chunk of each piece
+            np.add.at(lengths, [number for number, _ in block], np.diff(ends[borders], prepend=0))
             if len(cache.table) > MAX_CHUNKS or cache.used > MAX_POOL:
                 cache = _Cache()
         self._idle.append(cache)
@@ -135,14 +135,13 @@ class Encoder:
 
     def _cut(self, data, starts):
         """Starts of chunks, as Splitter.split returns them -> (starts of pieces, mask of those that are not whole)."""
-        if self._crossed is None:  # on first use: only encoding needs it
-            self._crossed = _crossed(self._vocab.values(), self._missing)
         used = data[: len(data) - PADDING]
-        at = np.flatnonzero(used >= 0xE0)
+        at, is_part = np.flatnonzero(used >= 0xE0), np.zeros(len(starts), bool)
+        if not len(at):
+            return starts, is_part
         window = np.ndarray(len(used), np.dtype("<u4"), data, strides=(1,)).take(at - 2, mode="clip")
         between = (window & 0xC0E0C0C0) == 0x80E08080  # two characters of at least three bytes
         at = at[between & ~self._crossed.take(_place(window))]
-        is_part = np.zeros(len(starts), bool)
         if len(at):
             mark = np.zeros(len(used), np.uint8)
             mark[at] = 1
@@ -283,8 +282,8 @@ def _crossed(tokens, missing):
 
     All of them if a byte that such characters contain is missing: dropping it from the text makes new neighbours.
     """
-    crossed = np.full(1 << 22, missing[0x80:0xC0].any() or missing[0xE0:0xF5].any())
-    data = np.frombuffer(b"\0\0".join([b"", *tokens, b""]), np.uint8)
+    crossed = np.full(1 << 20, missing[0x80:0xC0].any() or missing[0xE0:0xF5].any())
+    data = np.frombuffer(b"\0\0".join(tokens).join([b"\0\0", b"\0\0"]), np.uint8)
     windows = data.take(np.flatnonzero(data >= 0xE0)[:, None] + np.arange(-2, 2))
     windows = windows[windows[:, 1] & 0xC0 == 0x80]
     for k in (0, 3):  # outside the token: any of the 64 continuation bytes
@@ -297,5 +296,5 @@ def _crossed(tokens, missing):
 
 
 def _place(windows):
-    """Hash of four bytes (uint32) to 22 bits; a collision can only make the cuts fewer."""
-    return windows * np.uint32(0x9E3779B1) >> np.uint32(10)
+    """Hash of four bytes (uint32) to 20 bits; a collision can only make the cuts fewer."""
+    return windows * np.uint32(0x9E3779B1) >> np.uint32(12)
