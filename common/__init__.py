@@ -19,14 +19,16 @@ from common.files import (
     atomic_folder,
     atomic_open,
     file_sha256,
+    is_locked,
     locked,
     open_text,
     plain,
     portable,
     read_json,
     read_jsonl,
+    read_parquet,
     read_texts,
     valid,
     write_json,
 )
-from common.usage import UsageError, cli, from_hub
+from common.usage import LIMIT, UsageError, cli, from_hub, parse_shard, validate

@@ -80,6 +80,21 @@ def locked(path, what):
         lock.release()
 
 
+def is_locked(path):
+    """Whether a process holds the lock `path`: on this host, or on another one if the file system shares locks."""
+    import filelock
+
+    if not Path(path).exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # a read-only copy, or a file system without locks
+        return False
+
+
 @contextmanager
 def open_text(path, newline=None):
     """Open a UTF-8 file for reading, gzipped where its name ends in .gz; a byte order mark is dropped.
@@ -151,6 +166,23 @@ def read_texts(path, field="text"):
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise UsageError(f'{path}, line {number} is not a JSON object with a "{field}"')
         yield valid(row[field])
+
+
+def read_parquet(path, text_field=None):
+    """Yield the rows of a parquet file as dicts, or the texts of one column, a few hundred in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            texts = [f.name for f in file.schema_arrow if f.type in (pyarrow.string(), pyarrow.large_string())]
+            if text_field and text_field not in texts:
+                raise UsageError(f"{path} has no column {text_field} of text, but {', '.join(texts) or 'none'}")
+            for batch in file.iter_batches(batch_size=256, columns=text_field and [text_field]):
+                rows = batch.to_pylist()
+                yield from (row[text_field] for row in rows) if text_field else rows
+    except (pyarrow.ArrowException, OSError) as e:  # the latter without a number where a page is damaged
+        raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
 
 
 def file_sha256(path):

@@ -1,8 +1,12 @@
-"""One-line error messages for usage errors and failed downloads."""
+"""One-line error messages for usage errors, settings out of range and failed downloads."""
 
+import math
 import os
+import re
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
 
 
 class UsageError(ValueError):
@@ -43,6 +47,33 @@ def cli(main):
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+LIMIT = 2**31  # of numeric settings
+
+
+def validate(cfg, ranges, prefix="--"):
+    """UsageError for a wrong type, an unknown choice, or a number out of range in a dataclass of settings.
+
+    ranges: {field: (smallest, largest)}; of other numbers 0 to LIMIT. prefix: of the fields' names in the message.
+    """
+    for field in fields(cfg):
+        value, kind = getattr(cfg, field.name), field.type
+        flag, (low, high) = f"{prefix}{field.name.replace('_', '-')}", ranges.get(field.name, (0, LIMIT))
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UsageError(f"unknown {field.name} {value}; choose from {', '.join(map(str, get_args(kind)))}")
+        if kind in (bool, int, float, str, list, dict) and type(value) not in (kind, {float: int}.get(kind)):
+            raise UsageError(f"{flag} should be {kind.__name__}, not {value!r}")
+        if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"{flag} {value} should be a number from {low} to {high}")
+
+
+def parse_shard(text):
+    """--shard "1/4" -> (1, 4): which part, from 0, of how many."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--shard {text} is not a part i/n with i from 0 to n-1")
+    return int(match[1]), int(match[2])
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from common import UsageError, atomic_open, available_cores, cli, file_sha256, from_hub, locked, read_json, write_json
+from common.usage import LIMIT, parse_shard, validate
 from data import sources
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, summary, verify, write_meta, write_shard
 from data.sources import Corpus, is_validation
@@ -71,7 +72,8 @@ class Prepare(Corpus):
 
 def prepare(cfg):
     """Tokenize this machine's part; on a single machine, merge as well."""
-    part, parts = check(cfg)
+    validate(cfg, {"shard_tokens": (1, LIMIT - 1), "block_chars": (1, LIMIT)})  # a header counts in int32
+    part, parts = parse_shard(cfg.shard)
     name, tokenizer = load(cfg.tokenizer)
     plan = {  # what decides the bytes of the result
         "name": cfg.out.resolve().name,
@@ -98,17 +100,7 @@ def prepare(cfg):
 def fetch_hellaswag():
     """The items that gpt2/train_gpt2.py scores on FineWeb-Edu, into the hub's cache: nodes may have no network."""
     with suppress(UsageError):  # training works without them
-        sources.download("hellaswag", subset="")
-
-
-def check(cfg):
-    """Refuse settings out of range -> (part, parts) of --shard: "1/4" -> (1, 4)"""
-    if not 1 <= cfg.shard_tokens < 1 << 31 or cfg.block_chars < 1 or cfg.workers < 0:  # a header counts in int32
-        raise UsageError("--shard-tokens must lie in 1…2147483647, --block-chars be at least 1, --workers at least 0")
-    match = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--shard {cfg.shard} is not a part i/n with i from 0 to n-1")
-    return int(match[1]), int(match[2])
+        sources.download("hellaswag")
 
 
 def load(name):

@@ -42,7 +42,8 @@ import huggingface_hub
 import tyro
 from tqdm import tqdm
 
-from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl, read_texts, valid
+from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl
+from common.files import read_parquet, read_texts, valid
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is split at the first blank line after this many, at a line end after twice as many
@@ -106,7 +107,9 @@ class Corpus:
             return _pydocs_texts(path)
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if kind == "parquet":
-            return read_parquet(path, None if self.source == "hellaswag" else self.text_field)
+            if self.source == "hellaswag":
+                return (json.dumps(row, ensure_ascii=False) for row in read_parquet(path))
+            return read_parquet(path, self.text_field)
         if self.source == "jsonl" or (kind in ("jsonl", "json") and self.source not in ("files", "shakespeare")):
             return read_texts(path, self.text_field)
         return read_text(path)
@@ -137,14 +140,17 @@ def is_validation(text, share):
 # --- files, here or on the hub
 
 
-def download(source, subset):
-    """Download a corpus into the hub's cache, resumably -> (list of Path, what to record about the hub)."""
+def download(source, subset="", instead="give local files with --input"):
+    """Download a corpus into the hub's cache, resumably -> (list of Path, what to record about the hub).
+
+    instead: what a UsageError proposes where the hub cannot be reached.
+    """
     repo, revision, patterns = HUB[source]
     folder = {"default": "data/*"}.get(subset, f"data/{subset}")
     if subset.startswith("sample-"):
         folder = subset.replace("-", "/", 1)  # sample-10BT lies in sample/10BT
     patterns = [pattern.format(folder=folder) for pattern in patterns]
-    with from_hub(repo, "give local files with --input"):
+    with from_hub(repo, instead):
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns, "max_workers": 4}
         root = Path(huggingface_hub.snapshot_download(repo, **options))
     files = [path for pattern in patterns for path in sorted(root.glob(pattern))]
@@ -201,23 +207,6 @@ def cut(lines):
             yield "".join(document).strip("\n")
             document, size = [], 0
     yield "".join(document).strip("\n")
-
-
-def read_parquet(path, text_field=None):
-    """Column `text_field` of a parquet file, or its rows as JSON, a few hundred in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            texts = [f.name for f in file.schema_arrow if f.type in (pyarrow.string(), pyarrow.large_string())]
-            if text_field and text_field not in texts:
-                raise UsageError(f"{path} has no column {text_field} of text, but {', '.join(texts) or 'none'}")
-            for batch in file.iter_batches(batch_size=256, columns=text_field and [text_field]):
-                rows = batch.to_pylist()
-                yield from (row[text_field] if text_field else json.dumps(row, ensure_ascii=False) for row in rows)
-    except (pyarrow.ArrowException, OSError) as e:  # the latter without a number where a page is damaged
-        raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
 
 
 # --- pydocs: the documentation that is installed everywhere

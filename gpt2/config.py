@@ -7,7 +7,7 @@ Settings that follow from others (grad_accum_steps, the padded vocabulary) are c
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common import ROOT, UsageError
+from common import LIMIT, ROOT, UsageError, validate
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,11 @@ class TrainConfig:
     allow_config_change: bool = False  # resume although a setting that decides what is learned has changed
 
     def __post_init__(self):
-        for name in ("max_steps", "block_size", "total_batch_size", "log_every", "val_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        ranges = {"dropout": (0, 0.99), "cooldown_share": (0.001, 1), "seed": (0, 2**63 - 1)}
+        positive = ("max_steps", "block_size", "total_batch_size", "log_every", "val_tokens")
+        validate(self, ranges | dict.fromkeys(positive, (1, LIMIT)))
         if self.total_batch_size % (T := self.block_size):
             raise UsageError(f"--total-batch-size {self.total_batch_size} tokens are no multiple of --block-size {T}")
-        if not 0 < self.cooldown_share <= 1:
-            raise UsageError(f"--cooldown-share must be above 0 and at most 1, got {self.cooldown_share}")
         if self.exact_reduction and not self.micro_batch_size:
             raise UsageError("--exact-reduction needs a --micro-batch-size, which otherwise depends on the free memory")
 

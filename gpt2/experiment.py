@@ -33,11 +33,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import ROOT, UsageError, cli, portable
+from common import ROOT, UsageError, cli, is_locked, portable
 from gpt2 import train_gpt2
 from runlog import Run, RunLog, read_run
 from runlog.judge import describe, draw_verdicts, judge_all, verified
-from runlog.run import is_locked
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Runner:
         cfg, seed = self.cfg, number + arm.seed_offset
         run_dir = Path(cfg.run_dir) / f"{arm.name}-seed{seed}"
         flags = [*shlex.split(cfg.base), *arm.flags, "--seed", str(seed), "--run-dir", str(run_dir)]
-        while is_locked(run_dir):  # a killed experiment's trainer goes on to its end
+        while is_locked(run_dir / "run.lock"):  # a killed experiment's trainer goes on to its end
             time.sleep(0.5)
         run = read_run(run_dir) if (run_dir / "config.json").exists() else None
         if run and run.status in ("success", "diverged") and run.config["argv"][1:] == flags:

@@ -13,7 +13,6 @@ A context's keys and values are computed once for its four endings, and logits a
 
 import inspect
 import json
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +23,17 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from scipy.stats import binomtest
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import UsageError, atomic_open, cli, from_hub, read_jsonl
+from common import UsageError, atomic_open, cli, read_jsonl, read_parquet
+from data.sources import download
 from gpt2.checkpoint import load_model
 from gpt2.distributed import Ranks, autocast
 from gpt2.sample import KVCache, left_padded
 from runlog import RunLog
 
-HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 ACCURACIES = ("acc", "acc_norm", "acc_char")
 
 
@@ -46,19 +46,12 @@ def load_items(file=None, limit=0, fix="name a local file with --input"):
     file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split, or, where it cannot
     be reached, a message that ends with `fix`. limit: the first so many of a fixed permutation; 0: all, in order.
     """
-    if file:
-        rows = [row for _, row in read_jsonl(file)]
-    else:
-        import huggingface_hub
-        import pyarrow.parquet
-
-        with from_hub(HUB[0], fix):
-            path = huggingface_hub.hf_hub_download(*HUB, repo_type="dataset")
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+    path = file or download("hellaswag", instead=fix)[0][0]
+    rows = [row for _, row in read_jsonl(path)] if file else list(read_parquet(path))
     if not rows:
-        raise UsageError(f"{file} holds no items")
+        raise UsageError(f"{path} holds no items")
     order = np.random.default_rng(1337).permutation(len(rows))[:limit] if limit else range(len(rows))
-    return [_item(int(i), rows[i], file or HUB[0]) for i in order]
+    return [_item(int(i), rows[i], path) for i in order]
 
 
 def _item(number, row, file):
@@ -185,15 +178,9 @@ def figures(rows):
     result = {"items": n}
     for kind in ACCURACIES:
         k = sum(row[kind] == row["label"] for row in rows)
-        result[kind], (result[f"{kind}_low"], result[f"{kind}_high"]) = k / n, wilson(k, n)
+        interval = binomtest(k, n).proportion_ci(method="wilson")
+        result |= {kind: k / n, f"{kind}_low": float(interval.low), f"{kind}_high": float(interval.high)}
     return result
-
-
-def wilson(k, n, z=1.959964):
-    """Wilson's 95 % interval for a share of k in n (Wilson 1927)."""
-    p, zz = k / n, z * z / n
-    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
 
 
 # --- command line

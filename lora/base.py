@@ -7,10 +7,10 @@ import importlib.util
 import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import peft
 import torch
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, g
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from common import UsageError, atomic_folder, keep_freed_memory
+from common import LIMIT, UsageError, atomic_folder, keep_freed_memory
 
 
 @dataclass
@@ -57,26 +57,12 @@ def schedule(name, warmup_steps, max_steps):
     return get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), warmup_steps, max_steps).lr_lambdas[0]
 
 
-# Smallest and largest value of numeric settings of all LoRA scripts; where not listed, 0 to LIMIT.
-LIMIT = 2**31
+# Smallest and largest value of numeric settings of all LoRA scripts, for `validate`.
 RANGES = {
     "r": (1, 4096), "lora_dropout": (0, 0.99), "lr": (0, math.inf), "max_grad_norm": (0, math.inf),
     "lora_alpha": (0, math.inf), "batch_size": (1, LIMIT), "grad_accum_steps": (1, LIMIT), "log_every": (1, LIMIT),
     "held_out": (0, 1), "max_new_tokens": (1, LIMIT), "top_p": (0, 1), "repetition_penalty": (0.01, 100),
 }  # fmt: skip
-
-
-def validate(cfg, prefix="--"):
-    """UsageError, naming prefix and field, for a wrong type, an unknown choice, or a number outside RANGES."""
-    for field in fields(cfg):
-        value, kind = getattr(cfg, field.name), field.type
-        flag, (low, high) = f"{prefix}{field.name.replace('_', '-')}", RANGES.get(field.name, (0, LIMIT))
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise UsageError(f"unknown {field.name} {value}; choose from {', '.join(get_args(kind))}")
-        if isinstance(kind, type) and type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UsageError(f"{flag} should be {kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
-            raise UsageError(f"{flag} {value} should be a number from {low} to {high}")
 
 
 def quiet_libraries():

@@ -17,8 +17,8 @@ import torch
 import tyro
 from transformers import AutoTokenizer, GenerationConfig
 
-from common import UsageError, atomic_folder, cli, pick_device
-from lora.base import block_size, evaluating, load_adapter, load_base, load_pretrained, quiet_libraries, validate
+from common import UsageError, atomic_folder, cli, pick_device, validate
+from lora.base import RANGES, block_size, evaluating, load_adapter, load_base, load_pretrained, quiet_libraries
 from lora.tasks import Example, pad_id, prompt_ids, stop_ids, to_examples
 
 
@@ -88,7 +88,7 @@ def encode_prompt(tokenizer, prompt, chat=False):
 def main():
     """Continue --prompt, or merge the adapter into --merge FOLDER."""
     cfg = tyro.cli(GenerateConfig)
-    validate(cfg)
+    validate(cfg, RANGES)
     if not cfg.prompt and not cfg.merge:
         raise UsageError("give a --prompt to continue, or --merge FOLDER")
     if cfg.merge and not cfg.adapter:

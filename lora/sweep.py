@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import time
 from contextlib import suppress
@@ -42,8 +41,8 @@ from typing import Literal
 import filelock
 import tyro
 
-from common import UsageError, cli, read_json
-from lora.base import quiet_libraries, validate
+from common import UsageError, cli, is_locked, parse_shard, read_json, validate
+from lora.base import RANGES, quiet_libraries
 from lora.concurrent_trainer import VARIABLE, Group
 from lora.multi_lora import unsupported
 from lora.search import SEARCHES, check_space, next_points
@@ -51,7 +50,6 @@ from lora.sweep_report import adapter_frame, judge_configs, summarize
 from lora.train_lora import NO_EFFECT, TrainConfig, check, fingerprint, run_state
 from lora.train_lora import run as train_with_trainer
 from runlog import RunLog, read_run
-from runlog.run import is_locked
 
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
 SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
@@ -101,12 +99,12 @@ class Grid:
 
 def read_grid(cfg):
     """The grid file with the flags over it -> Grid; UsageError for what is wrong in either."""
-    validate(cfg)
+    validate(cfg, RANGES)
     content, known = read_json(cfg.grid, object_pairs_hook=unique_keys), {field.name for field in fields(Grid)}
     if not isinstance(content, dict) or set(content) - known:
         raise UsageError(f"{cfg.grid} should be an object with {', '.join(sorted(known))}")
     grid, over = Grid(**content), assignments(cfg.set)
-    validate(grid, f"{cfg.grid}: ")
+    validate(grid, RANGES, f"{cfg.grid}: ")
     grid.settings = {"device": cfg.device} | grid.settings | over
     grid.seeds = list(cfg.seeds) or grid.seeds or list(range(8 if cfg.judge else 1))
     for source, names in (grid, INPUTS), (cfg, ("base", "data_file", "max_steps", "packing", "tensorboard", "wandb")):
@@ -204,15 +202,14 @@ def make_groups(configs, engine, n):
 
 def take_place(cfg):
     """(index, number) of this process among all workers, from --shard and torchrun, which only assigns the GPUs."""
-    if not (match := re.fullmatch(r"(\d+)/(\d+)", cfg.shard or "0/1")) or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--shard {cfg.shard} should be i/n with i from 0 to n - 1")
+    part, parts = parse_shard(cfg.shard or "0/1")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     torchrun = {name: os.environ.pop(name) for name in names if name in os.environ}
     if local := torchrun.get("LOCAL_RANK"):
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if visible else local
     rank, world = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
-    return int(match[1]) * world + rank, int(match[2]) * world
+    return part * world + rank, parts * world
 
 
 def agree(cfg, grid, folder, configs, n):
@@ -227,7 +224,7 @@ def agree(cfg, grid, folder, configs, n):
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "sweep.lock"):
         if run_state(folder, wanted, cfg.overwrite) == "new":
-            if cfg.overwrite and any(is_locked(lock.parent) for lock in folder.rglob("run.lock")):
+            if cfg.overwrite and any(is_locked(lock) for lock in folder.rglob("run.lock")):
                 raise UsageError(f"{folder} is being trained by another process; stop it before --overwrite")
             for old in ("adapters", "groups", "rounds") if cfg.overwrite else ():
                 shutil.rmtree(folder / old, ignore_errors=True)

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from common import ROOT, UsageError, cli, file_sha256, pick_device, plain, read_json
+from common import ROOT, UsageError, cli, file_sha256, pick_device, plain, read_json, validate
 from lora import base, tasks
 from lora.base import AdapterConfig, block_size, evaluating, save_adapter
 from lora.generate import generate
@@ -76,7 +76,7 @@ NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # se
 
 def check(cfg):
     """Refuse wrong settings before anything is loaded."""
-    base.validate(cfg)
+    validate(cfg, base.RANGES)
     if cfg.data_file and not Path(cfg.data_file).is_file():
         raise UsageError(f"{cfg.data_file} is not a file; check --data-file")
     if cfg.max_steps == 0 and cfg.epochs == 0:

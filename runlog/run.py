@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-import filelock
-
-from common import UsageError, atomic_open, read_json, read_jsonl
+from common import UsageError, atomic_open, is_locked, read_json, read_jsonl
 
 # Fields that differ between two identical runs.
 TIMING_FIELDS = {"time", "seconds", "ms", "eta_s", "tok_per_sec", "samples_per_sec", "items_per_sec", "mb_per_sec"}
@@ -71,9 +69,8 @@ class Run:
     def status(self):
         """That of result.json; "stale" for a run that says running although no process holds it any more."""
         status = self.result.get("status", "?")
-        if status == "running" and not is_locked(self.run_dir) and time.time() - (self.written or 0.0) > FRESH:
-            return "stale"
-        return status
+        quiet = time.time() - (self.written or 0.0) > FRESH
+        return "stale" if status == "running" and quiet and not is_locked(self.run_dir / "run.lock") else status
 
     @property
     def written(self):
@@ -168,20 +165,6 @@ def find_runs(folder):
     """The run directories and records under a folder, itself included, by name."""
     found = [p.parent for p in Path(folder).rglob("config.json") if (p.parent / "env.json").exists()]
     return sorted(found + [p.parent for p in Path(folder).rglob("record.json")])
-
-
-def is_locked(run_dir):
-    """Whether a process holds the run: on this host, or on another one if the file system shares locks."""
-    path = Path(run_dir) / "run.lock"
-    if not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
-            return False
-    except filelock.Timeout:
-        return True
-    except OSError:  # a read-only copy, or a file system without locks
-        return False
 
 
 def comparable_metrics(run_dir):

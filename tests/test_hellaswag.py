@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scipy.stats import norm
 
 from bpe.tokenizer import Tokenizer
 from common import UsageError
 from gpt2 import checkpoint, hellaswag
 from gpt2.config import GPTConfig
-from gpt2.hellaswag import Encoded, evaluate, figures, gpt_logits, hf_logits, load_items, wilson
+from gpt2.hellaswag import Encoded, evaluate, figures, gpt_logits, hf_logits, load_items
 from gpt2.model import GPT
 from runlog import read_run
 
@@ -285,10 +286,11 @@ def test_broken_items_are_named(tmp_path, what):
 
 def test_wilsons_interval_solves_its_equation():
     for k, n in ((0, 10), (1, 10), (2955, 10042), (10, 10)):
-        low, high = wilson(k, n)
+        row = figures([{"label": 0, "acc": int(i >= k), "acc_norm": 0, "acc_char": 0} for i in range(n)])
+        low, high = row["acc_low"], row["acc_high"]
         assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
         for p in (low, high):
-            assert math.isclose((k / n - p) ** 2, 1.959964**2 * p * (1 - p) / n, rel_tol=1e-9, abs_tol=1e-15)
+            assert math.isclose((k / n - p) ** 2, norm.ppf(0.975) ** 2 * p * (1 - p) / n, rel_tol=1e-9, abs_tol=1e-15)
 
 
 @pytest.mark.core

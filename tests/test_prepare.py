@@ -459,7 +459,7 @@ def test_hellaswags_items_come_along_with_fineweb_edu(monkeypatch, reachable):
     """Compute nodes often have no network: what the default preset scores has to be there before it starts."""
     asked = []
 
-    def download(source, subset):
+    def download(source):
         asked.append(source)
         if not reachable:
             raise UsageError("the download of Rowan/hellaswag failed")

@@ -485,7 +485,7 @@ def test_a_sweep_of_which_nothing_is_finite_has_its_table(base, rows, tmp_path, 
 def test_usage_errors_are_one_line(assert_refuses, base, rows, tmp_path):
     assert_refuses("lora/sweep.py", tmp_path / "no.json", "--run-dir", tmp_path / "run", says="no.json does not exist")
     for shard in ("2/2", "x"):
-        with pytest.raises(UsageError, match="should be i/n"):
+        with pytest.raises(UsageError, match="is not a part i/n"):
             grid = write_grid(tmp_path / "grid.json", grid={"r": [1]})
             run_sweep(config(grid, base, rows, tmp_path / "run", shard=shard))
 
