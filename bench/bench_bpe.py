@@ -43,8 +43,7 @@ from bench.harness import BenchConfig, Contestant, finish, open_log, row, take_t
 from bpe import reference
 from bpe.pretokenizer import PATTERNS, Splitter
 from bpe.tokenizer import Tokenizer, load_tokenizer
-from bpe.train_bpe import read_documents
-from common import UsageError, cli, read_json, write_json
+from common import UsageError, cli, read_documents, read_json, write_json
 from data.sources import documents
 
 HELD_OUT = 10  # every tenth document is not trained on

@@ -34,8 +34,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from bench.bench_bpe import encode_by_ranks, python_source
 from bench.harness import open_log
 from bpe.tokenizer import Tokenizer
-from bpe.train_bpe import read_documents
-from common import UsageError, cli, read_json
+from common import UsageError, cli, read_documents, read_json
 
 CHARACTERS = 300_000  # of each text but that of all code points
 WRONG = "WRONG"

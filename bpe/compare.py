@@ -18,8 +18,7 @@ import tyro
 
 from bpe.reference import render_token, replace_control_character
 from bpe.tokenizer import load_tokenizer
-from bpe.train_bpe import read_documents
-from common import UsageError, cli, from_hub, read_json
+from common import UsageError, cli, from_hub, read_documents, read_json
 from runlog import RunLog
 
 ANSI = 153, 223, 157, 218, 189  # light background colours of the 256, for black text

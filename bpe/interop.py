@@ -5,8 +5,7 @@ tokens of lower rank, which leaves the two parts of its merge. A Hugging Face `t
 themselves, spelled in the printable characters that GPT-2 maps bytes to.
 
 What the other library cannot express exactly is refused. Its regular expressions are another dialect, so a pattern that
-is not well known must split generated text in the same way there. That text has only characters of Unicode 3.2, whose
-classes later versions agree on.
+is not well known must split generated text of Unicode 3.2, whose classes all versions agree on, in the same way there.
 
 Readers return a tokenizer's state (see model_file.py), writers take a Tokenizer.
 """

@@ -19,7 +19,7 @@ import tyro
 
 from bpe.interop import to_huggingface, to_tiktoken
 from bpe.tokenizer import END_OF_TEXT, Tokenizer
-from common import UsageError, cli, file_sha256, open_text, peak_memory_mb, read_texts
+from common import UsageError, cli, file_sha256, peak_memory_mb, read_documents
 from runlog import RunLog
 from runlog.verify import compare_figures, locate_input
 
@@ -116,16 +116,6 @@ def round_trip(model_file, files):
         "vocab_used": round(len(set().union(*encoded)) / tok.n_vocab, 4),  # share of the ids that occur
         "round_trip_seconds": round(seconds, 4),
     }
-
-
-def read_documents(files):
-    """Yield the documents of .jsonl and text files as str, line ends as they are."""
-    for file in map(Path, files):
-        if file.name.removesuffix(".gz").endswith(".jsonl"):
-            yield from read_texts(file)
-        else:
-            with open_text(file, newline="") as f:
-                yield f.read()
 
 
 def fingerprint(files):

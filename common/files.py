@@ -168,6 +168,16 @@ def read_texts(path, field="text"):
         yield valid(row[field])
 
 
+def read_documents(files):
+    """Yield the documents of .jsonl and text files as str, line ends as they are."""
+    for file in map(Path, files):
+        if file.name.removesuffix(".gz").endswith(".jsonl"):
+            yield from read_texts(file)
+        else:
+            with open_text(file, newline="") as f:
+                yield f.read()
+
+
 def read_parquet(path, text_field=None):
     """Yield the rows of a parquet file as dicts, or the texts of one column, a few hundred in memory at a time."""
     import pyarrow
@@ -183,6 +193,11 @@ def read_parquet(path, text_field=None):
                 yield from (row[text_field] for row in rows) if text_field else rows
     except (pyarrow.ArrowException, OSError) as e:  # the latter without a number where a page is damaged
         raise UsageError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
+
+
+def is_held_out(text, share):
+    """Whether a text is in the held-out share, by its hash alone: equal texts always fall on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") < share * 2**64
 
 
 def file_sha256(path):

@@ -15,9 +15,8 @@ Ready-made GPT-2 shards of llm.c and modded-nanogpt, downloaded, or already on d
     python data/prepare.py adopt data/corpora/fineweb10B --tokenizer gpt2
 
 Documents are grouped into blocks of about 2M characters. Each of n processes reads all of them, tokenizes every n-th
-block and writes it atomically to DIR/blocks/; when all are there they are merged in order and split into shards. So a
-killed run resumes at the block where it stopped, and the bytes do not depend on the number of processes, machines and
-interruptions. Until the merge is done the blocks take as much disk space as the shards.
+block and writes it atomically to DIR/blocks/ (which takes as much disk as the shards); when all are there they are
+merged in order and split into shards. So a killed run resumes at the block where it stopped, with the same bytes.
 """
 
 import os
@@ -42,10 +41,11 @@ from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer, load_tokenizer
 from common import UsageError, atomic_open, available_cores, cli, file_sha256, from_hub, locked, read_json, write_json
+from common.files import is_held_out
 from common.usage import LIMIT, parse_shard, validate
 from data import sources
 from data.shards import MAX_VOCAB, SPLITS, count_ids, read_meta, read_shard, summary, verify, write_meta, write_shard
-from data.sources import Corpus, is_validation
+from data.sources import Corpus
 
 READY_MADE = {  # the hub's datasets of modded-nanogpt: (repository, file prefix, training shards)
     "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
@@ -203,7 +203,7 @@ def encode(texts, tokenizer, val_share):
     """Documents -> {split: ids (tokens,) uint16}, an <|endoftext|> before each; a spelled-out special token is text."""
     ids, lengths = tokenizer.encode_documents(texts)
     ids = np.insert(ids.astype(np.uint16), np.cumsum(lengths) - lengths, tokenizer.eot_token)
-    held_out = np.array([val_share is not None and is_validation(text, val_share) for text in texts], bool)
+    held_out = np.array([val_share is not None and is_held_out(text, val_share) for text in texts], bool)
     in_val = np.repeat(held_out, lengths + 1)
     return {"train": ids[~in_val], "val": ids[in_val]}
 

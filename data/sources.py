@@ -15,17 +15,13 @@ jsonl        lines {"text": ...}
 hellaswag    the 10,042 validation items, one object per line, from the hub
 
 Local files are parquet, jsonl or text (gzipped too), or folders of them. Text is cut at blank lines into documents of
-about 4 kB; a line `<|endoftext|>`, as TinyStories' files have it, ends a document and then blank lines do not.
-
-A validation part is held out by document hash, so that it never changes and no document is in both splits;
-fineweb-edu holds out its first tokens instead, as llm.c and build-nanogpt do. `--part train` leaves that part out.
+about 4 kB, or, as TinyStories' files are, at lines `<|endoftext|>`. A validation part is held out by document hash, so
+that it never changes; fineweb-edu holds out its first tokens, as llm.c does. `--part train` leaves that part out.
 """
 
 import ast
-import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import platform
 import sysconfig
@@ -43,7 +39,7 @@ import tyro
 from tqdm import tqdm
 
 from common import ROOT, UsageError, atomic_open, cli, file_sha256, from_hub, open_text, read_jsonl
-from common.files import read_parquet, read_texts, valid
+from common.files import is_held_out, read_parquet, read_texts, valid
 
 CACHE = ROOT / "data" / "cache"
 DOCUMENT_CHARS = 4000  # a text file is split at the first blank line after this many, at a line end after twice as many
@@ -130,11 +126,6 @@ class Corpus:
 def documents(source, inputs=(), **options):
     """The documents of a corpus; arguments as the fields of `Corpus`."""
     return Corpus(source, inputs, **options).documents()
-
-
-def is_validation(text, share):
-    """Whether a document is held out, by its hash alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") < share * 2**64
 
 
 # --- files, here or on the hub
@@ -293,7 +284,7 @@ def _private(name):
 
 def _node_rows(node, kind, name, module):
     """Rows of a module, class or function and its public members."""
-    doc = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+    doc = ast.get_docstring(node) or ""
     if doc and valid(doc) == doc:  # a docstring may spell a lone surrogate, which UTF-8 cannot hold
         yield {"module": module, "name": name, "kind": kind, "signature": _signature(node), "doc": doc}
     if kind in ("module", "class"):
@@ -326,7 +317,7 @@ def select(cfg):
         from_start = cfg.source == "fineweb-edu" and cfg.max_bytes and not cfg.input
         return stream(cfg) if from_start and not huggingface_hub.is_offline_mode() else cfg.documents()
     if cfg.val_share is not None:
-        return (text for text in cfg.documents() if is_validation(text, cfg.val_share) == (cfg.part == "val"))
+        return (text for text in cfg.documents() if is_held_out(text, cfg.val_share) == (cfg.part == "val"))
     if cfg.part == "val":
         raise UsageError(f"{cfg.source} holds out its first tokens, whose end depends on the tokenizer: no --part val")
     # Leave out the first bytes, twice what prepare holds out: 100M tokens, or a tenth of a small corpus.

@@ -9,9 +9,8 @@
               result.json    status (running, success, preempted, diverged, failed) and final numbers
               ckpt/          checkpoints or adapters
 
-BPE, GPT-2, LoRA and the benchmarks all write this layout through `RunLog` (record.py); notebooks, reports and tests
-read it back through `read_run` (run.py), which also reads the compact records in records/ that `export_record` makes.
-`python -m runlog` lists, shows, compares and verifies runs (__main__.py, compare_runs.py, verify.py).
+All scripts write this layout through `RunLog` (record.py) and read it back through `read_run` (run.py), which also
+reads the compact records in records/. `python -m runlog` lists, shows, compares, judges and verifies runs.
 """
 
 from runlog.record import RunLog

@@ -4,9 +4,9 @@
     python -m runlog judge --baseline … --candidate … --metric bits_per_byte --at tokens
     python -m runlog judge --baseline runs/hellaswag-a --candidate runs/hellaswag-b     the same items, paired
 
-Runs that share a seed start from the same weights and read the same data, so they are compared pair by pair. From the
-n differences follows an interval for the mean difference that holds at all n at once (`interval`): looking after every
-seed, and stopping when the answer is there, does not raise the error rate above alpha. The verdict:
+Runs that share a seed start from the same weights and read the same data, so they are compared pair by pair. The
+interval for the mean difference holds at all numbers of pairs at once (`critical_t`): looking after every seed, and
+stopping when the answer is there, does not raise the error rate above alpha. The verdict:
 
     better, worse     the interval excludes 0
     no difference     the interval lies within ±delta; delta is by default the noise, the standard deviation of the

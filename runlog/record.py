@@ -240,15 +240,7 @@ MIRRORS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def export_record(run_dir, out):
-    """Write a record of a run: at most four files, which read_run reads like the run itself.
-
-    record.json     {"config", "env", "result"}
-    metrics.jsonl   the rows, byte for byte, where there are any
-    adapters.jsonl  of a sweep: {"name", "config", "env", "result", "metrics": rows} for each adapter
-    log.txt         with the samples at its end; of a sweep lora_experiments_TASK.log with its table
-    *.png           loss.png, or the one picture of a benchmark
-    hellaswag.jsonl the items' log-probabilities, of an evaluation, which has no picture
-    """
+    """Write a record of a run: at most four files (records/README.md), which read_run reads like the run itself."""
     run, out = read_run(run_dir), Path(out)
     if out.exists():
         raise UsageError(f"{out} exists; remove it first, or choose another --out")

@@ -15,8 +15,7 @@ import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import pick_device
-from gpt2 import plan
+from common import peak_flops, pick_device
 from gpt2.config import GPTConfig
 from gpt2.distributed import pick_dtype
 from gpt2.model import GPT
@@ -104,9 +103,9 @@ def test_importing_runs_nothing(path):
 def test_mfu_is_right_or_absent(monkeypatch, name, tflops):
     """build-nanogpt#182: MFU against the A100's peak on whatever card."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    peak = plan.peak_flops(torch.device("cuda"), "bfloat16")
+    peak = peak_flops(torch.device("cuda"), "bfloat16")
     assert peak == (tflops and tflops * 1e12)
-    assert plan.peak_flops(torch.device("cuda"), "float32") is None is plan.peak_flops(torch.device("cpu"), "bfloat16")
+    assert peak_flops(torch.device("cuda"), "float32") is None is peak_flops(torch.device("cpu"), "bfloat16")
 
 
 def test_a_mac_is_trained_on_its_gpu(monkeypatch):

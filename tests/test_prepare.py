@@ -14,11 +14,11 @@ import tiktoken
 from conftest import ROOT
 
 from bpe.tokenizer import Tokenizer
-from common import UsageError, locked
+from common import UsageError, is_held_out, locked
 from data import prepare
 from data.prepare import blocks
 from data.shards import open_split, read_meta, read_shard, unigram_counts, verify, write_shard
-from data.sources import documents, is_validation
+from data.sources import documents
 
 # Small blocks, so that a small corpus has many; small shards, so that it has several.
 SMALL = ("--block-chars", 2_000, "--shard-tokens", 40_000)
@@ -94,7 +94,7 @@ def test_documents_become_shards(in_process, tmp_path):
     assert in_process(prepare.main, *args, *options)[0] == 0
     meta = verify(tmp_path / "mine")
     for split in ("train", "val"):
-        expected = [text for text in texts if is_validation(text, 0.2) == (split == "val")]
+        expected = [text for text in texts if is_held_out(text, 0.2) == (split == "val")]
         ids = [i for text in expected for i in (270, *tokenizer.encode_ordinary(text))]
         assert np.concatenate(open_split(tmp_path / "mine", split, meta)).tolist() == ids
         if split == "train":
@@ -107,7 +107,7 @@ def test_hash_split_against_encoding_by_hand(undisturbed, corpus):
     tokenizer = Tokenizer.load(corpus.with_name("own.model"))
     expected, texts = {"train": [], "val": []}, {"train": [], "val": []}
     for text in documents("jsonl", [corpus]):
-        split = "val" if is_validation(text, 0.1) else "train"
+        split = "val" if is_held_out(text, 0.1) else "train"
         expected[split] += [300, *tokenizer.encode_ordinary(text)]
         texts[split].append(text)
     meta = verify(out)

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from common import UsageError
+from common import UsageError, is_held_out
 from data import sources
-from data.sources import Corpus, cut, docstrings, documents, is_validation
+from data.sources import Corpus, cut, docstrings, documents
 
 
 def lines_of(path):
@@ -276,7 +276,7 @@ def test_the_parts_are_disjoint_and_complete(tmp_path, script, assert_refuses):
     assert_refuses(
         "data/sources.py", "jsonl", "--part", "val", "--val-share", 2, "--out", tmp_path / "x", says="--val-share 2"
     )
-    assert 15 < len(val) < 70 and all(is_validation(t, 0.02) for t in val)
+    assert 15 < len(val) < 70 and all(is_held_out(t, 0.02) for t in val)
 
 
 def test_fineweb_training_text_starts_late(tmp_path, script):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bpe import Tokenizer, train_bpe
-from common import UsageError
+from common import UsageError, read_documents
 from runlog import read_run
 from runlog.__main__ import main as runlog_main
 
@@ -110,7 +110,7 @@ def test_the_model_is_saved_even_if_an_export_fails(corpus, train, in_process, m
 
 
 def test_all_kinds_of_input_give_the_same_documents(corpus):
-    read = train_bpe.read_documents
+    read = read_documents
     assert list(read([corpus / "c.jsonl"])) == list(read([corpus / "c.jsonl.gz"]))
     assert "".join(read([corpus / "c.jsonl"])) == "".join(read([corpus / "c.txt"]))
     (corpus / "s.jsonl").write_text('{"text": "a\\ud800b"}\n', encoding="utf-8")
