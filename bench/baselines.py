@@ -22,6 +22,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from common import keep_freed_memory
+from data.shards import read_meta
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.distributed import autocast
 from gpt2.loader import Loader
@@ -42,11 +43,11 @@ SIZES = {
 }
 
 
-def batches(size, device):
+def batches(size, device, align_documents=False):
     """The same batches for all, (idx, targets), (B, T) each: from the shards, or 8 synthetic ones in a cycle."""
     T, B = size.block_size, size.batch_size
     if size.data_dir:
-        loader = Loader(size.data_dir, "train", T, B)
+        loader = Loader(size.data_dir, "train", T, B, eot=read_meta(size.data_dir)["eot"] if align_documents else None)
         return ([t.to(device) for t in loader.batch(step)] for step in count())
     rows = torch.randint(size.vocab_size, (8, B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     return cycle([(r[:, :-1].contiguous(), r[:, 1:].contiguous()) for r in rows])
@@ -122,7 +123,8 @@ def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
     if options.keep_memory:
         keep_freed_memory(device)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    model = GPT(GPTConfig(**dict(zip(SHAPE, size)), pad_vocab_to=options.pad_vocab_to))
+    shape = {"pad_vocab_to": options.pad_vocab_to, "low_precision_residual": cfg.low_precision_residual}
+    model = GPT(GPTConfig(**dict(zip(SHAPE, size)), **shape))
     model.load_hf_state_dict(first_weights(size).hf_state_dict())  # without the rows of padding
     model.to(device)
     if not options.flash:
@@ -134,7 +136,7 @@ def ours(size, device, options=Options(), cfg=TRAIN_CONFIG):
         params["fused"] = options.fused_adamw
     if cfg.average_last:
         average_last(model, optimizers[-1], cfg)
-    logits, source = not options.chunked_loss, batches(size, device)
+    logits, source = not options.chunked_loss, batches(size, device, cfg.align_documents)
     return plain_loop(
         model, optimizers, source, device, options.dtype, lambda *batch: fast(*batch, return_logits=logits)[1]
     )

@@ -35,7 +35,7 @@ from torch.utils.benchmark import Timer
 
 from bench.baselines import SIZES, TRAIN_CONFIG, Options, Size, everybody, first_weights, karpathy, ours
 from bench.harness import BenchConfig, Contestant, finish, measured, open_log, row, take_turns, timed
-from common import ROOT, cli, free_memory, half_type, pick_device, synchronize
+from common import ROOT, cli, free_memory, half_type, peak_flops, pick_device, synchronize
 from data.shards import read_meta
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.cross_entropy import CHUNK_LOGITS
@@ -44,16 +44,20 @@ from gpt2.hellaswag import Encoded, evaluate, load_hf, load_items
 from gpt2.loader import Loader
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import fitting_micro_batch, memory_estimate, peak_flops
+from gpt2.plan import fitting_micro_batch, memory_estimate
 from runlog import comparable_metrics, read_run
 
 VAL_TOKENS = 65536  # of the race's validations
 RECIPES = {  # rows of the ladder, and with --recipes of the race, where the others come on top of Muon
     "Muon": {"optimizer": "muon"},
+    "NorMuon": {"optimizer": "normuon"},
     "cautious decay": {"cautious_decay": True},
     "averaged last weights": {"average_last": 30},
     "linear decay": {"lr_decay": "linear"},
     "late decay": {"lr_decay": "wsd"},
+    "aligned documents": {"align_documents": True},
+    "16-bit matmuls": {"dtype": "bfloat16"},
+    "16-bit residual": {"dtype": "bfloat16", "low_precision_residual": True},
 }
 GPUS = (80, 40, 24, 16)  # GB of memory; the presets of `memory` run on eight of them
 GB_PER_SEQUENCE = 3.0  # of the contestant at gpt2-124M that needs most: float32, attention matrices, all logits
@@ -168,8 +172,8 @@ def ladder(cfg, log):
     for name, change, kept in changes:
         entries[name] = ours, {"options": replace(options, **change)}
         options = replace(options, **change) if kept else options
-    for name in ("Muon", "cautious decay", "averaged last weights"):  # the others take no time
-        # One step is the whole schedule, so weights are averaged in every step.
+    for name in ("Muon", "NorMuon", "cautious decay", "averaged last weights", "16-bit residual"):
+        # The others take no time. One step is the whole schedule, so weights are averaged in every step.
         entries[name] = ours, {"options": options, "cfg": replace(TRAIN_CONFIG, max_steps=1, **RECIPES[name])}
         changes.append((name, {}, False))
     facts, rows, before = measure(cfg, log, size, entries), [], None
@@ -221,8 +225,9 @@ def race(cfg, log):
     presets = (replace(muon, optimizer="adamw", max_lr=3e-3), muon)
     recipes = {f"ours {c.optimizer}": c for c in presets}
     if cfg.recipes:
-        recipes |= {f"ours muon, {name}": replace(muon, **r) for name, r in RECIPES.items() if name != "Muon"}
-    runs = {who: (c, ours, {"options": Options(compile=False), "cfg": c}) for who, c in recipes.items()}
+        fast = [name for name, r in RECIPES.items() if name != "Muon" and r.get("dtype") in (None, cfg.dtype)]
+        recipes |= {f"ours muon, {name}": replace(muon, **RECIPES[name]) for name in fast}
+    runs = {who: (c, ours, {"options": Options(c.dtype, compile=False), "cfg": c}) for who, c in recipes.items()}
     for lr in (1e-3, 3e-3) if cfg.nanogpt else ():  # the better one counts; beta2 as in its config for Shakespeare
         runs[f"nanoGPT lr {lr:g}"] = muon, karpathy, {"folder": cfg.nanogpt, "lr": lr, "beta2": 0.99}
     vocab_size = -(-read_meta(cfg.data_dir)["vocab_size"] // 64) * 64

@@ -4,7 +4,7 @@ A preset is an instance; `python gpt2/train_gpt2.py PRESET --max-steps 100` star
 Settings that follow from others (grad_accum_steps, the padded vocabulary) are computed, not set.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from common import LIMIT, ROOT, UsageError, validate
@@ -20,6 +20,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+    low_precision_residual: bool = False  # residual stream in the type of the matmuls, not in float32
     pad_vocab_to: int = 128  # wte gets a multiple of this many rows (50257 -> 50304): even tiles for the GPU's matmuls
 
     def __post_init__(self):
@@ -30,15 +31,6 @@ class GPTConfig:
     def padded_vocab_size(self):
         """Rows of wte. The rows past vocab_size are never sampled and never counted in a loss."""
         return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
-
-
-# OpenAI's four published shapes.
-SHAPES = {
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 350M
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,7 @@ class TrainConfig:
     average_last: int = 0  # average the weights of so many last steps into the final weights; 0: no averaging
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     skip_nonfinite: int = 0  # skip at most this many steps with a non-finite loss or gradient (reads every loss)
+    align_documents: bool = False  # rows begin where a document does, if one does in the T tokens before
     seed: int = 1337  # seed of the initial weights and of the order of the data
 
     # --- every so many steps, and at the last one (0: never)
@@ -93,6 +86,7 @@ class TrainConfig:
     # --- hardware
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matmuls; auto: 16 bits in hardware
+    low_precision_residual: bool = False  # residual stream in that type, too, not in float32
     compile: bool = True  # torch.compile the model; eager, with a message, where no compiler is found
     exact_reduction: bool = False  # the same bits on 1, 2, 4, … processes with as many threads (GPUs: --deterministic)
     deterministic: bool = False  # deterministic kernels: with --compile, too, a resumed run ends bit-identical
@@ -116,7 +110,7 @@ class TrainConfig:
     @property
     def shape(self):
         """The settings that are fields of GPTConfig, as a dict."""
-        return {k: getattr(self, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+        return {f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)}
 
     def grad_accum_steps(self, world_size):
         """Micro-batches that each of `world_size` processes computes for one step."""
@@ -140,10 +134,11 @@ FREE_ON_RESUME = {
 }
 
 
-def _published(name, shape, max_lr):
-    """One of OpenAI's shapes, with the learning rate that the GPT-3 paper has for its size."""
-    recipe = {"max_lr": max_lr, "hellaswag_every": 250, "sample_every": 1000, "log_every": 10}
-    return TrainConfig(run_dir=str(ROOT / f"runs/{name}"), **recipe, **SHAPES[shape])
+def _published(name, n_layer, n_head, n_embd, max_lr):
+    """One of OpenAI's four shapes, with the learning rate that the GPT-3 paper has for its size."""
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    often = {"hellaswag_every": 250, "sample_every": 1000, "log_every": 10}
+    return TrainConfig(run_dir=str(ROOT / f"runs/{name}"), max_lr=max_lr, **shape, **often)
 
 
 # Two cores are enough for these; eager, so that no compiler is needed.
@@ -164,10 +159,9 @@ PRESETS = {
         dropout=0.1, max_steps=2000, warmup_steps=50, max_lr=1e-3, val_every=200, val_tokens=32768,
         sample_every=500, sample_prompt="First Citizen:", checkpoint_every=200,
     ),
-    # GPT-2 itself.
-    "gpt2-124M": _published("gpt2-124M", "gpt2", 6e-4),
-    "gpt2-350M": _published("gpt2-350M", "gpt2-medium", 3e-4),
-    "gpt2-774M": _published("gpt2-774M", "gpt2-large", 2.5e-4),
-    "gpt2-1558M": _published("gpt2-1558M", "gpt2-xl", 2e-4),
+    "gpt2-124M": _published("gpt2-124M", 12, 12, 768, 6e-4),
+    "gpt2-350M": _published("gpt2-350M", 24, 16, 1024, 3e-4),
+    "gpt2-774M": _published("gpt2-774M", 36, 20, 1280, 2.5e-4),
+    "gpt2-1558M": _published("gpt2-1558M", 48, 25, 1600, 2e-4),
 }  # fmt: skip
 DEFAULT_PRESET = "gpt2-124M"

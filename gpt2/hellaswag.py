@@ -6,9 +6,7 @@
 
 An ending's score is the summed log-probability of its tokens (acc), their mean (acc_norm, as in build-nanogpt), or the
 sum per character (acc_char, which lm-evaluation-harness calls acc_norm, on tidier text). GPT-2 124M: 0.2859, acc_norm
-0.2955. Chance is 0.25. The run directory gets hellaswag.jsonl, a line per item.
-
-A context's keys and values are computed once for its four endings, and logits at the endings alone.
+0.2955; chance: 0.25. A context's keys and values are computed once for its four endings, logits at the endings alone.
 """
 
 import inspect

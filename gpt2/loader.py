@@ -19,11 +19,13 @@ class Loader:
     """Sequences of `block_size` tokens from the shards of one split.
 
     rows_per_step: sequences that one optimizer step consumes, over all ranks. meta: the folder's manifest, if checked.
+    eot: the id that opens documents, to begin a sequence with the one that its first token is in, if that begins less
+    than block_size tokens before: fewer are read without their context, some twice, others never.
     """
 
-    def __init__(self, data_dir, split, block_size, rows_per_step=1, seed=0, meta=None):
+    def __init__(self, data_dir, split, block_size, rows_per_step=1, seed=0, meta=None, eot=None):
         self.shards = open_split(data_dir, split, meta)  # memory-mapped uint16, (tokens,) each
-        self.block_size, self.rows_per_step, self.seed = block_size, rows_per_step, seed
+        self.block_size, self.rows_per_step, self.seed, self.eot = block_size, rows_per_step, seed, eot
         # Sequence i of a shard is tokens [i T, i T + T], its last token being the last target, hence the -1.
         per_shard = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
         self.first = np.concatenate([[0], np.cumsum(per_shard)])  # sequence number at which each shard begins
@@ -36,9 +38,11 @@ class Loader:
 
     def sequence(self, i):
         """Tokens i T … i T + T of the corpus: (T + 1,) uint16, inputs and targets overlapping by T - 1."""
-        shard = int(np.searchsorted(self.first, i, side="right")) - 1
-        at = (i - int(self.first[shard])) * self.block_size
-        return self.shards[shard][at : at + self.block_size + 1]
+        number, T = int(np.searchsorted(self.first, i, side="right")) - 1, self.block_size
+        shard, at = self.shards[number], (i - int(self.first[number])) * T
+        if self.eot is not None and len(begins := np.flatnonzero(shard[max(0, at - T + 1) : at + 1] == self.eot)):
+            at = max(0, at - T + 1) + int(begins[-1])
+        return shard[at : at + T + 1]
 
     def _permutation(self, epoch):
         shuffled = np.arange(self.n_sequences, dtype=np.uint32 if self.n_sequences < 2**32 else np.uint64)

@@ -124,6 +124,8 @@ class GPT(nn.Module):
         # (T,), or with a cache (B, T): each prompt of a batch begins at its own column
         pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        if self.config.low_precision_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # what the blocks add to it has that type already
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)

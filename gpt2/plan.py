@@ -1,7 +1,6 @@
-"""Peak FLOP/s of the hardware, and what a run will need, before it starts: memory, hours, disk (`--plan`)."""
+"""What a run will need, before it starts: memory, hours, disk (`--plan`)."""
 
 import os
-import re
 import time
 from dataclasses import replace
 
@@ -13,22 +12,6 @@ from gpt2.cross_entropy import CHUNK_LOGITS
 from gpt2.distributed import autocast, pick_dtype
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers
-
-# Dense peaks in FLOP/s of the matmul units in 16 bits, from the vendors' data sheets, by words in torch's device name
-# ("NVIDIA H100 80GB HBM3"); the first match counts.
-PEAKS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-
-
-def peak_flops(device, dtype):
-    """Peak FLOP/s of a GPU in bfloat16 or float16, or None where it is not known: no MFU is better than a wrong one."""
-    if device.type != "cuda" or dtype == "float32":
-        return None
-    name = torch.cuda.get_device_name(device)  # a "Laptop" GPU is another chip of the same name
-    return next((p for words, p in PEAKS.items() if re.search(rf"\b{words}\b", name) and "Laptop" not in name), None)
 
 
 def memory_estimate(model, cfg, device_type):

@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from bpe.tokenizer import Tokenizer
-from common import UsageError, cli, free_memory, keep_freed_memory, peak_memory_mb, pick_device, portable
+from common import UsageError, cli, free_memory, keep_freed_memory, peak_flops, peak_memory_mb, pick_device, portable
 from common.checkpoints import newest_checkpoint, sorted_checkpoints
 from data.shards import check_folder, unigram_counts
 from gpt2 import checkpoint, hellaswag
@@ -43,7 +43,7 @@ from gpt2.distributed import Ranks, Stop, TreeSum, autocast, pick_dtype
 from gpt2.loader import Loader, micro_batches
 from gpt2.model import GPT, meta_model
 from gpt2.optimizers import make_optimizers, set_lr
-from gpt2.plan import compile_problem, fitting_micro_batch, peak_flops, print_plan
+from gpt2.plan import compile_problem, fitting_micro_batch, print_plan
 from gpt2.sample import generate
 from runlog import RunLog, read_run
 
@@ -88,7 +88,7 @@ def build_model(cfg, meta):
     if cfg.init == "random":
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **cfg.shape))
     model = checkpoint.load_weights(cfg.init, cfg.dropout)
-    c = model.config
+    c = model.config = replace(model.config, low_precision_residual=cfg.low_precision_residual)
     if c.vocab_size != meta["vocab_size"]:
         sizes = f"{cfg.init} has a vocabulary of {c.vocab_size}, {cfg.data_dir} one of {meta['vocab_size']}"
         raise UsageError(f"{sizes}; prepare the data with the model's own tokenizer")
@@ -230,7 +230,8 @@ class Trainer:
 
         self.grad_accum_steps = cfg.grad_accum_steps(ranks.world_size)
         T = cfg.block_size
-        self.train_loader = Loader(cfg.data_dir, "train", T, cfg.total_batch_size // T, cfg.seed, meta)
+        eot = meta["eot"] if cfg.align_documents else None
+        self.train_loader = Loader(cfg.data_dir, "train", T, cfg.total_batch_size // T, cfg.seed, meta, eot)
         self.val_loader = Loader(cfg.data_dir, "val", T, meta=meta)
         counts = unigram_counts(cfg.data_dir, meta)  # (vocab_size,)
         self.unigram_entropy = float(entr(counts / counts.sum()).sum())  # nats: the loss of token frequencies alone

@@ -97,3 +97,20 @@ def test_a_corpus_too_small_for_one_sequence_is_refused(counting):
         Loader(counting, "val", 64)
     with pytest.raises(UsageError, match=r"no meta\.json"):
         Loader(counting / "nowhere", "val", 8)
+
+
+def test_aligned_sequences_begin_with_the_document_that_their_first_token_is_in(tmp_path):
+    """Documents of 1 to 30 tokens, each opened by 0; the slow way to say it: step back from each place of the grid."""
+    rng = np.random.default_rng(0)
+    ids = np.concatenate([[0, *rng.integers(1, 500, rng.integers(30))] for _ in range(60)])
+    write_shard(tmp_path / "c_train_000001.bin", ids)
+    shards = [{"file": "c_train_000001.bin", "split": "train", "documents": 60, "tokens": len(ids), "bytes": 1}]
+    write_meta(tmp_path, name="c", source={}, tokenizer={}, vocab_size=500, eot=0, shards=shards)
+    loader, moved = Loader(tmp_path, "train", T, eot=0), 0
+    for i in range(loader.n_sequences):
+        at = next((at for at in range(i * T, max(-1, i * T - T), -1) if ids[at] == 0), i * T)
+        assert loader.sequence(i).tolist() == ids[at : at + T + 1].tolist()
+        moved += at < i * T
+    assert moved > loader.n_sequences // 3
+    plain = Loader(tmp_path, "train", T)
+    assert [plain.sequence(i).tolist() for i in range(9)] == [ids[i * T : i * T + T + 1].tolist() for i in range(9)]

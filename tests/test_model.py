@@ -1,6 +1,7 @@
 """GPT against transformers' GPT-2, in float64 where figures are compared."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common import UsageError
 from gpt2 import cross_entropy
-from gpt2.config import SHAPES, GPTConfig
+from gpt2.config import PRESETS, GPTConfig
 from gpt2.cross_entropy import ChunkedCrossEntropy
 from gpt2.model import GPT
 
@@ -33,7 +34,9 @@ def random_pair(config, seed=0):
 
 # The four published shapes, each number divided by the same factor.
 SCALED = {
-    name: {"n_layer": s["n_layer"] // 6, "n_head": s["n_head"], "n_embd": s["n_head"] * 4} for name, s in SHAPES.items()
+    name: {"n_layer": preset.n_layer // 6, "n_head": preset.n_head, "n_embd": preset.n_head * 4}
+    for name, preset in PRESETS.items()
+    if name.startswith("gpt2")
 }
 
 
@@ -204,6 +207,27 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_precision_residual_is_near_float32_and_without_autocast_its_bits(dtype):
+    torch.manual_seed(0)
+    wide = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64))
+    narrow = GPT(replace(wide.config, low_precision_residual=True))
+    narrow.load_state_dict(wide.state_dict())
+    idx, kinds = torch.randint(500, (4, 33)), set()
+    for block in narrow.transformer.h:
+        block.register_forward_hook(lambda block, x, y: kinds.update([x[0].dtype, y.dtype]))
+    exact = wide(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = narrow(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+    assert kinds == {dtype} and loss.dtype == torch.float32
+    far = 0.0 if dtype == torch.float32 else 0.03
+    assert abs(loss - exact) <= far
+    exact.backward()
+    loss.backward()
+    for p, q in zip(narrow.parameters(), wide.parameters()):
+        assert p.grad.dtype == torch.float32 and (p.grad - q.grad).norm() <= far * q.grad.norm()
 
 
 @pytest.mark.core
