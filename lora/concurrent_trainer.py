@@ -8,6 +8,7 @@ checkpoint after every held-out loss holds the whole training state, so a killed
 import json
 import math
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median_low
 
@@ -24,7 +25,7 @@ from lora.train_lora import fingerprint, load, out_of_patience, perplexity, plan
 from runlog import RunLog, read_run
 
 # What may differ between adapters of one group; all else decides which group an adapter is in.
-VARIABLE = {"run_dir", "epochs", "batch_size", *(field.name for field in fields(AdapterConfig))} - {"target_modules"}
+VARIABLE = {"run_dir", "epochs", "batch_size", *(field.name for field in fields(AdapterConfig))}
 RUNGS = (0.125, 0.25, 0.5)  # of successive halving, as fractions of an adapter's steps
 SMOOTHING, WARM = 0.95, 20  # of the loss that tells divergence: its decay, and steps before it is judged
 
@@ -39,11 +40,7 @@ class Slot:
         self.best_theta = best_theta  # (P,): the weights at the best held-out loss
         mirrors = {"tensorboard": cfg.tensorboard, "wandb": cfg.wandb}
         log = RunLog(cfg.run_dir, "lora", settings(cfg, inputs), resume=state is not None, **mirrors)
-        self.log = log.__enter__()
-
-    def close(self):
-        """Close the records."""
-        self.log.__exit__(None, None, None)
+        self.log, self.close = log.__enter__(), partial(log.__exit__, None, None, None)
 
     def diverges(self, loss, factor):
         """Update the smoothed loss -> whether it exceeds `factor` times its best."""

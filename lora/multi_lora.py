@@ -1,4 +1,4 @@
-"""Train k LoRA adapters together on one frozen base, with r, alpha, dropout, lr, schedule and seed of their own.
+"""Train k LoRA adapters together on one frozen base, with r, alpha, layers, dropout, lr and seed of their own.
 
     from lora.multi_lora import AdapterConfig, MultiLora
     engine = MultiLora(model, [AdapterConfig(r=4, lr=3e-4), AdapterConfig(r=8, lr=3e-3)])
@@ -8,23 +8,24 @@
 
 The rows of all adapters form one batch, (k·b, T, C), so the base's matmuls run once, on k times as many rows. In each
 adapted layer the k updates are two batched matmuls with stacked A (k, r_max, in) and B (k, out, r_max). Smaller ranks
-are padded with zeros, whose gradient is exactly zero. The base is frozen and works row by row, so nothing of one
-adapter reaches another, not even a NaN: gradients are those of k separate runs. All weights are views of one tensor
-(k, P), and so are gradients: clipping takes a norm over rows, AdamW a few operations however many layers there are.
+are padded with zeros, whose gradient is exactly zero; in layers that an adapter does not target its A and B stay zero.
+The base is frozen and works row by row, so nothing of one adapter reaches another, not even a NaN: gradients are those
+of k separate runs. All weights are views of one tensor (k, P), and so are gradients: clipping takes a norm over rows,
+AdamW a few operations however many layers there are.
 
 Supports causal LMs whose adapted layers are nn.Linear or GPT-2's Conv1D with the batch as leading dimension, and whose
 logits are the output layer of the last hidden states. PEFT names the layers, and every engine first compares its loss
 with that of PEFT's model: what it cannot train exactly (fused experts, say) is refused by name.
 
 Dropout masks are a function of an adapter's seed, its step and the layer, so an adapter trains alike in any group. The
-speedup is largest for small bases and short batches; where the base alone saturates the hardware there is none
-(bench/bench_lora.py).
+speedup (bench/bench_lora.py) is largest for small bases and short batches.
 """
 
 import math
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,9 @@ class AdaptedLinear(nn.Module):
     A (k, r_max, in), B (k, out, r_max), bias (k, out) or None: parameters that are views of the engine's one tensor.
     """
 
-    def __init__(self, base, engine, name, index):
+    def __init__(self, base, engine, name):
         super().__init__()
-        self.base, self.name, self.index = base, name, index
+        self.base, self.name = base, name
         self._engine = [engine]  # in a list, so that torch does not take it for a submodule
         conv = not isinstance(base, nn.Linear)
         self.n_in, self.n_out = base.weight.shape if conv else (base.in_features, base.out_features)
@@ -76,7 +77,7 @@ class AdaptedLinear(nn.Module):
         if engine.only is not None:  # one adapter alone, for evaluation
             A, B, bias, scaling = (None if x is None else x[engine.only] for x in (A, B, bias, scaling))
         k, y = len(A), self.base(x)  # (k*b, T, out)
-        z = engine.dropout(x.reshape(k, -1, self.n_in).to(A.dtype), self.index)  # (k, b*T, in)
+        z = engine.dropout(x.reshape(k, -1, self.n_in).to(A.dtype), self.name)  # (k, b*T, in)
         h = (z @ A.mT) * scaling  # (k, b*T, r_max)
         if y.dtype == A.dtype:
             y = torch.baddbmm(y.reshape(k, -1, self.n_out), h, B.mT)  # (k, b*T, out)
@@ -135,25 +136,25 @@ class MultiLora:
 
     def __init__(self, model, configs, room=(), gradient_checkpointing=False, fast_gelu=True):
         every = [*configs, *room]
-        if len({c.target_modules for c in every}) > 1:
-            raise UsageError("adapters trained together need the same target_modules")
         self.model = model
         with one_line(model, "concurrent training"):
             self.body, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self.device, self.n_rows = next(model.parameters()).device, 1  # rows of an adapter's batch
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # of the adapters
-        weights, loss = ask_peft(model, every[0].target_modules)
+        asked = {targets: ask_peft(model, targets) for targets in dict.fromkeys(c.target_modules for c in every)}
+        self.targets = {targets: weights.keys() for targets, (weights, _) in asked.items()}  # names of the layers
         model.requires_grad_(False).eval()
         slow = ("BloomGelu", "NewGELUActivation") if fast_gelu and model.dtype != torch.float64 else ()
         self.slow_gelus = {name: module for name, module in model.named_modules() if type(module).__name__ in slow}
         for name in self.slow_gelus:
             model.set_submodule(name, nn.GELU(approximate="tanh"))
         self.layers = []
-        for index, name in enumerate(weights):
-            self.layers.append(AdaptedLinear(model.get_submodule(name), self, name, index))
+        for name in dict.fromkeys(chain.from_iterable(self.targets.values())):
+            self.layers.append(AdaptedLinear(model.get_submodule(name), self, name))
             model.set_submodule(name, self.layers[-1])
         self.generator = torch.Generator(self.device)
-        self._check(weights, loss)
+        for weights, loss in asked.values():
+            self._check(weights, loss)
         self.r_max, self.accumulates = max(c.r for c in every), any(c.grad_accum_steps > 1 for c in every)
         self.with_bias = any(c.bias == "lora_only" for c in every)
         if gradient_checkpointing:
@@ -168,7 +169,7 @@ class MultiLora:
         self.r_max, self.with_bias, self.accumulates = CHECK.r, False, False
         self._allocate(2)
         self.configs, self.scaling = [CHECK] * 2, self.scaling + 1
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer.name in weights):
             layer.A.data[0], layer.B.data[0] = weights[layer.name]
         with one_line(self.model, "concurrent training"):
             losses = self.forward(check_batch(self.model))
@@ -198,9 +199,12 @@ class MultiLora:
         self.theta, self.exp_avg, self.exp_avg_sq = self.state  # (k, P) each
         # (k, P + 2): a step's gradient, loss and tokens so far, the first two summed over tokens
         self.pending = torch.zeros(k, (sum(lengths) + 2) * self.accumulates, dtype=self.dtype, device=self.device)
-        kinds = [[torch.full((n,), a == kind) for (_, a, _), n in zip(sizes, lengths)] for kind in ("A", "bias")]
-        # (P,): A has a learning rate of its own; biases are never decayed, and not trained in every slot
-        self.is_A, self.is_bias = (torch.cat(parts).to(self.device) for parts in kinds)
+        self.pieces = [(layer, attribute, n) for (layer, attribute, _), n in zip(sizes, lengths)]
+        # A has a learning rate of its own; biases are never decayed
+        self.is_A, self.is_bias = self.columns(lambda _, a: a == "A"), self.columns(lambda _, a: a == "bias")
+        # (k, P), where there are any: weights that an adapter does not train
+        frozen = torch.zeros(k, sum(lengths) * (self.with_bias or len(self.targets) > 1), dtype=torch.bool)
+        self.frozen = frozen.to(self.device)
         self.parameters = []
         for (layer, attribute, shape), part in zip(sizes, self.theta.split(lengths, dim=1)):
             self.parameters.append(nn.Parameter(part.view(k, *shape)))
@@ -209,33 +213,39 @@ class MultiLora:
         self.configs, self.steps, self.parts = [None] * k, [0] * k, [0] * k
         self.scaling = torch.zeros(k, 1, 1, dtype=self.dtype, device=self.device)
 
+    def columns(self, holds):
+        """(P,): holds(layer, attribute) of the part of `theta` that each weight is in."""
+        return torch.cat([torch.full((n,), holds(layer, a)) for layer, a, n in self.pieces]).to(self.device)
+
     def replace(self, i, config):
         """Put a fresh adapter into slot i: A random by its seed, B zero, biases the base's, optimizer at its start."""
         if wrong := unsupported(config):
             raise UsageError(f"concurrent training cannot have {wrong}; use lora/train_lora.py")
         if config.r > self.r_max or (config.bias == "lora_only" and not self.with_bias):
             raise UsageError(f"slot {i} has no room for r {config.r} with bias {config.bias}; name it in `room` first")
-        g = torch.Generator().manual_seed(config.seed)
-        self.state[:, i] = 0
-        for layer in self.layers:
+        g, no_bias = torch.Generator().manual_seed(config.seed), config.bias == "none"
+        self.configs[i], self.steps[i], self.parts[i] = config, 0, 0
+        self.state[:, i], own = 0, self.layers_of(i)
+        if self.frozen.numel():
+            self.frozen[i] = self.columns(lambda layer, a: layer not in own or (a == "bias" and no_bias))
+        for layer in own:
             A = torch.empty(config.r, layer.n_in, dtype=self.dtype)
             if config.init_lora_weights == "gaussian":
                 A.normal_(std=1 / config.r, generator=g)
             else:  # Kaiming uniform with a=sqrt(5), which is this
                 A.uniform_(-1 / math.sqrt(layer.n_in), 1 / math.sqrt(layer.n_in), generator=g)
             layer.A.data[i, : config.r] = A.to(self.device)
-            if layer.bias is not None:
-                layer.bias.data[i] = layer.base.bias
-        self.configs[i], self.steps[i], self.parts[i] = config, 0, 0
+        for layer in (layer for layer in self.layers if layer.bias is not None):
+            layer.bias.data[i] = layer.base.bias
         self.scaling[i] = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def keep(self, slots):
         """Keep only these slots, in this order, and free the memory of the others."""
-        state, pending, scaling = self.state[:, slots], self.pending[slots], self.scaling[slots]
+        state, tensors = self.state[:, slots], (self.pending[slots], self.scaling[slots], self.frozen[slots])
         lists = [[values[i] for i in slots] for values in (self.configs, self.steps, self.parts)]
         self._allocate(len(slots))
         self.state.copy_(state)
-        self.pending, self.scaling = pending, scaling
+        self.pending, self.scaling, self.frozen = tensors
         self.configs, self.steps, self.parts = lists
 
     def unwrap(self):
@@ -245,7 +255,7 @@ class MultiLora:
         return self.model
 
     def dropout(self, z, layer):
-        """Dropout with each adapter's own probability, while gradients are recorded. z: (k, b*T, in)
+        """Dropout with each adapter's own probability, while gradients are recorded. z: (k, b*T, in); layer: its name.
 
         Drawn position by position, so that padding to the longest row of the batch comes last and shifts nothing, and
         for all rows of a step, so that it does not matter in how many parts they come.
@@ -302,8 +312,7 @@ class MultiLora:
         # the adapters share no row and no weight, so the gradient of the sum is that of each
         grads = torch.autograd.grad(losses.sum(), self.parameters, materialize_grads=True)
         grad = torch.cat([g.reshape(self.k, -1) for g in grads], dim=1)
-        untrained = torch.tensor([[config.bias == "none"] for config in self.configs], device=self.device)  # (k, 1)
-        return grad.masked_fill_(self.is_bias & untrained, 0) if self.with_bias else grad
+        return grad.masked_fill_(self.frozen, 0) if self.frozen.numel() else grad
 
     def step(self, losses):
         """One AdamW step of every adapter -> (losses, gradient norms, whether finite): three lists of k.
@@ -353,10 +362,15 @@ class MultiLora:
         self.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
         self.theta.sub_(size * self.exp_avg / (self.exp_avg_sq.sqrt().div_(root).add_(EPS)))
 
+    def layers_of(self, i):
+        """The layers that adapter i has a part in, in PEFT's order, whatever other adapters there are."""
+        layers = {layer.name: layer for layer in self.layers}
+        return [layers[name] for name in self.targets[self.configs[i].target_modules]]
+
     def tensors(self, i):
         """Adapter i as PEFT names and shapes it: {"base_model.model.NAME.lora_A.weight": (r, in), …}."""
         r, out = self.configs[i].r, {}
-        for layer in self.layers:
+        for layer in self.layers_of(i):
             prefix = f"base_model.model.{layer.name}"
             out[f"{prefix}.lora_A.weight"] = layer.A.data[i, :r].cpu().contiguous()
             out[f"{prefix}.lora_B.weight"] = layer.B.data[i, :, :r].cpu().contiguous()
@@ -370,7 +384,7 @@ class MultiLora:
         check_adapter(tensors, folder)
         with atomic_folder(folder) as part:
             config = peft_config(self.configs[i], self.model, inference_mode=True, base_model_name_or_path=name)
-            config.target_modules = [layer.name for layer in self.layers]
+            config.target_modules = [layer.name for layer in self.layers_of(i)]
             config.save_pretrained(part)
             save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 

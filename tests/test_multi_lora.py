@@ -58,7 +58,7 @@ def peft_twin(family, config, tensors, dtype=torch.float64):
     conv = any(isinstance(m, Conv1D) for m in model.modules())
     peft = LoraConfig(
         task_type="CAUSAL_LM", r=config.r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora,
-        bias=config.bias, target_modules=base.target_modules("auto", model), fan_in_fan_out=conv,
+        bias=config.bias, target_modules=base.target_modules(config.target_modules, model), fan_in_fan_out=conv,
     )  # fmt: skip
     model = get_peft_model(model, peft, autocast_adapter_dtype=False)
     own = dict(model.named_parameters())
@@ -166,6 +166,35 @@ def test_accumulated_batches_train_as_one_does_in_peft_in_float64():
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(("family", "few"), [("gpt2", "c_proj"), ("bloom", "dense"), ("llama", "o_proj,up_proj")])
+def test_adapters_of_other_layers_train_together_as_in_peft_and_alone(family, few, tmp_path):
+    targets = [("auto", "lora_only"), ("all-linear", "none"), (few, "lora_only")]
+    configs = [plain_adapter(target_modules=t, bias=bias, seed=i, lr=3e-3) for i, (t, bias) in enumerate(targets)]
+    engine = engine_of(family, [*configs, plain_adapter(target_modules=few)], room=configs)
+    engine.keep([2, 0, 1])  # and in another order
+    start = [{name: tensor.clone() for name, tensor in engine.tensors(i).items()} for i in range(3)]
+    batches = [batch(k=3, seed=step) for step in range(6)]
+    for data in batches:
+        engine.step(engine.forward(data))
+    for i, config in enumerate(engine.configs):
+        own = [(data["input_ids"][i], data["labels"][i]) for data in batches]
+        twin = peft_twin(family, config, start[i])
+        train_twin(twin, config, own)
+        alone = engine_of(family, [config])
+        for ids, labels in own:
+            alone.step(alone.forward({"input_ids": ids, "labels": labels}))
+        trained, lonely = dict(twin.named_parameters()), alone.tensors(0)
+        assert engine.tensors(i).keys() == lonely.keys()
+        for name, tensor in engine.tensors(i).items():
+            assert (trained[in_peft(name)] - tensor).abs().max() < 1e-9, name
+            assert (lonely[name] - tensor).abs().max() < 1e-9, name
+        engine.save(i, tmp_path / str(i))
+        loaded = PeftModel.from_pretrained(tiny_model(family, torch.float64), tmp_path / str(i))
+        ids = batches[0]["input_ids"][i]
+        with torch.no_grad(), engine.alone(i) as model:
+            assert (loaded(ids).logits - model(ids).logits).abs().max() < 1e-9
+
+
 def test_padding_of_ranks_stays_zero():
     engine = engine_of("gpt2")
     for step in range(5):
@@ -273,7 +302,7 @@ def test_dropout_gradients_equal_pefts_under_the_same_mask():
     for layer in engine.layers:
         lora = modules[f"base_model.model.{layer.name}"]
         drop = torch.nn.Module()
-        drop.forward = lambda x, index=layer.index: engine.dropout(x.view(1, -1, x.shape[-1]), index).view_as(x)
+        drop.forward = lambda x, name=layer.name: engine.dropout(x.view(1, -1, x.shape[-1]), name).view_as(x)
         lora.lora_dropout["default"] = drop
     loss_of(twin, data["input_ids"], data["labels"]).backward()
     own = dict(twin.named_parameters())
@@ -408,8 +437,6 @@ def test_targets_that_no_layer_has_are_refused():
     ]:
         with pytest.raises(UsageError, match=says):
             engine_of("gpt2", [AdapterConfig(target_modules=names)])
-    with pytest.raises(UsageError, match="same target_modules"):
-        engine_of("gpt2", [AdapterConfig(), AdapterConfig(target_modules="c_proj")])
 
 
 def test_a_model_that_bends_its_logits_is_refused():
