@@ -7,23 +7,19 @@
     python lora/sweep.py GRID.json --judge --minutes 60            which configurations are better than the first one?
 
 A grid file is JSON with the fields of `Grid`; its settings are those of train_lora's TrainConfig. With `trials` it is a
-search: so many configurations are drawn at random from lists and ranges (search.py), or with `"search": "tpe"` proposed
-by Optuna, in rounds of `--adapters-at-once` (0: eight), from the held-out losses of earlier rounds.
+search (search.py): at random, or with `"search": "tpe"` in rounds of `--adapters-at-once` (0: eight) configurations.
 
 With `--judge` each round trains the first configuration, the baseline, and those still undecided with one more seed,
-until runlog/judge.py has decided on all of them, or the seeds or `--minutes` are used up. Its error rate of 0.05 covers
-all rounds and configurations. The same command with more seeds or minutes resumes.
+until runlog/judge.py has decided on all of them, at an error rate of 0.05 over all rounds and configurations.
 
 The adapters of a group share the base's forward and backward pass; one with larger batches than others takes more
 passes a step. One that diverges (a loss that is not finite, or whose smoothed value exceeds `--divergence-factor` times
-its best) is stopped, its best weights are kept, and the next configuration takes its slot; likewise where `patience` or
-`--halving` stops one. What the engine does not support (DoRA, initializations that change the base, bias "all", whole
-modules) is trained by the Trainer, one adapter after another. Killed at any moment and started again with the same
-command, a sweep resumes from its last checkpoint with the same results.
+its best), or that `patience` or `--halving` stops, keeps its best weights, and the next configuration takes its slot.
+What the engine does not support (`unsupported` in multi_lora.py) is trained by the Trainer, one adapter after another.
+Killed at any moment, the same command resumes with the same results.
 
-Leaves in the run directory: adapters/NAME/ (a run directory each, with ckpt/adapter in PEFT's format), table.md
-(held-out losses with confidence intervals over seeds, and the effect of each setting or the verdicts), loss.png,
-lora_experiments_TASK.log and result.json.
+Leaves in the run directory: adapters/NAME/ (a run directory each), table.md (held-out losses with confidence intervals
+over seeds, and the effect of each setting or the verdicts), loss.png, lora_experiments_TASK.log and result.json.
 """
 
 import itertools
@@ -52,7 +48,12 @@ from lora.train_lora import run as train_with_trainer
 from runlog import RunLog, read_run
 
 SHORT = {"lora_alpha": "a", "lora_dropout": "d", "seed": "s", "use_rslora": "rs", "max_steps": "steps"}
-SETTINGS = {field.name for field in fields(TrainConfig)} - {"run_dir", "overwrite", "show_batch"}  # of a grid file
+SETTINGS = {field.name for field in fields(TrainConfig)} - {
+    "run_dir",
+    "overwrite",
+    "extend",
+    "show_batch",
+}  # of a grid file
 INPUTS = {"task", "base", "data_file"}  # named once in a grid file, for all configurations
 DECISIVE = ("engine", "adapters_at_once", "divergence_factor", "halving", "judge", "sample_tokens")
 

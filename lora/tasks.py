@@ -7,8 +7,8 @@
     instruction  your own rows in Alpaca's fields, or `prompt` and `completion` (or `response`), as plain text
     chat         `messages`, ShareGPT's `conversations`, or instruction rows, in the model's own chat template
 
-Files may be gzipped. A row becomes one or more `Example`s: segments of text, each a target or masked. The whole text is
-tokenized at once, as TRL does, and a token belongs to the segment that its last character is in. Two modes:
+A row becomes one or more `Example`s: segments of text, each a target or masked. The whole text is tokenized at once, as
+TRL does, and a token belongs to the segment that its last character is in. Two modes:
 
     faithful   as the common course notebook does it: loss on all of the text, the prompt too, no end-of-text;
                cut only at the model's block (or at --max-length, to make long reviews affordable)
@@ -21,7 +21,6 @@ columns that were not read. Labels are Hugging Face's: the id of a target token,
 """
 
 import csv
-import hashlib
 import json
 import math
 import re
@@ -36,7 +35,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common import UsageError, from_hub, open_text, read_json, read_jsonl
+from common import UsageError, from_hub, is_held_out, open_text, read_json, read_jsonl, read_parquet
 
 TASKS = ("imdb", "alpaca", "pydocs", "text", "instruction", "chat")
 HUB = {"imdb": "noob123/imdb_review_3000", "alpaca": "tatsu-lab/alpaca"}
@@ -76,29 +75,39 @@ class TaskData:
     prompt_ids: list
 
 
-def load_rows(task, data_file=None):
+def load_rows(task, data_file="", dataset=""):
     """Rows (dicts) of a task, from a local file, from the hub, or (pydocs) from the installed documentation."""
     if data_file:
         return read_rows(Path(data_file))
-    if task == "pydocs":
+    if task == "pydocs" and not dataset:
         from data.sources import docstrings
 
         return pydocs_rows(docstrings())
-    if task not in HUB:
-        raise UsageError(f"task {task} needs --data-file")
+    if not (dataset := dataset or HUB.get(task)):
+        raise UsageError(f"task {task} needs --data-file or --dataset")
     from datasets import load_dataset
 
-    with from_hub(HUB[task], "give a local copy with --data-file"):
-        return [dict(row) for row in load_dataset(HUB[task], split="train")]
+    with from_hub(dataset, "give a local copy with --data-file"):
+        return [dict(row) for row in load_dataset(dataset, split="train")]
+
+
+def rename_columns(rows, columns):
+    """Rows with other names of columns. columns: ("FIELD=COLUMN", …); UsageError for a column that no row has."""
+    fields = dict(text.partition("=")[::-2] for text in columns)  # {column: field}
+    if missing := fields.keys() - set().union(*rows):
+        raise UsageError(f"--columns: no row has {', '.join(sorted(missing))}; write FIELD=COLUMN, as output=answer")
+    return [{fields.get(k, k): v for k, v in row.items() if k in fields or k not in fields.values()} for row in rows]
 
 
 def read_rows(path):
-    """Rows of a .csv, .json, .jsonl, .txt or .md file, gzipped or not -> list of dicts."""
+    """Rows of a .parquet, .csv, .json, .jsonl, .txt or .md file, all but the first gzipped or not -> list of dicts."""
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".json":
         rows = read_json(path)
     elif kind == ".jsonl":
         rows = [row for _, row in read_jsonl(path)]
+    elif kind == ".parquet":
+        rows = list(read_parquet(path))
     elif kind == ".csv":
         csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 kB
         with open_text(path, newline="") as f:  # unchanged: a field may hold line ends
@@ -107,7 +116,7 @@ def read_rows(path):
         with open_text(path) as f:
             rows = [{"text": part} for part in re.split(r"\n\s*\n", f.read()) if part.strip()]
     else:
-        raise UsageError(f"{path}: unknown kind of file; use .csv, .json, .jsonl, .txt or .md (each also .gz)")
+        raise UsageError(f"{path}: unknown kind of file; use .parquet, .csv, .json, .jsonl, .txt or .md")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} should hold a list of objects")
     for number, row in enumerate(rows, 1):
@@ -392,20 +401,16 @@ def batch_rows(n, batch_size, step, seed):
     return epoch_order(n, epoch, seed)[i * batch_size : (i + 1) * batch_size]
 
 
-def is_held_out(row, fraction):
-    """By the row's own content, so that equal rows fall on the same side and new rows move no old one."""
-    digest = hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
 def load_task(cfg, tokenizer, block_size):
     """Load, split and tokenize a task, by the settings of train_lora's TrainConfig -> TaskData."""
     limit = min(cfg.max_length or (block_size if cfg.mode == "faithful" else 512), block_size)
-    rows = load_rows(cfg.task, cfg.data_file)
+    rows = load_rows(cfg.task, cfg.data_file, cfg.dataset)
+    rows = rename_columns(rows, cfg.columns) if cfg.columns else rows
     kept, counts, skipped, unread = {"train": [], "held_out": []}, Counter(), [], set()  # kept: (example, ids)
     for number, row in enumerate(rows, 1):
         try:
-            part, left = "held_out" if is_held_out(row, cfg.held_out) else "train", dict(row)
+            content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+            part, left = "held_out" if is_held_out(content, cfg.held_out) else "train", dict(row)
             examples = to_examples(cfg.task, left, tokenizer, cfg.mode)
             encoded = [(example, *encode(example, tokenizer, limit, cfg.mode)) for example in examples]
         except (UsageError, ValueError, TypeError) as e:  # a ValueError, too, where JSON has half of a surrogate pair

@@ -5,9 +5,9 @@
         --r 4 --lora-alpha 1 --lr 3e-4 --batch-size 1 --epochs 2
     torchrun --standalone --nproc-per-node 8 lora/train_lora.py --base … (batch size is per process)
 
-The base is any causal LM. Prints a sample before and after, and leaves in the run directory: the curve (loss.png),
-metrics.jsonl with held-out loss and perplexity, samples.txt, a readable lora_experiments_TASK.log, and the adapter with
-the best held-out loss in ckpt/adapter, in PEFT's format. The same command resumes from the newest valid checkpoint.
+The base is any causal LM. Prints a sample before and after, and leaves in the run directory the curve, samples, a
+readable lora_experiments_TASK.log, and the adapter with the best held-out loss in ckpt/adapter, in PEFT's format. The
+same command resumes from the newest valid checkpoint.
 """
 
 import hashlib
@@ -46,7 +46,9 @@ class TrainConfig(AdapterConfig):
     base: str  # hub name or Hugging Face folder of the model; "smollm2" for the packaged one
     run_dir: str  # where the records and the adapter go
     task: Literal[TASKS] = "pydocs"  # what the rows are
-    data_file: str = ""  # local rows instead of the hub's (csv, json, jsonl, txt; each also .gz)
+    data_file: str = ""  # local rows instead of the hub's (parquet, csv, json, jsonl, txt; all but parquet also .gz)
+    dataset: str = ""  # name of a hub data set (its split train) instead of the task's own
+    columns: tuple[str, ...] = ()  # FIELD=COLUMN: columns of the rows that hold what the task reads as that field
     mode: Literal["corrected", "faithful"] = "corrected"  # faithful: loss on all tokens, as the course notebook has it
     max_length: int = 0  # tokens of a row, cut beyond; 0: the model's block in faithful mode, 512 in corrected
     held_out: float = 0.05  # fraction of rows never trained on, chosen by hash
@@ -68,10 +70,11 @@ class TrainConfig(AdapterConfig):
     tensorboard: bool = False  # write the figures to RUN_DIR/tensorboard, too
     wandb: bool = False  # send the figures to Weights & Biases, too
     overwrite: bool = False  # replace a run with other settings instead of refusing
+    extend: bool = False  # continue a run, finished or not, to other --max-steps or --epochs; its schedule is then new
     show_batch: bool = False  # print a batch, targets and masked tokens told apart, and stop
 
 
-NO_EFFECT = ("run_dir", "overwrite", "show_batch", "tensorboard", "wandb")  # settings that do not affect results
+NO_EFFECT = ("run_dir", "overwrite", "extend", "show_batch", "tensorboard", "wandb")  # on results
 
 
 def check(cfg):
@@ -105,7 +108,7 @@ def fingerprint(cfg):
     return found | {name: version(name) for name in names}
 
 
-def run_state(run_dir, wanted, overwrite):
+def run_state(run_dir, wanted, overwrite, extend=False):
     """ "new", "resume" or "done"; a run with other settings is refused, or with `overwrite` counts as none."""
     if not (Path(run_dir) / "config.json").exists():
         return "new"
@@ -113,6 +116,8 @@ def run_state(run_dir, wanted, overwrite):
     changed = [k for k in wanted if had.get(k) != wanted[k]]
     if changed and overwrite:
         return "new"
+    if changed and extend and {*changed} <= {"max_steps", "epochs"}:
+        return "resume"
     if changed:
         raise UsageError(
             f"{run_dir} has other settings ({', '.join(changed)}): choose another --run-dir, or --overwrite"
@@ -149,7 +154,7 @@ def held_out_loss(model, rows, pad, **options):
 
 
 def perplexity(loss):
-    """exp(loss), or None where that is beyond a float."""
+    """exp(loss), or None beyond a float."""
     return math.exp(loss) if loss < 700 else None
 
 
@@ -277,7 +282,7 @@ class LoraTrainer(Trainer):
         if checkpoint:
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
             stopped = out_of_patience(self.held_out_losses(), self.cfg.patience)
-            if stopped or self.state.global_step >= self.state.max_steps:
+            if stopped or self.state.global_step >= self.args.max_steps:
                 return "success"  # killed after its last step
         self.args.eval_on_start = not checkpoint
         try:
@@ -304,7 +309,7 @@ def run(cfg):
     """Train one adapter -> result dict."""
     check(cfg)
     wanted = settings(cfg)
-    state = run_state(cfg.run_dir, wanted, cfg.overwrite)
+    state = run_state(cfg.run_dir, wanted, cfg.overwrite, cfg.extend)
     if state == "done":
         result = read_run(cfg.run_dir).result
         print(f"{cfg.run_dir} is already done: {result['status']}, held-out loss {result['held_out_loss']}")

@@ -4,6 +4,7 @@ import json
 from itertools import chain
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from lora_models import tiny_tokenizer
 
@@ -14,7 +15,8 @@ from lora.tasks import IGNORE, collate, encode
 
 def load_task(task, tokenizer, block_size, **settings):
     """`tasks.load_task` with the defaults of the settings that are not given."""
-    defaults = {"data_file": "", "mode": "corrected", "max_length": 0, "held_out": 0.05, "prompt": ""}
+    defaults = {"data_file": "", "dataset": "", "columns": (), "mode": "corrected", "max_length": 0}
+    defaults |= {"held_out": 0.05, "prompt": ""}
     return tasks.load_task(SimpleNamespace(task=task, **defaults | settings), tokenizer, block_size)
 
 
@@ -306,6 +308,25 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path):
         packed = tmp_path / (name + ".gz")
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         assert tasks.read_rows(tmp_path / name) == tasks.read_rows(packed) == rows
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    assert tasks.read_rows(tmp_path / "a.parquet") == rows
+
+
+def test_columns_of_any_name_of_any_hub_data_set(tmp_path, tokenizer, monkeypatch):
+    rows = [{"ask": f"what of {i}", "say": f"this {i}", "output": "unused", "level": i} for i in range(60)]
+    columns = ("prompt=ask", "output=say")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    here = load_task("instruction", tokenizer, 128, data_file=tmp_path / "a.json", columns=columns)
+    assert here.report["columns_not_used"] == ["level"] and here.report["skipped"] == 0
+    assert "this " in tokenizer.decode(here.train[1]["input_ids"])
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: asked.append((name, split)) or rows)
+    hub = load_task("instruction", tokenizer, 128, dataset="someone/questions", columns=columns)
+    assert asked == [("someone/questions", "train")] and hub.train == here.train
+    with pytest.raises(UsageError, match="no row has sya; write FIELD=COLUMN"):
+        load_task("instruction", tokenizer, 128, data_file=tmp_path / "a.json", columns=("output=sya",))
+    with pytest.raises(UsageError, match="needs --data-file or --dataset"):
+        load_task("instruction", tokenizer, 128)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,23 @@ def test_complaint_resume_fails_with_lora_transformers_35850(base, rows, tmp_pat
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_a_finished_run_is_extended(base, rows, tmp_path):
+    """With a constant rate, to the weights of a run that was that long from its start."""
+    settings = {"lr_scheduler": "constant", "eval_every": 3, "lora_dropout": 0.1}
+    train_lora.run(config(base, rows, tmp_path / "whole", max_steps=9, **settings))
+    train_lora.run(config(base, rows, tmp_path / "longer", max_steps=6, **settings))
+    with pytest.raises(UsageError, match=r"other settings \(max_steps\)"):
+        train_lora.run(config(base, rows, tmp_path / "longer", max_steps=9, **settings))
+    with pytest.raises(UsageError, match="other settings"):
+        train_lora.run(config(base, rows, tmp_path / "longer", max_steps=9, extend=True, **settings | {"lr": 1e-3}))
+    for _ in range(2):  # the second time it is done
+        train_lora.run(config(base, rows, tmp_path / "longer", max_steps=9, extend=True, **settings))
+    runs = [read_run(tmp_path / name) for name in ("whole", "longer")]
+    assert runs[0].curve("val") == runs[1].curve("val") and runs[1].settings["max_steps"] == 9
+    whole, longer = (run.run_dir / "ckpt/adapter/adapter_model.safetensors" for run in runs)
+    assert whole.read_bytes() == longer.read_bytes() and runs[1].result["step"] == 9
+
+
 def test_the_trainer_reads_the_rows_that_adapters_at_once_read(base, rows, tmp_path, monkeypatch):
     read, inner = [], train_lora.LoraTrainer.training_step
 
