@@ -131,17 +131,14 @@ def documents(source, inputs=(), **options):
 # --- files, here or on the hub
 
 
-def download(source, subset="", instead="give local files with --input"):
-    """Download a corpus into the hub's cache, resumably -> (list of Path, what to record about the hub).
-
-    instead: what a UsageError proposes where the hub cannot be reached.
-    """
+def download(source, subset=""):
+    """Download a corpus into the hub's cache, resumably -> (list of Path, what to record about the hub)."""
     repo, revision, patterns = HUB[source]
     folder = {"default": "data/*"}.get(subset, f"data/{subset}")
     if subset.startswith("sample-"):
         folder = subset.replace("-", "/", 1)  # sample-10BT lies in sample/10BT
     patterns = [pattern.format(folder=folder) for pattern in patterns]
-    with from_hub(repo, instead):
+    with from_hub(repo, "give local files with --input"):
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns, "max_workers": 4}
         root = Path(huggingface_hub.snapshot_download(repo, **options))
     files = [path for pattern in patterns for path in sorted(root.glob(pattern))]

@@ -99,7 +99,7 @@ class TrainConfig:
     allow_config_change: bool = False  # resume although a setting that decides what is learned has changed
 
     def __post_init__(self):
-        ranges = {"dropout": (0, 0.99), "cooldown_share": (0.001, 1), "seed": (0, 2**63 - 1)}
+        ranges = {"dropout": (0, 0.99), "cooldown_share": (0.001, 1), "seed": (0, 2**63 - 1), "max_lr": (0, 1e300)}
         positive = ("max_steps", "block_size", "total_batch_size", "log_every", "val_tokens")
         validate(self, ranges | dict.fromkeys(positive, (1, LIMIT)))
         if self.total_batch_size % (T := self.block_size):

@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import numpy as np
 import torch
 import tyro
@@ -25,13 +26,13 @@ from scipy.stats import binomtest
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import UsageError, atomic_open, cli, read_jsonl, read_parquet
-from data.sources import download
+from common import UsageError, atomic_open, cli, from_hub, read_jsonl, read_parquet
 from gpt2.checkpoint import load_model
 from gpt2.distributed import Ranks, autocast
 from gpt2.sample import KVCache, left_padded
 from runlog import RunLog
 
+HUB = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")
 ACCURACIES = ("acc", "acc_norm", "acc_char")
 
 
@@ -44,7 +45,10 @@ def load_items(file=None, limit=0, fix="name a local file with --input"):
     file: jsonl as published, or with `ctx` alone, gzipped or not; None: the hub's validation split, or, where it cannot
     be reached, a message that ends with `fix`. limit: the first so many of a fixed permutation; 0: all, in order.
     """
-    path = file or download("hellaswag", instead=fix)[0][0]
+    path = file
+    if not file:
+        with from_hub(HUB[0], fix):
+            path = huggingface_hub.hf_hub_download(*HUB, repo_type="dataset")
     rows = [row for _, row in read_jsonl(path)] if file else list(read_parquet(path))
     if not rows:
         raise UsageError(f"{path} holds no items")

@@ -1,8 +1,7 @@
 """One group of a sweep: adapters on one base, a number of them at a time; a free slot takes the next configuration.
 
-`sweep.py` makes the groups and calls `Group(sweep, configs, log).train()`. Every adapter has its own run directory and
-ends at its last step, or when it diverges, or when `patience` or `halving` stops it; its best weights are kept. A
-checkpoint after every held-out loss holds the whole training state, so a killed group resumes with identical results.
+`sweep.py` calls `Group(sweep, configs, log).train()`. An adapter ends at its last step, or when it diverges, or when
+`patience` or `halving` stops it. A checkpoint after every held-out loss holds the whole state: killed, a group resumes.
 """
 
 import json
